@@ -1,0 +1,59 @@
+# make demo    train the models of the README on the digits, print the table, save figure and netCDF
+# make test    run the test suite
+# make check   ruff, codespell, mypy
+# make clean   remove environments, caches and build outputs
+#
+# Each does all its own set-up in $(VENV); nothing is installed outside of it. Variables:
+#   PYTHON=python3.12     the interpreter of a fresh environment (3.11 or newer)
+#   VENV=.venv            where the environment goes
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch's CPU wheels: a small download, no GPU
+#   CONSTRAINTS=          empty: the newest PyTorch instead of the pinned one
+#   PYTEST_ARGS="-k spline -x"
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check setup setup-dev clean
+
+demo: setup
+	$(BIN)/python -m models.compare $(DEMO_ARGS)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m codespell_lib
+	$(BIN)/python -m mypy
+
+setup: $(VENV)/.stamp-test
+setup-dev: $(VENV)/.stamp-dev
+
+# PyTorch comes first and alone, so that nothing else chooses its version or its index.
+$(VENV)/.stamp-torch: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+	    f"expected Python 3.11 or newer, got {v}: try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-test
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-next build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

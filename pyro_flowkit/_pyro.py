@@ -1,0 +1,204 @@
+"""Where the package leans on Pyro's private names, and how its modules stay in step with the param store.
+
+A module of this package owns its parameters. Under a deterministic name it lends them to Pyro's param store at every
+forward, so that the store holds the very tensors that the module computes with:
+
+- nothing under the name: the module's tensors go into the store;
+- other tensors under the name, of the same names and shapes (a store that was loaded): their values are copied into the
+  module, and the module's tensors take their place;
+- tensors that another live module lent: the new module takes a suffix and starts fresh. A guide warns, since two of one
+  name are rarely meant; flows that stand by themselves are many in one program, and numbered in the order of their use.
+
+Float buffers and frozen parameters are part of what the store holds, but not of what Pyro's optimizers see.
+"""
+
+import gc
+import itertools
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from pyro.nn.module import _is_module_local_param_enabled
+from torch import Tensor, nn
+
+from pyro_flowkit.transforms.base import forget_unconstrained
+
+# Every private name of Pyro that the package uses, as (owner, attribute); a test looks them up on each supported Pyro.
+PRIVATE_NAMES = (
+    ("pyro.nn.module", "_is_module_local_param_enabled"),
+    ("pyro.nn.PyroModule", "_pyro_set_supermodule"),
+    ("pyro.params.param_store.ParamStoreDict.__init__", "_params"),
+    ("pyro.params.param_store.ParamStoreDict.__init__", "_param_to_name"),
+    ("pyro.params.param_store.ParamStoreDict.__init__", "_constraints"),
+    ("pyro.nn.PyroModule.__init__", "_pyro_name"),
+    ("pyro.nn.PyroModule.__init__", "_pyro_context"),
+    ("pyro.infer.autoguide.guides.AutoContinuous", "_setup_prototype"),
+    ("pyro.infer.autoguide.guides.AutoContinuous", "_init_loc"),
+    ("pyro.infer.autoguide.guides.AutoContinuous", "_unpack_latent"),
+    ("pyro.infer.autoguide.guides.AutoContinuous", "_loc_scale"),
+    ("pyro.infer.autoguide.guides.AutoContinuous", "_create_plates"),
+    ("pyro.infer.autoguide.guides.AutoGuide.__init__", "_prototype_frames"),
+)
+
+_lenders: "weakref.WeakValueDictionary[str, PyroModule]" = weakref.WeakValueDictionary()
+_lent: dict[str, "weakref.ref[Tensor]"] = {}
+
+
+class StoreModule(PyroModule):
+    """A ``PyroModule`` whose parameters, however deep, are in Pyro's param store under ``name.path.to.parameter``."""
+
+    _pyro_name: str
+    _warns_of_other_name = False
+
+    def __init__(self, name: str):
+        super().__init__(name=name)
+        self._store_name: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        # PyroModule would register plain submodules a second time, under other names and without reading them back.
+        return nn.Module.__getattr__(self, name)
+
+    def sync_with_store(self, *, lend: bool = True) -> None:
+        """Bring module and param store in step.
+
+        Args:
+            lend: put the module's tensors into the store, and state its trainable parameters as ``pyro.param`` sites;
+                otherwise only read what the store holds under the module's name.
+
+        Raises:
+            ValueError: if the store holds entries under the module's name that do not fit it.
+        """
+        if _is_module_local_param_enabled():
+            if lend:
+                self._state_local_params()
+            return
+        store = pyro.get_param_store()
+        tensors = dict(_float_tensors(self))
+        if not self._claim_name(tensors, lend):
+            return
+        for key, tensor in tensors.items():
+            name = f"{self._pyro_name}.{key}"
+            stored = store._params.get(name)
+            if stored is not tensor:
+                if stored is not None:
+                    with torch.no_grad():
+                        tensor.copy_(stored)
+                if lend:
+                    _lend(name, tensor)
+            if lend and tensor.requires_grad:
+                pyro.param(name)
+
+    def _claim_name(self, tensors: dict[str, Tensor], lend: bool) -> bool:
+        """Find the module's name in the store; False if all there is to read there is another module's."""
+        if self._store_name == self._pyro_name and _lenders.get(self._pyro_name) is self:
+            return True
+        name = next(n for n in _candidates(self._pyro_name) if not _is_lent_by_another(n, self))
+        if not lend and name != self._pyro_name:
+            return False
+        if name != self._pyro_name and self._store_name is None and self._warns_of_other_name:
+            warnings.warn(
+                f"The param store holds the parameters of another live {self._pyro_name}: this one starts fresh, under "
+                f"the name {name}.",
+                stacklevel=4,
+            )
+        if not _fits(name, tensors):
+            if not _is_left_over(name):
+                raise ValueError(_misfit(name, tensors))
+            warnings.warn(
+                f"The param store held the parameters of an earlier {name} of another shape: they were dropped, and "
+                "this one starts fresh.",
+                stacklevel=4,
+            )
+            for stale in list(_entries(name)):
+                del pyro.get_param_store()[stale]
+        if lend:
+            self._pyro_name = self._store_name = name
+            _lenders[name] = self
+        return True
+
+    def _state_local_params(self) -> None:
+        # As PyroModule does it: handlers see the parameter, the store does not.
+        for key, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                name = f"{self._pyro_name}.{key}"
+                pyro.poutine.runtime.effectful(type="param")(lambda *_, p=parameter, **__: p)(
+                    name, parameter, constraint=constraints.real, name=name
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_unconstrained(self)
+        return super().__getstate__()
+
+
+def _float_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            yield key, tensor
+
+
+def _candidates(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{i}" for i in itertools.count(1))
+
+
+def _entries(name: str) -> Iterator[str]:
+    return (key for key in pyro.get_param_store()._params if key.startswith(f"{name}."))
+
+
+def _is_lent_by_another(name: str, module: PyroModule) -> bool:
+    def lent() -> bool:
+        owner = _lenders.get(name)
+        if owner is None or owner is module:
+            return False
+        params = pyro.get_param_store()._params
+        return any(params.get(f"{name}.{key}") is tensor for key, tensor in _float_tensors(owner))
+
+    if not lent():
+        return False
+    gc.collect()  # an owner kept only by reference cycles is no live owner
+    return lent()
+
+
+def _is_left_over(name: str) -> bool:
+    params = pyro.get_param_store()._params
+    return all(key in _lent and _lent[key]() is params[key] for key in _entries(name))
+
+
+def _fits(name: str, tensors: dict[str, Tensor]) -> bool:
+    stored = {
+        key.removeprefix(f"{name}."): pyro.get_param_store()._params[key].shape
+        for key in _entries(name)
+    }
+    return not stored or stored == {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def _misfit(name: str, tensors: dict[str, Tensor]) -> str:
+    params = pyro.get_param_store()._params
+    for key, tensor in tensors.items():
+        stored = params.get(f"{name}.{key}")
+        if stored is None or stored.shape != tensor.shape:
+            got = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
+            problem = f"Expected {name}.{key} of shape {tuple(tensor.shape)}, got {got}"
+            break
+    else:
+        extra = next(key for key in _entries(name) if key.removeprefix(f"{name}.") not in tensors)
+        problem = f"Expected {len(tensors)} entries under {name}, got also {extra}"
+    return (
+        f"The param store holds {name} with other shapes. {problem}. Build the module with the settings that the store "
+        "was saved with, or call pyro.clear_param_store() first."
+    )
+
+
+def _lend(name: str, tensor: Tensor) -> None:
+    store = pyro.get_param_store()
+    if name in store:
+        del store[name]
+    store._params[name] = tensor
+    store._param_to_name[tensor] = name
+    store._constraints[name] = constraints.real
+    _lent[name] = weakref.ref(tensor)

@@ -1,0 +1,96 @@
+"""Base distributions of a flow: small modules that map a context (or none) to a distribution with event shape (D,)."""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_flowkit.nn import MLP
+
+MIN_SCALE = 1e-4
+INITIAL_DF = 10.0
+
+
+def make_base(
+    base: str | torch.distributions.Distribution,
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int],
+) -> nn.Module:
+    """The module for ``base``; see :class:`~pyro_flowkit.SplineFlow`.
+
+    Raises:
+        ValueError: for an unknown name, a conditional base without a context, or a distribution of another event shape.
+    """
+    if isinstance(base, torch.distributions.Distribution):
+        return FixedBase(base, input_dim)
+    if base == "normal":
+        return NormalBase(input_dim)
+    if base == "student_t":
+        return StudentTBase(input_dim)
+    if base == "conditional_normal":
+        if not context_dim:
+            raise ValueError('Expected context_dim >= 1 for base="conditional_normal", got 0.')
+        return ConditionalNormalBase(input_dim, context_dim, hidden_dims)
+    raise ValueError(
+        'Expected base to be "normal", "student_t", "conditional_normal" or a distribution with event shape '
+        f"({input_dim},), got {base!r}."
+    )
+
+
+class NormalBase(nn.Module):
+    """Standard normal; follows the device and dtype of the module."""
+
+    def __init__(self, input_dim: int):
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(input_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(input_dim), persistent=False)
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(1)
+
+
+class StudentTBase(nn.Module):
+    """Student's t with learned degrees of freedom for every dimension, 10 at first."""
+
+    def __init__(self, input_dim: int):
+        super().__init__()
+        self.log_df = nn.Parameter(torch.full((input_dim,), math.log(INITIAL_DF)))
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        df = self.log_df.exp()
+        zero, one = torch.zeros_like(df), torch.ones_like(df)
+        return dist.StudentT(df, zero, one, validate_args=False).to_event(1)
+
+
+class ConditionalNormalBase(nn.Module):
+    """Normal whose location and scale are functions of the context; standard normal at first."""
+
+    def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int]):
+        super().__init__()
+        self.network = MLP(context_dim, 2 * input_dim, hidden_dims)
+
+    def forward(self, context: Tensor) -> dist.TorchDistribution:
+        loc, raw_scale = self.network(context).chunk(2, dim=-1)
+        scale = MIN_SCALE + F.softplus(raw_scale + math.log(math.expm1(1.0 - MIN_SCALE)))
+        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+
+
+class FixedBase(nn.Module):
+    """A distribution as it was handed in: its tensors do not follow ``.to()`` and are not in ``state_dict``."""
+
+    def __init__(self, distribution: torch.distributions.Distribution, input_dim: int):
+        super().__init__()
+        if distribution.event_shape != (input_dim,):
+            raise ValueError(
+                f"Expected a base distribution with event shape ({input_dim},), got "
+                f"{tuple(distribution.event_shape)} (batch shape {tuple(distribution.batch_shape)}): "
+                ".to_event(1) makes the last batch dimension the event."
+            )
+        self.distribution = distribution
+
+    def forward(self, context: Tensor | None = None) -> torch.distributions.Distribution:
+        return self.distribution

@@ -1,0 +1,238 @@
+r"""ELBO, IWAE and evidence of one model and guide, each with its Monte-Carlo standard error.
+
+With log weights ``log w = log p(x, z) - log q(z)``, ``z ~ q`` (all in nats),
+
+    ELBO   = E[log w]                                <=  IWAE-K  <=  log p(x),
+    IWAE-K = E[log (1/K) sum_k w_k]                      (Burda, Grosse and Salakhutdinov 2016),
+    log p(x) ~ log (1/S) sum_s psis(w)_s                 (an estimate, not a bound).
+
+All come from one pool of ``S`` draws. IWAE-K is the mean over the ``floor(S / K)`` disjoint blocks
+of ``K`` draws, an unbiased estimate of the bound. Its standard error is that of a mean over
+independent blocks. Fewer than 10 blocks say too little about their own spread: then it is the
+larger one of that and of the delta method inside the blocks, ``sqrt((K / (K - 1) (K sum_k p_k^2 -
+1)) / (K B))`` with ``p_k = w_k / sum_j w_j`` averaged over the ``B`` blocks. Both are optimistic
+where pareto k is above 0.7: the largest weights have then not been seen.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_flowkit.diagnostics.particles import draw_particles, evaluation
+from pyro_flowkit.diagnostics.schema import (
+    DIAGNOSTIC,
+    ESTIMATE,
+    EXACT,
+    LOWER_BOUND,
+    STANDARD_ERROR,
+    schema_attrs,
+)
+from pyro_flowkit.ops.psis import MIN_DRAWS, psis
+
+DEFAULT_PARTICLES = (1, 10, 100, 1000)
+
+_FEW_BLOCKS = 10
+_NUM_SPLITS = 8
+
+KINDS = {
+    "elbo": LOWER_BOUND,
+    "elbo_se": STANDARD_ERROR,
+    "iwae": LOWER_BOUND,
+    "iwae_se": STANDARD_ERROR,
+    "log_evidence": ESTIMATE,
+    "log_evidence_se": STANDARD_ERROR,
+    "pareto_k": DIAGNOSTIC,
+    "pareto_k_sd": DIAGNOSTIC,
+    "ess": DIAGNOSTIC,
+    "exact_log_evidence": EXACT,
+    "gap": ESTIMATE,
+}
+
+
+def pareto_k_threshold(num_samples: int) -> float:
+    """The pareto k up to which estimates from ``num_samples`` draws can be trusted.
+
+    ``min(1 - 1 / log10(S), 0.7)``, Vehtari et al. 2024, section 3.2.4.
+    """
+    return min(1.0 - 1.0 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
+
+
+def evidence_bounds(
+    model: Callable,
+    guide: Callable,
+    *,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    num_samples: int = 4000,
+    num_particles: Sequence[int] = DEFAULT_PARTICLES,
+    exact_log_evidence: float | None = None,
+    chunk_size: int = 1000,
+    vectorize: bool | None = None,
+    seed: int | None = None,
+) -> xr.Dataset:
+    """Bounds and an estimate of the log evidence ``log p(x)`` of all data in ``args``.
+
+    Args:
+        model: a Pyro model whose latents are all in the guide.
+        guide: its guide.
+        args: positional arguments of both: all data, since a minibatch has no evidence.
+        kwargs: keyword arguments of both.
+        num_samples: draws of the guide; all numbers come from this one pool.
+        num_particles: the K of IWAE-K. The default leaves out what exceeds ``num_samples``.
+        exact_log_evidence: the true log evidence in nats, where it is known.
+        chunk_size: draws that pass through the model at once; memory grows with it.
+        vectorize: True demands vectorised particles, False runs them one by one, None tries the
+            first and falls back to the second with a warning.
+        seed: seed of the draws, without effect on the generator of the caller.
+
+    Returns:
+        A Dataset in nats with ``elbo``, ``elbo_se``, ``iwae`` and ``iwae_se`` (dim
+        ``n_particles``), ``log_evidence`` (PSIS), ``log_evidence_se``, ``pareto_k``,
+        ``pareto_k_sd``, ``ess``, and with ``exact_log_evidence`` given that and
+        ``gap = exact_log_evidence - elbo``, which is KL(guide || posterior). ``pareto_k_sd`` is NaN
+        below 200 draws. The attribute ``kind`` of each variable, and ``kind_NAME`` of the
+        Dataset, say whether it is exact, a lower bound, an estimate, a standard error or a
+        diagnostic.
+
+    Raises:
+        ValueError: if model and guide differ in their latents, a plate is subsampled, a log
+            weight is NaN, or ``num_particles`` exceeds ``num_samples``.
+    """
+    particle_counts = check_particles(num_particles, num_samples)
+    with evaluation(model, guide, seed=seed):
+        chunks = draw_particles(
+            model,
+            guide,
+            args,
+            kwargs or {},
+            num_samples=num_samples,
+            chunk_size=chunk_size,
+            whole_data=True,
+            vectorize=vectorize,
+        )
+        log_weights = torch.cat([chunk.log_joint() - chunk.log_guide() for chunk in chunks])
+    return bounds_dataset(log_weights, particle_counts, exact_log_evidence)
+
+
+def check_particles(num_particles: Sequence[int], num_samples: int) -> list[int]:
+    """The K to compute: increasing, distinct, and none above ``num_samples``."""
+    counts = sorted(set(num_particles))
+    if num_particles is DEFAULT_PARTICLES:
+        counts = [count for count in counts if count <= num_samples]
+    if not counts or counts[0] < 1 or counts[-1] > num_samples:
+        raise ValueError(
+            f"Expected num_particles between 1 and num_samples = {num_samples}, "
+            f"got {tuple(num_particles)}"
+        )
+    return counts
+
+
+def bounds_dataset(
+    log_weights: Tensor,
+    num_particles: Sequence[int],
+    exact_log_evidence: Any = None,
+    **attrs: Any,
+) -> xr.Dataset:
+    """All numbers of `evidence_bounds` from log weights ``(S,)``, or per datum from ``(N, S)``."""
+    num_samples = log_weights.shape[-1]
+    dims = ("obs_id",) if log_weights.dim() == 2 else ()
+    elbo, elbo_se = importance_weighted_bound(log_weights, 1)
+    ladder = [importance_weighted_bound(log_weights, count) for count in num_particles]
+    smoothed, pareto_k = psis(log_weights)
+    log_evidence = smoothed.logsumexp(-1) - math.log(num_samples)
+    values: dict[str, Tensor] = {
+        "elbo": elbo,
+        "elbo_se": elbo_se,
+        "iwae": torch.stack([bound for bound, _ in ladder], -1),
+        "iwae_se": torch.stack([error for _, error in ladder], -1),
+        "log_evidence": log_evidence,
+        "log_evidence_se": _log_mean_error(smoothed, log_evidence),
+        "pareto_k": pareto_k,
+        "pareto_k_sd": _pareto_k_spread(log_weights),
+        "ess": torch.exp(2 * smoothed.logsumexp(-1) - (2 * smoothed).logsumexp(-1)),
+    }
+    if exact_log_evidence is not None:
+        exact = torch.as_tensor(exact_log_evidence, dtype=torch.float64)
+        if exact.shape != elbo.shape:
+            raise ValueError(
+                f"Expected exact_log_evidence of shape {tuple(elbo.shape)}, "
+                f"got {tuple(exact.shape)}"
+            )
+        values |= {"exact_log_evidence": exact, "gap": exact - elbo}
+    variables = {
+        name: (
+            (*dims, "n_particles") if name.startswith("iwae") else dims,
+            value.numpy(),
+            {"kind": KINDS[name]} | ({"units": "nats"} if KINDS[name] != DIAGNOSTIC else {}),
+        )
+        for name, value in values.items()
+    }
+    coords: dict[str, Any] = {"n_particles": np.asarray(num_particles)}
+    if dims:
+        coords["obs_id"] = np.arange(log_weights.shape[0])
+    kinds = {f"kind_{name}": KINDS[name] for name in values}
+    return xr.Dataset(
+        variables,
+        coords,
+        schema_attrs(
+            num_samples=num_samples,
+            pareto_k_threshold=pareto_k_threshold(num_samples),
+            **kinds,
+            **attrs,
+        ),
+    )
+
+
+def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+    """IWAE-K and its standard error, see the module's equations.
+
+    Args:
+        log_weights: shape ``(*batch, S)``, float64, in nats.
+        num_particles: K, between 1 and S. ``S mod K`` draws at the end are left out.
+
+    Returns:
+        The bound and its Monte-Carlo standard error, each ``(*batch,)`` in nats; the error is
+        ``inf`` where the bound is ``-inf`` and NaN where there is a single draw.
+    """
+    num_blocks = log_weights.shape[-1] // num_particles
+    blocks = log_weights[..., : num_blocks * num_particles].unflatten(
+        -1, (num_blocks, num_particles)
+    )
+    bounds = blocks.logsumexp(-1) - math.log(num_particles)
+    bound = bounds.mean(-1)
+    error = torch.full_like(bound, math.nan)
+    if num_blocks > 1:
+        error = bounds.std(-1) / math.sqrt(num_blocks)
+    if num_blocks < _FEW_BLOCKS and num_particles > 1:
+        inside = _log_mean_error(blocks, bounds).square().mean(-1).div(num_blocks).sqrt()
+        error = torch.fmax(error, inside)
+    return bound, error.masked_fill(bound == -math.inf, math.inf)
+
+
+def _log_mean_error(log_weights: Tensor, log_mean: Tensor) -> Tensor:
+    """Standard error of ``log mean w`` over the last dimension by the delta method."""
+    count = log_weights.shape[-1]
+    if count == 1:
+        return torch.full_like(log_mean, math.nan)
+    relative = (log_weights - log_mean.unsqueeze(-1)).exp()
+    error = relative.var(-1).div(count).sqrt()
+    return error.masked_fill(log_mean == -math.inf, math.inf)
+
+
+def _pareto_k_spread(log_weights: Tensor) -> Tensor:
+    """Standard deviation of pareto k, from 8 disjoint splits of the draws.
+
+    The tail that is fitted grows as the root of the number of draws, and the variance falls with
+    the tail: the spread over splits is divided by the fourth root of their number.
+    """
+    size = log_weights.shape[-1] // _NUM_SPLITS
+    if size < MIN_DRAWS:
+        return torch.full_like(log_weights[..., 0], math.nan)
+    splits = log_weights[..., : size * _NUM_SPLITS].unflatten(-1, (_NUM_SPLITS, size))
+    spread = psis(splits)[1].std(-1) / _NUM_SPLITS**0.25
+    return spread.nan_to_num(nan=math.inf)

@@ -1,0 +1,188 @@
+r"""Tables that put exact values and bounds side by side without mixing them up.
+
+A flow gives the exact ``log p(x)`` of a datum, a VAE a lower bound of its own ``log p(x)``. Both
+are nats per datum, so they share a table, but two differences in it mean different things:
+
+- the **gap** IWAE-K - ELBO belongs to *one* model: how much of its bound more particles recover. It
+  is itself a lower bound of ``log p(x) - ELBO``;
+- the **difference** belongs to *two* models on the same data, with the standard error of the paired
+  differences per datum. If one side is a bound, the difference is one too, and ``diff_kind`` says
+  which.
+
+Bits per dimension are ``-nats / (D ln 2)``, of the data as they were scored: whoever scored pixels
+divided by 256 adds 8.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from pyro_flowkit.diagnostics.schema import EXACT, LOWER_BOUND
+from pyro_flowkit.diagnostics.verdict import diagnose
+
+_DIFF_KINDS = {
+    (EXACT, EXACT): "exact",
+    (LOWER_BOUND, EXACT): "at least",
+    (EXACT, LOWER_BOUND): "at most",
+    (LOWER_BOUND, LOWER_BOUND): "between bounds",
+}
+
+
+def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Exact log densities and lower bounds of several models on the same data, in one table.
+
+    Args:
+        datasets: results of `heldout_log_prob` (exact) and `pointwise_bounds` (lower bounds) by
+            the name of the model, all for the same ``obs_id``.
+
+    Returns:
+        A table with the index ``(name, quantity)``, best model first (by its exact value or its
+        tightest bound): one row ``log p`` for an exact density, the rows ``ELBO`` and ``IWAE-K``
+        for a VAE, with the columns
+
+        - ``rank`` of the model, ``kind``: "exact" or "lower bound";
+        - ``nats``: the mean per datum, ``se``: its standard error over data;
+        - ``mc_se``: the part of it that comes from the draws of the guide (0 for exact values);
+        - ``gap``, ``gap_se``: IWAE-K - ELBO of the same model (NaN in other rows);
+        - ``diff``, ``diff_se``: the value minus that of the best model, paired over data, and
+          ``diff_kind``: "exact", or what it says about the difference of the exact values, "at
+          least", "at most", or "between bounds" (neither);
+        - ``bits_per_dim``, where the attribute ``event_size`` is known (an upper bound for a
+          lower bound in nats);
+        - ``n``: the number of data.
+
+    Raises:
+        ValueError: if there is no Dataset, one has neither ``log_prob`` nor ``elbo`` per
+            ``obs_id``, or the ``obs_id`` differ.
+    """
+    if not datasets:
+        raise ValueError("Expected at least one Dataset, got none")
+    _check_obs_ids(datasets)
+    tables = {name: _quantities(name, dataset) for name, dataset in datasets.items()}
+    order = sorted(tables, key=lambda name: -float(tables[name][-1]["values"].mean()))
+    best = tables[order[0]][-1]
+    rows = []
+    for rank, name in enumerate(order):
+        event_size = datasets[name].attrs.get("event_size")
+        elbo = tables[name][0]["values"]
+        for quantity in tables[name]:
+            values = quantity["values"]
+            is_best = quantity is best
+            is_iwae = quantity["quantity"].startswith("IWAE")
+            gap, gap_se = _mean_and_error(values - elbo) if is_iwae else (math.nan, math.nan)
+            diff, diff_se = (0.0, 0.0) if is_best else _mean_and_error(values - best["values"])
+            nats, error = _mean_and_error(values)
+            rows.append(
+                {
+                    "name": name,
+                    "quantity": quantity["quantity"],
+                    "rank": rank,
+                    "kind": quantity["kind"],
+                    "nats": nats,
+                    "se": error,
+                    "mc_se": quantity["mc_se"],
+                    "gap": gap,
+                    "gap_se": gap_se,
+                    "diff": diff,
+                    "diff_se": diff_se,
+                    "diff_kind": "best" if is_best else _DIFF_KINDS[quantity["kind"], best["kind"]],
+                    "bits_per_dim": -nats / (event_size * math.log(2)) if event_size else math.nan,
+                    "n": len(values),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["name", "quantity"])
+
+
+def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """Several guides of the same model and data, best evidence lower bound first.
+
+    Args:
+        trees: results of `from_svi` by the name of the guide.
+
+    Returns:
+        A table with the index ``name`` and the columns ``elbo``, ``elbo_se``, ``iwae`` (of the
+        largest K, which is ``iwae_particles``), ``iwae_se``, ``log_evidence``,
+        ``log_evidence_se``, ``gap`` (the exact log evidence where it is known, else the PSIS
+        estimate of this guide, minus its ELBO), ``pareto_k``, ``ess`` in draws, ``seconds`` of
+        training (NaN without history) and ``verdict``. All in nats but the last five.
+
+    Raises:
+        ValueError: if there is no tree or one has no ``vi_diagnostics``.
+    """
+    if not trees:
+        raise ValueError("Expected at least one tree, got none")
+    rows = []
+    for name, tree in trees.items():
+        verdict = diagnose(tree)
+        bounds = tree["vi_diagnostics"].to_dataset()
+        tightest = bounds.isel(n_particles=-1)
+        gap = bounds["gap"] if "gap" in bounds else bounds["log_evidence"] - bounds["elbo"]
+        trace = tree["vi_trace"].to_dataset() if "vi_trace" in tree.children else xr.Dataset()
+        rows.append(
+            {
+                "name": name,
+                "elbo": float(bounds["elbo"]),
+                "elbo_se": float(bounds["elbo_se"]),
+                "iwae": float(tightest["iwae"]),
+                "iwae_se": float(tightest["iwae_se"]),
+                "iwae_particles": int(tightest["n_particles"]),
+                "log_evidence": float(bounds["log_evidence"]),
+                "log_evidence_se": float(bounds["log_evidence_se"]),
+                "gap": float(gap),
+                "pareto_k": float(bounds["pareto_k"]),
+                "ess": float(bounds["ess"]),
+                "seconds": float(trace["seconds"].max()) if "seconds" in trace else math.nan,
+                "verdict": verdict.level,
+            }
+        )
+    return pd.DataFrame(rows).set_index("name").sort_values("elbo", ascending=False)
+
+
+def _quantities(name: str, dataset: xr.Dataset) -> list[dict[str, Any]]:
+    """The rows of one model, the tightest one last."""
+    if "log_prob" in dataset and dataset["log_prob"].dims == ("obs_id",):
+        values = dataset["log_prob"].to_numpy()
+        return [{"quantity": "log p", "kind": EXACT, "values": values, "mc_se": 0.0}]
+    if "elbo" not in dataset or dataset["elbo"].dims != ("obs_id",):
+        raise ValueError(
+            f"Expected log_prob or elbo per obs_id in Dataset '{name}', got "
+            f"{ {str(key): value.dims for key, value in dataset.data_vars.items()} }"
+        )
+    rows = [_bound_row("ELBO", dataset["elbo"], dataset["elbo_se"])]
+    for count in dataset["n_particles"].to_numpy():
+        if count > 1:
+            one = dataset.sel(n_particles=count)
+            rows.append(_bound_row(f"IWAE-{count}", one["iwae"], one["iwae_se"]))
+    return rows
+
+
+def _bound_row(quantity: str, values: xr.DataArray, errors: xr.DataArray) -> dict[str, Any]:
+    return {
+        "quantity": quantity,
+        "kind": LOWER_BOUND,
+        "values": values.to_numpy(),
+        "mc_se": float(np.sqrt(np.square(errors.to_numpy()).sum()) / errors.size),
+    }
+
+
+def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), error
+
+
+def _check_obs_ids(datasets: Mapping[str, xr.Dataset]) -> None:
+    missing = [name for name, dataset in datasets.items() if "obs_id" not in dataset.coords]
+    if missing:
+        raise ValueError(f"Expected an obs_id in every Dataset, got none in {missing}")
+    ids = {name: dataset["obs_id"].to_numpy() for name, dataset in datasets.items()}
+    first, *rest = ids
+    for name in rest:
+        if not np.array_equal(ids[first], ids[name]):
+            raise ValueError(
+                f"Expected the same obs_id in all Datasets, got {ids[first].size} in '{first}' and "
+                f"{ids[name].size} in '{name}' that do not match: a difference is paired over data"
+            )

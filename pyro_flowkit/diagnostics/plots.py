@@ -1,0 +1,173 @@
+"""Three pictures that ArviZ does not have: training curve, ladder of bounds, pareto k.
+
+matplotlib Axes in, Axes out; matplotlib is imported when a plot is drawn. Series differ in marker,
+line style and lightness, not in colour alone: they can be told apart in grey and by colour-blind
+readers.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from pyro_flowkit.diagnostics.bounds import pareto_k_threshold
+from pyro_flowkit.diagnostics.compare import compare_densities
+from pyro_flowkit.diagnostics.tree import history_arrays
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours in the order of their lightness, dark to light.
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", "-.", ":")
+
+
+def plot_elbo(
+    history: Any, ax: "Axes | None" = None, *, label: str | None = None, smooth: float = 0.02
+) -> "Axes":
+    """The ELBO over the steps of the training: raw in light grey, smoothed on top.
+
+    Args:
+        history: a `FitResult`, its ``history`` dict, or a tree of `from_svi` with ``vi_trace``.
+        ax: where to draw; a new figure by default.
+        label: the name of the run, for several in one picture.
+        smooth: the width of the running mean as a part of the whole run.
+
+    Returns:
+        The Axes. The y axis leaves out the first tenth of the run, whose ELBO dwarfs the rest.
+    """
+    ax = _axes(ax)
+    if isinstance(history, xr.DataTree):
+        if "vi_trace" not in history.children:
+            raise ValueError(f"Expected a group vi_trace, got {sorted(history.children)}")
+        trace = history["vi_trace"].to_dataset().isel(chain=0)
+        step, elbo = trace["step"].to_numpy(), trace["elbo"].to_numpy()
+    else:
+        arrays = history_arrays(history)
+        step, elbo = arrays["step"], arrays["elbo"]
+    color, _, line = _style(sum(1 for drawn in ax.lines if drawn.get_gid() == "smoothed"))
+    width = max(1, int(smooth * len(elbo)))
+    ax.plot(step, elbo, color="0.8", linewidth=0.6, zorder=1)
+    smoothed = np.convolve(elbo, np.full(width, 1 / width), mode="valid")
+    ax.plot(
+        step[width - 1 :], smoothed, line, color=color, label=label, linewidth=1.5, gid="smoothed"
+    )
+    late = elbo[len(elbo) // 10 :]
+    late = late[np.isfinite(late)]
+    if late.size and late.min() < late.max():
+        low, high = np.quantile(late, [0.005, 1.0])
+        margin = 0.05 * (high - low)
+        previous = ax.get_ylim() if len(ax.lines) > 2 else (np.inf, -np.inf)
+        ax.set_ylim(min(previous[0], low - margin), max(previous[1], high + margin))
+    ax.set_xlabel("step")
+    ax.set_ylabel("ELBO (nats)")
+    if label:
+        ax.legend(frameon=False)
+    return ax
+
+
+def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) -> "Axes":
+    """Every VAE's ladder ELBO <= IWAE-K over K, and exact densities as lines across.
+
+    A ladder rises towards the exact value of *its own* model, which is not in the picture; the
+    lines are the exact values of *other* models on the same data.
+
+    Args:
+        datasets: as for `compare_densities`.
+        ax: where to draw; a new figure by default.
+
+    Returns:
+        The Axes; nats per datum with one standard error of the draws at every rung (K = 1 is the
+        ELBO), and a dotted line with a label at its right end for each exact value.
+    """
+    ax = _axes(ax)
+    table = compare_densities(datasets)
+    lines = [name for name in datasets if "log_prob" in datasets[name]]
+    ladders = [name for name in datasets if name not in lines]
+    for i, name in enumerate(ladders):
+        color, marker, line = _style(i)
+        rungs = table.loc[name]
+        particles = [1 if q == "ELBO" else int(q.removeprefix("IWAE-")) for q in rungs.index]
+        ax.errorbar(
+            particles,
+            rungs["nats"].to_numpy(float),
+            yerr=rungs["mc_se"].to_numpy(float),
+            color=color,
+            marker=marker,
+            linestyle=line,
+            markersize=5,
+            capsize=2,
+            label=f"{name} (lower bounds)",
+        )
+    for name in lines:
+        value = float(table["nats"][(name, "log p")])
+        ax.axhline(value, color="0.35", linestyle=":", linewidth=1.2)
+        ax.annotate(
+            f"{name} (exact)",
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+        )
+    if ladders:
+        ax.set_xscale("log")
+        counts = sorted({1, *(int(k) for n in ladders for k in datasets[n]["n_particles"])})
+        ax.set_xticks(counts, ["ELBO", *(f"IWAE-{k}" for k in counts[1:])])
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize="small", loc="lower right")
+    else:
+        ax.set_xticks([])
+    ax.set_ylabel("nats per datum")
+    return ax
+
+
+def plot_pareto_k(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
+    """Pareto k of every datum with the thresholds 0.5, 0.7 and 1 and that of the draws.
+
+    Args:
+        dataset: the result of `pointwise_bounds`, or of `evidence_bounds` for a single point.
+        ax: where to draw; a new figure by default.
+
+    Returns:
+        The Axes; data above the threshold ``min(1 - 1 / log10(S), 0.7)`` are crosses
+        (triangles at the top where pareto k is ``inf``), the others dots.
+    """
+    ax = _axes(ax)
+    if "pareto_k" not in dataset:
+        raise ValueError(f"Expected a variable pareto_k, got {sorted(map(str, dataset.data_vars))}")
+    k = np.atleast_1d(dataset["pareto_k"].to_numpy())
+    ids = dataset["obs_id"].to_numpy() if "obs_id" in dataset.coords else np.arange(len(k))
+    threshold = pareto_k_threshold(int(dataset.attrs["num_samples"]))
+    above = ~(k <= threshold)
+    finite = np.isfinite(k)
+    top = 1.1 * max(1.0, k[finite].max(initial=1.0))
+    ax.scatter(ids[~above], k[~above], s=10, color=_COLORS[1], marker="o")
+    ax.scatter(ids[above & finite], k[above & finite], s=25, color=_COLORS[2], marker="x")
+    ax.scatter(ids[~finite], np.full((~finite).sum(), top), s=25, color=_COLORS[2], marker="^")
+    for value, line in ((0.5, ":"), (0.7, "--"), (1.0, "-")):
+        ax.axhline(value, color="0.5", linestyle=line, linewidth=0.8)
+    ax.axhline(threshold, color=_COLORS[2], linestyle="-.", linewidth=1.0)
+    ax.set_title(f"{int(above.sum())} of {len(k)} above {threshold:.2f}", fontsize="medium")
+    ax.set_xlabel("obs_id")
+    ax.set_ylabel("pareto k")
+    return ax
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots()[1]
+
+
+def _style(index: int) -> tuple[str, str, str]:
+    return (
+        _COLORS[index % len(_COLORS)],
+        _MARKERS[index % len(_MARKERS)],
+        _LINES[index % len(_LINES)],
+    )

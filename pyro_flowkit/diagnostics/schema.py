@@ -1,0 +1,39 @@
+"""Attributes of ArviZ's InferenceData schema, which every Dataset of this package carries.
+
+netCDF knows neither bool nor None nor dict, so there are none of these among them.
+"""
+
+import datetime
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+
+EXACT = "exact"
+LOWER_BOUND = "lower bound"
+ESTIMATE = "estimate"
+STANDARD_ERROR = "standard error"
+DIAGNOSTIC = "diagnostic"
+
+
+def schema_attrs(sample_dims: Sequence[str] = (), **extra: Any) -> dict[str, Any]:
+    """The attributes of one group; ``extra`` values must be str, int, float or lists of str."""
+    attrs: dict[str, Any] = {
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "creation_library": "pyro_flowkit",
+        "creation_library_version": _version("pyro-flowkit"),
+        "creation_library_language": "Python",
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+    }
+    if sample_dims:
+        attrs["sample_dims"] = list(sample_dims)
+    return attrs | extra
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,419 @@
+r"""Normalizing flows as Pyro distributions.
+
+With z = base sample and x = f_K(... f_1(z)), the density is exact:
+
+.. math:: \log p(x) = \log p(z) + \sum_k \log |\det \partial f_k^{-1}|
+
+``FlowDistribution`` is that density; ``SplineFlow`` is the module that holds the layers and hands out distributions.
+
+References:
+    Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
+
+    Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for
+    Variational Inference. NeurIPS 2017 (``path_gradient``).
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import detach, sum_rightmost
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from pyro_flowkit._pyro import StoreModule
+from pyro_flowkit.bases import make_base
+from pyro_flowkit.nn import Activation, default_hidden_dims
+from pyro_flowkit.ops.rational_quadratic import Tails
+from pyro_flowkit.transforms.base import (
+    Bijection,
+    ConditionalFlowTransformModule,
+    ConditionedTransform,
+    check_context,
+    check_size,
+    stamp,
+)
+from pyro_flowkit.transforms.coupling import (
+    conditional_spline_coupling,
+    half_mask,
+    spline_coupling,
+)
+from pyro_flowkit.transforms.linear import LULinear, Standardization
+from pyro_flowkit.transforms.permute import Permute, permute
+
+
+class _Draw(NamedTuple):
+    value: "weakref.ref[Tensor]"
+    log_prob: Tensor
+    stamp: tuple
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    """A ``TransformedDistribution`` that runs each conditioner once.
+
+    Args:
+        base_dist: distribution of z.
+        transforms: a transform or a list of them, applied in order; transforms of this package, or any of
+            ``torch.distributions``.
+        path_gradient: let ``score_parts`` give the sticking-the-landing estimator (Roeder et al. 2017): the entropy
+            term with parameters, context and base parameters held fixed. Pyro's ``Trace_ELBO``, ``JitTrace_ELBO`` and
+            ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. It costs one extra pass through the
+            conditioners, and only while gradients are recorded.
+
+    Shapes: with batch shape B and event shape (D,), ``rsample(S)`` is ``S + B + (D,)`` and ``log_prob`` of it ``S + B``,
+    in nats.
+
+    The last draw is remembered with its log-density, which ``log_prob`` uses once, for that very tensor, if neither it
+    nor a parameter was written to since and the grad mode is the same. Copies and pickles do not carry it.
+    """
+
+    def __init__(
+        self,
+        base_dist: torch.distributions.Distribution,
+        transforms: Transform | list[Transform],
+        *,
+        path_gradient: bool = False,
+        validate_args: bool | None = None,
+    ):
+        super().__init__(base_dist, transforms, validate_args=validate_args)
+        self.path_gradient = path_gradient
+        self._draw: _Draw | None = None
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Draw, and give the log-density of the draws (nats), in one pass through the layers.
+
+        Returns:
+            Draws of shape ``sample_shape + batch_shape + event_shape`` and log-densities without the event shape.
+        """
+        value = self.base_dist.rsample(torch.Size(sample_shape))
+        log_prob = self.base_dist.log_prob(value)
+        event_dim = len(self.event_shape)
+        for transform in self.transforms:
+            if isinstance(transform, Bijection):
+                value, ladj = transform.call_and_ladj(value)
+            else:
+                x, value = value, transform(value)
+                ladj = transform.log_abs_det_jacobian(x, value)
+                ladj = sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
+            log_prob = log_prob - ladj
+        return value, log_prob
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        value, log_prob = self.rsample_and_log_prob(sample_shape)
+        self._draw = _Draw(weakref.ref(value), log_prob, stamp(self._tracked_tensors(), value))
+        return value
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``."""
+        draw, self._draw = self._draw, None
+        if draw is not None and draw.value() is value:
+            if draw.stamp == stamp(self._tracked_tensors(), value):
+                return draw.log_prob
+        return super().log_prob(value)
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        log_prob = self.log_prob(value)
+        if not (self.path_gradient and torch.is_grad_enabled()):
+            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
+        fixed = self._log_prob_with_fixed_parameters(value)
+        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=fixed)
+
+    @torch.no_grad()
+    def fixed_draws(self, num_pairs: int = 5000) -> Tensor:
+        """The same draws at every call, for summaries that shall not jump: shape ``(2 * num_pairs + 1, *B, D)``.
+
+        They come from one fixed seed; the global random state is neither read nor changed. Where the base is normal or
+        Student's t they are antithetic, and one is the image of its centre, so that the marginal medians of a flow that
+        is still affine are exact.
+        """
+        base = self.base_dist
+        device = base.sample().device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            torch.manual_seed(0)
+            z = base.sample((num_pairs,))
+            centre = getattr(getattr(base, "base_dist", None), "loc", None)
+            if centre is not None:
+                centre = centre.expand(base.batch_shape + base.event_shape)
+                z = torch.cat([centre.unsqueeze(0), z, 2 * centre - z])
+            else:
+                z = torch.cat([base.sample((1,)), z, base.sample((num_pairs,))])
+        for transform in self.transforms:
+            z = transform(z)
+        return z
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
+        return self.fixed_draws().mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
+        return self.fixed_draws().var(0)
+
+    def _log_prob_with_fixed_parameters(self, value: Tensor) -> Tensor:
+        fixed = [_with_fixed_context(transform) for transform in self.transforms]
+        with _fixed_parameters(fixed):
+            copy = dist.TransformedDistribution(detach(self.base_dist), fixed, validate_args=False)
+            return copy.log_prob(value)
+
+    def _tracked_tensors(self) -> list[Tensor]:
+        return [*_tensors_in(self.base_dist), *_tensors_in(self.transforms)]
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
+        """A new distribution of this batch shape, with the same ``path_gradient`` and nothing remembered."""
+        return FlowDistribution(
+            self.base_dist.expand(torch.Size(batch_shape)),
+            self.transforms,
+            path_gradient=self.path_gradient,
+            validate_args=self._validate_args,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_draw": None}
+
+
+def _tensors_in(part: Any) -> Iterator[Tensor]:
+    """The tensors that a distribution or a transform computes with."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Bijection):
+        yield from part.tracked_tensors()
+    elif isinstance(part, nn.Module):
+        yield from itertools.chain(part.parameters(), part.buffers())
+    elif isinstance(part, torch.distributions.Distribution | Transform):
+        yield from _tensors_in(list(vars(part).values()))
+    elif isinstance(part, list | tuple):
+        for item in part:
+            yield from _tensors_in(item)
+
+
+def _with_fixed_context(transform: Transform) -> Transform:
+    if isinstance(transform, ConditionedTransform):
+        return ConditionedTransform(transform.transform, transform.context.detach())
+    return transform if isinstance(transform, nn.Module) else detach(transform)
+
+
+@contextmanager
+def _fixed_parameters(transforms: list[Transform]) -> Iterator[None]:
+    """Let the transforms compute with detached parameters for a while (jit cannot trace ``functional_call``)."""
+    owners = [t.transform if isinstance(t, ConditionedTransform) else t for t in transforms]
+    swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    try:
+        for owner in owners:
+            for module in owner.modules() if isinstance(owner, nn.Module) else ():
+                parameters: dict[str, Any] = module._parameters
+                for name, parameter in parameters.items():
+                    if parameter is not None and parameter.requires_grad:
+                        swapped.append((parameters, name, parameter))
+                        parameters[name] = parameter.detach()
+        yield
+    finally:
+        for parameters, name, parameter in swapped:
+            parameters[name] = parameter
+
+
+class SplineFlow(StoreModule):
+    """A rational-quadratic spline coupling flow: density, prior or (with a context) conditional distribution.
+
+    Calling it gives a :class:`FlowDistribution` with event shape ``(input_dim,)``::
+
+        pyro.sample("x", flow(), obs=x)        # density of data; flow().log_prob(x) is exact
+        pyro.sample("z", flow())               # prior
+        pyro.sample("z", flow(encoder(x)))     # amortised posterior
+
+    A fresh flow is its base distribution. Inside a ``PyroModule`` it takes its name in the param store from there; on
+    its own it is SplineFlow, and further ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
+
+    Args:
+        input_dim: size D of the event, at least 1.
+        context_dim: size of the context, 0 for none.
+        num_transforms: number of couplings; masks alternate.
+        hidden_dims: widths of the conditioners' hidden layers; None is ``[10 * D, 10 * D]``, at most 128 each.
+        count_bins: bins of each spline.
+        bound: the splines live on ``[-bound, bound]``; see :meth:`standardize` for raw data.
+        tails: "linear" or "circular".
+        mixing: layer between couplings: "lu", "permute" (the last layer undoes the permutations) or None.
+        base: "normal", "student_t" (learned degrees of freedom), "conditional_normal" (location and scale are functions
+            of the context), or a Pyro distribution with event shape ``(D,)``.
+        coupling: True; the only kind there is so far.
+        activation: of the conditioners; None is ReLU.
+        residual: residual networks as conditioners, instead of multilayer perceptrons.
+        dropout: probability of dropping a hidden unit while training.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: for settings that make no flow, saying what was expected and what came.
+
+    Reference:
+        Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int = 0,
+        *,
+        num_transforms: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        count_bins: int = 8,
+        bound: float = 5.0,
+        tails: Tails = "linear",
+        mixing: Literal["lu", "permute"] | None = "lu",
+        base: str | torch.distributions.Distribution = "normal",
+        coupling: bool = True,
+        activation: Activation | type[nn.Module] | None = None,
+        residual: bool = False,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ):
+        super().__init__(name="SplineFlow")
+        _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, coupling)
+        self.input_dim = input_dim
+        self.context_dim = context_dim
+        hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else list(hidden_dims)
+        make: Callable[..., nn.Module] = spline_coupling
+        if context_dim:
+            make = partial(conditional_spline_coupling, context_dim=context_dim)
+        couplings = [
+            make(
+                input_dim,
+                hidden_dims=hidden_dims,
+                count_bins=count_bins,
+                bound=bound,
+                mask=half_mask(input_dim, flip=i % 2 == 1),
+                tails=tails,
+                activation=activation,
+                residual=residual,
+                dropout=dropout,
+            )
+            for i in range(num_transforms)
+        ]
+        self.layers = nn.ModuleList(_mix(couplings, input_dim, mixing, seed))
+        self.standardization = Standardization(input_dim)
+        self.base = make_base(base, input_dim, context_dim, hidden_dims)
+
+    def forward(
+        self, context: Tensor | None = None, *, path_gradient: bool = False
+    ) -> FlowDistribution:
+        """The distribution, for a context of shape ``(*batch, context_dim)`` where the flow has one.
+
+        Args:
+            context: conditions every coupling, and the base where it is "conditional_normal"; its batch shape becomes
+                the distribution's.
+            path_gradient: see :class:`FlowDistribution`.
+
+        Raises:
+            ValueError: if a context is missing, unexpected or of another size.
+        """
+        self.sync_with_store()
+        return self._distribution(context, path_gradient)
+
+    def transforms(self, context: Tensor | None = None) -> list[Transform]:
+        """The layers from base to sample, as transforms, without the standardisation."""
+        check_context(context, self.context_dim, "SplineFlow")
+        return [
+            layer.condition(context)
+            if isinstance(layer, ConditionalFlowTransformModule) and context is not None
+            else cast(Transform, layer)
+            for layer in self.layers
+        ]
+
+    def _distribution(
+        self, context: Tensor | None, path_gradient: bool = False
+    ) -> FlowDistribution:
+        return FlowDistribution(
+            self.base(context),
+            [*self.transforms(context), self.standardization],
+            path_gradient=path_gradient,
+        )
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Exact log-density (nats) of ``x`` of shape ``(*batch, D)``, shape ``(*batch,)``.
+
+        Raises:
+            ValueError: if shapes do not fit, or (while validation is on, as it is by default) a value is NaN.
+        """
+        self.sync_with_store(lend=False)
+        return self._distribution(context).log_prob(x)
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        """``n`` draws without gradient, shape ``(n, *batch, D)`` where batch is the batch shape of the context."""
+        self.sync_with_store(lend=False)
+        return self._distribution(context).sample((n,))
+
+    def standardize(
+        self, data: Tensor, kind: Literal["diagonal", "full"] = "diagonal"
+    ) -> "SplineFlow":
+        """Fit shift and scale of the outermost layer to data, so that the splines see it within their bound.
+
+        The layer is part of the density, log-det included, and of ``state_dict`` and param store; it is not learned.
+
+        Args:
+            data: shape ``(n, D)``, finite.
+            kind: "diagonal" divides each column by its standard deviation; "full" whitens, so that a fresh flow with a
+                normal base is the Gaussian of maximum likelihood.
+
+        Returns:
+            The flow itself.
+
+        Raises:
+            ValueError: if the data is not finite, of another shape, or has no spread.
+        """
+        self.standardization.fit(data, kind)
+        return self
+
+
+def _mix(
+    couplings: list[nn.Module], input_dim: int, mixing: str | None, seed: int
+) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    order = torch.arange(input_dim)
+    for i, coupling in enumerate(couplings):
+        if i > 0 and mixing == "lu":
+            layers.append(LULinear(input_dim))
+        elif i > 0 and mixing == "permute":
+            shuffle = permute(input_dim, seed=seed + i)
+            order = order[shuffle.permutation]
+            layers.append(shuffle)
+        layers.append(coupling)
+    if mixing == "permute" and len(couplings) > 1:
+        layers.append(Permute(order.argsort()))
+    return layers
+
+
+def _validate_flow(
+    input_dim: int,
+    context_dim: int,
+    num_transforms: int,
+    tails: Tails,
+    mixing: str | None,
+    coupling: bool,
+) -> None:
+    sizes = (("input_dim", input_dim, 1), ("context_dim", context_dim, 0))
+    for name, value, least in (*sizes, ("num_transforms", num_transforms, 1)):
+        check_size(name, value, least)
+    if tails not in ("linear", "circular"):
+        raise ValueError(
+            f'Expected tails to be "linear" or "circular" for a SplineFlow, got {tails!r}.'
+        )
+    if mixing not in ("lu", "permute", None):
+        raise ValueError(f'Expected mixing to be "lu", "permute" or None, got {mixing!r}.')
+    if mixing == "lu" and tails == "circular":
+        raise ValueError(
+            'Expected mixing "permute" or None with circular tails, got "lu": a linear map does not keep the period.'
+        )
+    if not coupling:
+        raise ValueError(
+            "Expected coupling=True, got False: autoregressive flows are not available."
+        )

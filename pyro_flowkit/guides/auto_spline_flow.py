@@ -1,0 +1,283 @@
+"""AutoSplineFlow: an autoguide over all continuous latents of a model, a spline flow and then a learned affine map.
+
+In unconstrained space the guide is
+
+    z ~ base,    latent = loc + S f(z),
+
+where f is a spline flow, the identity at first, and loc and S (full or diagonal) are learned: at step 0 the guide is
+the Gaussian that Pyro's AutoMultivariateNormal and AutoDiagonalNormal start from, and it only leaves the Gaussians
+where that raises the ELBO.
+
+References:
+    Abhinav Agrawal, Daniel Sheldon, Justin Domke. Advances in Black-Box VI: Normalizing Flows, Importance Weighting,
+    and Optimization. NeurIPS 2020.
+
+    Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing. NeurIPS 2017 (``path_gradient``).
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import detach
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_flowkit._pyro import StoreModule
+from pyro_flowkit.flows import FlowDistribution, SplineFlow
+from pyro_flowkit.transforms.compose import Compose
+from pyro_flowkit.transforms.linear import Affine
+
+DEFAULT_INIT_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say: plain values."""
+
+    lr: float = 3e-3
+    num_particles: int = 32
+    scheduler: str = "step"
+    max_steps: int = 3000
+
+
+class AutoSplineFlow(AutoContinuous, StoreModule):
+    """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
+
+        guide = AutoSplineFlow(model)
+        svi = SVI(model, guide, Adam({"lr": 3e-3}), Trace_ELBO())
+
+    Args:
+        model: a Pyro model. Its structure and latent dimension are fixed by the first call, or by :meth:`setup`.
+        init_loc_fn: per-site initialisation (``pyro.infer.autoguide.initialization``); None is ``init_to_median``.
+        init_scale: initial standard deviation of every unconstrained latent, a float > 0; None is 0.1.
+        num_transforms: number of couplings.
+        hidden_dims: widths of the conditioners' hidden layers; None is ``[10 * D, 10 * D]``, at most 128 each, for D
+            unconstrained latents.
+        count_bins: bins of each spline.
+        bound: the splines live on ``[-bound, bound]``, in units of the affine map's scale.
+        base: "normal" or "student_t" (learned degrees of freedom, 10 at first).
+        affine: scale of the affine map, "full" or "diagonal".
+        path_gradient: the sticking-the-landing gradient under ``Trace_ELBO``; see
+            :class:`~pyro_flowkit.FlowDistribution`.
+
+    Device and dtype are those of the model's latents; ``.to()`` or ``.double()`` before the first call wins.
+
+    Raises:
+        ValueError: for bad settings; at setup, for a discrete latent, a latent on the sphere, or latents inside a
+            subsampled plate, with what to do instead.
+        RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
+    """
+
+    _warns_of_other_name = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Callable[[dict], Tensor] | None = None,
+        init_scale: float | None = None,
+        num_transforms: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        count_bins: int = 8,
+        bound: float = 5.0,
+        base: Literal["normal", "student_t"] = "normal",
+        affine: Literal["full", "diagonal"] = "full",
+        path_gradient: bool = True,
+    ):
+        if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
+            raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
+        if base not in ("normal", "student_t"):
+            raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
+        if affine not in ("full", "diagonal"):
+            raise ValueError(f'Expected affine to be "full" or "diagonal", got {affine!r}.')
+        AutoContinuous.__init__(
+            self, model, init_loc_fn=init_to_median if init_loc_fn is None else init_loc_fn
+        )
+        self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
+        self.affine_kind = affine
+        self.path_gradient = path_gradient
+        self._flow_settings: dict[str, Any] = {
+            "num_transforms": num_transforms,
+            "hidden_dims": hidden_dims,
+            "count_bins": count_bins,
+            "bound": bound,
+            "base": base,
+        }
+        SplineFlow(1, **self._flow_settings)  # bad settings are said here, not at the first call
+        self._conversions: list[Callable[[Tensor], Tensor]] = []
+
+    def setup(self, *args: Any, **kwargs: Any) -> "AutoSplineFlow":
+        """Run the model once on these arguments and build the parameters; nothing happens if that was done before.
+
+        Returns:
+            The guide itself.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+            with poutine.block():
+                self._create_plates(*args, **kwargs)
+                self.sync_with_store()
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._setup_prototype(*args, **kwargs)
+            self._refuse_subsampled_latents()
+        except Exception:
+            self.prototype_trace = None  # a guide that was refused is not set up
+            raise
+        self._lighten_prototype()
+        loc = self._init_loc()
+        flow = SplineFlow(self.latent_dim, **self._flow_settings)
+        self.flow = flow.to(dtype=loc.dtype, device=loc.device)
+        self.affine = Affine(loc, self.init_scale, self.affine_kind)
+        for conversion in self._conversions:
+            self._apply(conversion)
+        self._conversions.clear()
+
+    def _lighten_prototype(self) -> None:
+        """Keep shapes, supports and first values; drop the data, the model's parameters and every graph.
+
+        The prototype is copied and pickled with the guide.
+        """
+        nodes = cast(poutine.Trace, self.prototype_trace).nodes
+        nodes["_INPUT"].update(args=(), kwargs={})
+        nodes["_RETURN"]["value"] = None
+        for site in nodes.values():
+            if site["type"] == "sample":
+                fn = site["fn"]
+                support = detach(fn.support)
+                site["fn"] = dist.ImproperUniform(support, fn.batch_shape, fn.event_shape)
+                site["value"] = site["value"].detach()
+
+    def _refuse_subsampled_latents(self) -> None:
+        for name, stack in self._cond_indep_stacks.items():
+            for frame in stack:
+                if frame.full_size is not None and frame.full_size != frame.size:
+                    raise ValueError(
+                        f"Expected every latent outside of subsampled plates, got {name!r} inside plate "
+                        f"{frame.name!r}, which subsamples {frame.size} of {frame.full_size}: a guide without "
+                        "amortisation would tie the slots of a minibatch to the latents of other rows. Use "
+                        "AmortizedSplineFlow, or the whole plate."
+                    )
+
+    def recipe(self) -> Recipe:
+        """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
+        return Recipe()
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent; ``{site: value}``, with the model's arguments."""
+        if self.prototype_trace is None:
+            self.setup(*args, **kwargs)
+        self.sync_with_store()
+        return super().forward(*args, **kwargs)
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """Distribution of z, event shape ``(latent_dim,)``."""
+        self._require_setup()
+        return self.flow.base()
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
+        """The map from z to the unconstrained latents, event_dim 1."""
+        self._require_setup()
+        return Compose([*self.flow.layers, self.affine])
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """Distribution of the unconstrained latents, event shape ``(latent_dim,)``."""
+        self._require_setup()
+        return FlowDistribution(
+            self.get_base_dist(),
+            [*self.flow.layers, self.affine],
+            path_gradient=self.path_gradient,
+        )
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        draws = self._fixed_latents()
+        return _sorted_quantile(draws, 0.5), draws.std(0)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal median of every latent, ``{site: value}``; from fixed draws, so the same at every call."""
+        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Marginal quantiles of every latent, ``{site: values}`` stacked along a new first dimension.
+
+        They are those of :meth:`FlowDistribution.fixed_draws`, taken in unconstrained space.
+
+        Raises:
+            ValueError: for a quantile outside of [0, 1].
+        """
+        ordered = self._fixed_latents().sort(0).values
+        result: dict[str, list[Tensor]] = {}
+        for quantile in torch.as_tensor(quantiles, dtype=torch.float64).reshape(-1).tolist():
+            latent = _sorted_quantile(ordered, quantile, is_sorted=True)
+            for site, unconstrained in self._unpack_latent(latent):
+                value = biject_to(site["fn"].support)(unconstrained)
+                result.setdefault(site["name"], []).append(value)
+        return {name: torch.stack(values) for name, values in result.items()}
+
+    @torch.no_grad()
+    def _fixed_latents(self) -> Tensor:
+        self._require_setup()
+        self.sync_with_store(lend=False)
+        return self.get_posterior().fixed_draws()
+
+    def _require_setup(self) -> None:
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no parameters yet: call setup(*args, **kwargs) with the model's arguments, "
+                "or the guide itself, first."
+            )
+
+    # Parameters exist only after setup; to give out none instead would train nothing, silently.
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._require_setup()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._require_setup()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._require_setup()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoSplineFlow":
+        if self.prototype_trace is None:
+            self._conversions.append(fn)
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Unlike Pyro's, leaves the guide itself as it is: only the copy is without model and master.
+        state = StoreModule.__getstate__(self) if self.prototype_trace else self.__dict__.copy()
+        return {**state, "_model": None, "master": None, "_conversions": []}
+
+    def __deepcopy__(self, memo: dict) -> "AutoSplineFlow":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._model = self._model  # the same model: a copy can be trained on
+        new._conversions = list(self._conversions)
+        return new
+
+
+def _sorted_quantile(draws: Tensor, quantile: float, *, is_sorted: bool = False) -> Tensor:
+    """Linear-interpolated quantile along dim 0, without ``torch.quantile``'s limit on the size."""
+    if not 0.0 <= quantile <= 1.0:
+        raise ValueError(f"Expected quantiles in [0, 1], got {quantile!r}.")
+    ordered = draws if is_sorted else draws.sort(0).values
+    position = quantile * (len(ordered) - 1)
+    low = min(int(position), len(ordered) - 2)
+    return torch.lerp(ordered[low], ordered[low + 1], position - low)

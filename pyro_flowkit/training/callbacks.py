@@ -1,0 +1,51 @@
+"""What a callback sees and may do while `fit` runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class FitState:
+    """The state of a running fit, handed to every hook.
+
+    Attributes:
+        model: The model being trained.
+        guide: Its guide, or None.
+        optimizer: The torch optimizer.
+        step: Number of steps done.
+        epoch: Number of epochs begun, minus one; 0 without data.
+        elbo: The last step's objective, per datum where data were given (nats).
+        learning_rate: Learning rate of the first parameter group.
+        validation: The last validation objective (nats per datum), or None.
+        stop: Set to a text to end the fit after this step; it becomes the result's `stop_reason`.
+    """
+
+    model: Any
+    guide: Any
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    epoch: int = 0
+    elbo: float = float("nan")
+    learning_rate: float = float("nan")
+    validation: float | None = None
+    stop: str | None = None
+
+
+class Callback:
+    """Base class of callbacks; each hook does nothing until overridden."""
+
+    def on_start(self, state: FitState) -> None:
+        """Called once, before the first step."""
+
+    def on_step(self, state: FitState) -> None:
+        """Called after every step, skipped ones included."""
+
+    def on_validation(self, state: FitState) -> None:
+        """Called after every validation; `state.validation` is fresh."""
+
+    def on_end(self, state: FitState) -> None:
+        """Called once at the end, with the returned parameters in place."""

@@ -1,0 +1,59 @@
+"""The progress bar: smoothed ELBO, validation, steps per second; tqdm is loaded when shown."""
+
+from __future__ import annotations
+
+import math
+
+from pyro_flowkit.training.callbacks import FitState
+
+
+class Bar:
+    """A tqdm bar, or nothing.
+
+    Args:
+        show: False is silent.
+        total: Number of steps, where known.
+        per_datum: Whether the ELBO is per datum.
+    """
+
+    interval = 0.2
+    memory = 0.98
+
+    def __init__(self, show: bool, total: int | None, per_datum: bool) -> None:
+        self._bar = None
+        self._unit = "nats/datum" if per_datum else "nats"
+        self._smoothed = self._weight = self._shown = 0.0
+        self._pending = 0
+        if show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, unit="step", desc="fit", dynamic_ncols=True)
+
+    def step(self, state: FitState, seconds: float) -> None:
+        """Takes in a step; redraws a few times per second at most."""
+        if self._bar is None:
+            return
+        self._pending += 1
+        if math.isfinite(state.elbo):
+            self._smoothed = self.memory * self._smoothed + (1 - self.memory) * state.elbo
+            self._weight = self.memory * self._weight + (1 - self.memory)
+        if seconds - self._shown >= self.interval:
+            self._shown = seconds
+            self._draw(state)
+
+    def _draw(self, state: FitState) -> None:
+        if self._bar is None:
+            return
+        elbo = self._smoothed / self._weight if self._weight else math.nan
+        text = f"ELBO {elbo:.4g} {self._unit}"
+        if state.validation is not None:
+            text += f", validation {state.validation:.4g}"
+        self._bar.set_postfix_str(f"{text}, lr {state.learning_rate:.1e}", refresh=False)
+        self._bar.update(self._pending)
+        self._pending = 0
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self._bar is not None:
+            self._bar.update(self._pending)
+            self._bar.close()

@@ -1,0 +1,95 @@
+"""Learning-rate schedules as functions of the share of the budget that is used up.
+
+A schedule multiplies every group's initial learning rate by f(u), with u in [0, 1) the larger of
+(steps done / steps allowed) and (seconds passed / seconds allowed):
+
+    constant   f(u) = 1
+    cosine     f(u) = (1 + cos(pi u)) / 2
+    step       f(u) = 1, then 1/10 from u = 0.5, then 1/100 from u = 0.8
+
+"plateau" has no budget: it divides the rate by ten whenever the objective stops improving, twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda used: 1.0,
+    "cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * used)),
+    "step": lambda used: 1.0 if used < 0.5 else 0.1 if used < 0.8 else 0.01,
+}
+
+
+class Schedule:
+    """Sets an optimizer's learning rate; also says whether a plateau ends the fit.
+
+    Args:
+        optimizer: The optimizer, with its initial learning rates.
+        scheduler: "constant", "cosine", "step", "plateau", or a callable that takes the optimizer
+            and returns a `torch.optim.lr_scheduler.LRScheduler`, stepped once per optimizer step.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If the callable returns something else than an `LRScheduler`, or one that needs
+            a metric (`ReduceLROnPlateau`).
+    """
+
+    drops = 2
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: str | Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+    ) -> None:
+        self._optimizer = optimizer
+        self._initial = [float(group["lr"]) for group in optimizer.param_groups]
+        self._factor: Callable[[float], float] | None = None
+        self._torch: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._drops_left = 0
+        if callable(scheduler):
+            built = scheduler(optimizer)
+            if isinstance(built, torch.optim.lr_scheduler.ReduceLROnPlateau) or not isinstance(
+                built, torch.optim.lr_scheduler.LRScheduler
+            ):
+                raise TypeError(
+                    "expected scheduler(optimizer) to return an LRScheduler that needs no metric, "
+                    f"got {type(built).__name__}"
+                )
+            self._torch = built
+        elif scheduler == "plateau":
+            self._drops_left = self.drops
+        elif scheduler in SCHEDULES:
+            self._factor = SCHEDULES[scheduler]
+        else:
+            names = ", ".join([*SCHEDULES, "plateau"])
+            raise ValueError(f"expected scheduler to be one of {names}, got {scheduler!r}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The first parameter group's learning rate."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def before_step(self, used: float) -> None:
+        """Sets the rate for the next step; `used` is the share of the budget that is gone."""
+        if self._factor is not None:
+            factor = self._factor(min(used, 1.0))
+            for group, initial in zip(self._optimizer.param_groups, self._initial, strict=True):
+                group["lr"] = initial * factor
+
+    def after_step(self) -> None:
+        """Advances a torch scheduler after an optimizer step."""
+        if self._torch is not None:
+            self._torch.step()
+
+    def on_plateau(self) -> bool:
+        """Lowers the rate where that is still to be done; True if the fit should end instead."""
+        if self._drops_left == 0:
+            return True
+        self._drops_left -= 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["lr"] / 10
+        return False

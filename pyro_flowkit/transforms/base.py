@@ -1,0 +1,334 @@
+r"""The shape that every transform of this package shares.
+
+A transform maps the base to the sample (forward). It is written once, as a pair of functions that return value and
+log-det together, each running its conditioner once:
+
+.. math::
+
+    \mathrm{call\_and\_ladj}(x) &= (y, \log|\det dy/dx|) \\
+    \mathrm{inverse\_and\_ladj}(y) &= (x, \log|\det dx/dy|)
+
+Everything that ``torch.distributions`` and Pyro ask of a transform follows from these two. Nothing is kept between
+calls: the log-det that an inverse computed travels with the tensor that it returned, is used once by
+``log_abs_det_jacobian``, and is neither copied nor pickled.
+"""
+
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from pyro.distributions import TransformModule, constraints
+from pyro.distributions.conditional import ConditionalTransformModule
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+# under which attribute of an inverse's result its log-det travels
+_HINT = "_inverse_ladj"
+
+
+class Bijection(Transform):
+    """A transform of vectors given by ``call_and_ladj`` and ``inverse_and_ladj``.
+
+    ``sign``, the sign of the Jacobian's determinant, is +1 unless a subclass says otherwise.
+    """
+
+    bijective = True
+    sign = 1
+    input_dim: int
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return constraints.real_vector
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.domain
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(*batch, input_dim)`` forward; the log-det has shape ``(*batch,)`` and is in nats."""
+        raise NotImplementedError
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(*batch, input_dim)`` back; the log-det is that of the inverse map."""
+        raise NotImplementedError
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, inverse_ladj = self.inverse_and_ladj(y)
+        if x is not y and not torch.compiler.is_compiling():
+            x.__dict__[_HINT] = InverseLogDet(self, y, inverse_ladj)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dy/dx| (nats), shape ``(*batch,)``; free when ``x`` has just come from ``inv(y)``."""
+        if not torch.compiler.is_compiling():
+            remembered = x.__dict__.get(_HINT)
+            if isinstance(remembered, InverseLogDet):
+                inverse_ladj = remembered.take(self, y)
+                if inverse_ladj is not None:
+                    return -inverse_ladj
+        return self.call_and_ladj(x)[1]
+
+    def with_cache(self, cache_size: int = 1) -> "Bijection":
+        """Return self: nothing is cached between calls, whatever the size."""
+        return self
+
+    def tracked_tensors(self) -> list[Tensor]:
+        """The tensors that the map depends on, for telling whether a remembered result still holds."""
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        check_vector(x, self.input_dim, type(self).__name__)
+
+
+class InverseLogDet:
+    """The log-det that an inverse computed, riding on its result; taken at most once, by the transform that made it."""
+
+    __slots__ = ("_transform", "_y", "_ladj", "_stamp")
+
+    def __init__(self, transform: Bijection, y: Tensor, ladj: Tensor):
+        self._transform = weakref.ref(transform)
+        self._y = weakref.ref(y)
+        self._ladj: Tensor | None = ladj
+        self._stamp = stamp(transform.tracked_tensors(), y)
+
+    def take(self, transform: Bijection, y: Tensor) -> Tensor | None:
+        ladj, self._ladj = self._ladj, None
+        fits = self._transform() is transform and self._y() is y
+        return ladj if fits and self._stamp == stamp(transform.tracked_tensors(), y) else None
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return OrderedDict, ()  # an empty container that every unpickler accepts, and nobody reads
+
+
+def stamp(tensors: list[Tensor], value: Tensor) -> tuple:
+    """What must not have changed for a result computed from ``tensors`` and ``value`` to hold still."""
+    return (torch.is_grad_enabled(), version(value), *((id(t), version(t)) for t in tensors))
+
+
+def version(tensor: Tensor) -> int:
+    """Number of in-place writes so far; inference tensors do not count them, nor can they be written later."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def forget_unconstrained(module: nn.Module) -> None:
+    """Remove the weak references that Pyro's param store hangs on parameters, which cannot be pickled."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.__dict__.pop("unconstrained", None)
+
+
+class FlowTransformModule(Bijection, TransformModule):
+    """A :class:`Bijection` with parameters: at once a ``torch.distributions`` transform and an ``nn.Module``."""
+
+    def __init__(self, input_dim: int):
+        super().__init__(cache_size=0)
+        check_size("input_dim", input_dim)
+        self.input_dim = input_dim
+
+    @property
+    def inv(self) -> "FlowTransformModule":
+        """The inverse, which is a module and owns the same parameters; ``t.inv.inv is t``."""
+        return InverseTransformModule(self)
+
+    def tracked_tensors(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_unconstrained(self)
+        return super().__getstate__()
+
+    __repr__ = nn.Module.__repr__
+    __hash__ = nn.Module.__hash__
+
+
+class InverseTransformModule(FlowTransformModule):
+    """The inverse of a transform, as a module: a ``ComposeTransformModule`` finds and trains its parameters."""
+
+    def __init__(self, transform: FlowTransformModule):
+        super().__init__(transform.input_dim)
+        self.transform = transform
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @property
+    def inv(self) -> FlowTransformModule:
+        return self.transform
+
+    @property
+    def sign(self) -> int:
+        return self.transform.sign
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.transform._inverse(x)  # which sends the log-det along
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_ladj(y)
+
+
+class ConditionalFlowTransformModule(nn.Module):
+    """A transform whose map depends on a context; ``condition(context)`` gives a transform.
+
+    A plain module, registered as a virtual subclass of Pyro's ``ConditionalTransformModule``: the metaclass of Pyro's
+    own keeps it from going through ``to_pyro_module_``.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int):
+        super().__init__()
+        check_size("input_dim", input_dim)
+        check_size("context_dim", context_dim)
+        self.input_dim = input_dim
+        self.context_dim = context_dim
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return constraints.real_vector
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.domain
+
+    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(*batch, input_dim)`` forward under a context ``(*batch, context_dim)``; the two broadcast."""
+        raise NotImplementedError
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Map back under a context; the log-det is that of the inverse map."""
+        raise NotImplementedError
+
+    def condition(self, context: Tensor) -> "ConditionedTransform":
+        """The transform for this context, shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: if the context is missing or of another size.
+        """
+        check_context(context, self.context_dim, type(self).__name__)
+        return ConditionedTransform(self, context)
+
+    def _check_inputs(self, x: Tensor, context: Tensor | None) -> None:
+        check_vector(x, self.input_dim, type(self).__name__)
+        check_context(context, self.context_dim, type(self).__name__)
+
+    @property
+    def inv(self) -> "ConditionalInverseTransformModule":
+        return ConditionalInverseTransformModule(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_unconstrained(self)
+        return self.__dict__.copy()
+
+
+ConditionalTransformModule.register(ConditionalFlowTransformModule)
+
+
+class ConditionalInverseTransformModule(ConditionalFlowTransformModule):
+    """The inverse of a conditional transform."""
+
+    def __init__(self, transform: ConditionalFlowTransformModule):
+        super().__init__(transform.input_dim, transform.context_dim)
+        self.transform = transform
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @property
+    def inv(self) -> ConditionalFlowTransformModule:
+        return self.transform
+
+    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(x, context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_ladj(y, context)
+
+
+class ConditionedTransform(Bijection):
+    """A conditional transform with its context filled in; a context batch becomes part of the batch shape."""
+
+    def __init__(self, transform: ConditionalFlowTransformModule, context: Tensor):
+        super().__init__(cache_size=0)
+        self.transform = transform
+        self.context = context
+        self.input_dim = transform.input_dim
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_ladj(x, self.context)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(y, self.context)
+
+    def tracked_tensors(self) -> list[Tensor]:
+        return [self.context, *self.transform.parameters(), *self.transform.buffers()]
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        batch_shape = torch.broadcast_shapes(shape[:-1], self.context.shape[:-1])
+        return torch.Size([*batch_shape, *shape[-1:]])
+
+    inverse_shape = forward_shape
+    __hash__ = object.__hash__
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """Raise a ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected {name} to be an integer >= {least}, got {value!r}.")
+
+
+def check_vector(x: Tensor, input_dim: int, owner: str) -> None:
+    """Raise a ValueError unless ``x`` has shape ``(*batch, input_dim)``."""
+    if torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
+        return
+    if x.dim() < 1 or x.shape[-1] != input_dim:
+        raise ValueError(
+            f"Expected input of shape (*batch, {input_dim}) for {owner}, got shape {tuple(x.shape)}."
+        )
+
+
+def check_context(context: Tensor | None, context_dim: int, owner: str) -> None:
+    """Raise a ValueError unless the context is there exactly when it is expected, with the right size."""
+    if context is None:
+        if context_dim:
+            raise ValueError(
+                f"Expected a context of shape (*batch, {context_dim}) for {owner}, got none."
+            )
+    elif not context_dim:
+        raise ValueError(
+            f"Expected no context for {owner} (context_dim=0), got one of shape {tuple(context.shape)}."
+        )
+    elif torch.jit.is_tracing():  # as above
+        return
+    elif context.dim() < 1 or context.shape[-1] != context_dim:
+        raise ValueError(
+            f"Expected a context of shape (*batch, {context_dim}) for {owner}, got shape "
+            f"{tuple(context.shape)}."
+        )

@@ -1,0 +1,307 @@
+r"""Spline coupling: one part of the vector passes through, and conditions the splines of the other.
+
+With the vector split by a mask into x_p (passed through to the conditioner) and x_t (transformed):
+
+.. math::
+
+    y_p &= S(x_p), \qquad y_t = R(x_t;\, c(x_p)) \\
+    \log|\det dy/dx| &= \textstyle\sum \log S'(x_p) + \sum \log R'(x_t;\, c(x_p)) \\
+    x_p &= S^{-1}(y_p), \qquad x_t = R^{-1}(y_t;\, c(x_p)) \\
+    \log|\det dx/dy| &= -\log|\det dy/dx|
+
+S is an element-wise spline with free parameters (the identity with ``identity=True``), R are element-wise splines whose
+parameters are the output of the conditioner c. Both directions cost the same: one run of c.
+
+Reference:
+    Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019, section 3.1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_flowkit.nn import Activation, default_hidden_dims, make_conditioner
+from pyro_flowkit.ops.rational_quadratic import (
+    Tails,
+    rational_quadratic_forward,
+    rational_quadratic_inverse,
+)
+from pyro_flowkit.transforms.base import (
+    ConditionalFlowTransformModule,
+    FlowTransformModule,
+    check_size,
+)
+from pyro_flowkit.transforms.spline import SplineFunction, SplineSettings, check_order
+
+# The conditioner sees its inputs clamped to this size, so that inf makes neither its output nor its gradient NaN. Both
+# directions clamp the same values: the map stays a bijection with the log-det above.
+CONDITIONER_LIMIT = 1e4
+
+
+class _Coupling(nn.Module):
+    """What the two couplings share: the split, the splines and the map itself, with or without a context."""
+
+    settings: SplineSettings
+    conditioner: nn.Module
+    passed_params: nn.Parameter | None
+    permutation: Tensor
+    inverse_permutation: Tensor
+    split_dim: int
+
+    def _setup(
+        self, conditioner: nn.Module, mask: Tensor, settings: SplineSettings, identity: bool
+    ) -> None:
+        self.settings = settings
+        self.conditioner = conditioner
+        self.split_dim = int(mask.sum())
+        # passed-through dimensions first, then the transformed ones
+        permutation = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("inverse_permutation", permutation.argsort())
+        if identity or self.split_dim == 0:
+            self.register_parameter("passed_params", None)
+        else:
+            self.passed_params = nn.Parameter(torch.zeros(self.split_dim * settings.num_params))
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.settings.domain
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of shape ``(input_dim,)``; True = passed through to the conditioner."""
+        return self.inverse_permutation < self.split_dim
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x_passed, x_transformed = self._split(x)
+        y_passed, ladj = self._map_passed(rational_quadratic_forward, x_passed)
+        params = self._params(x_passed, context)
+        return self._merge(
+            y_passed, ladj, *self.settings.apply(rational_quadratic_forward, x_transformed, params)
+        )
+
+    def _backward(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y_passed, y_transformed = self._split(y)
+        x_passed, ladj = self._map_passed(rational_quadratic_inverse, y_passed)
+        params = self._params(x_passed, context)
+        return self._merge(
+            x_passed, ladj, *self.settings.apply(rational_quadratic_inverse, y_transformed, params)
+        )
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.settings.check_inside(x, type(self).__name__)
+        x = x.index_select(-1, self.permutation)
+        return x[..., : self.split_dim], x[..., self.split_dim :]
+
+    def _params(self, x_passed: Tensor, context: Tensor | None) -> Tensor:
+        return self.conditioner(x_passed.clamp(-CONDITIONER_LIMIT, CONDITIONER_LIMIT), context)
+
+    def _map_passed(self, function: SplineFunction, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.passed_params is None:
+            return x, None
+        return self.settings.apply(function, x, self.passed_params)
+
+    def _merge(
+        self, passed: Tensor, passed_ladj: Tensor | None, transformed: Tensor, ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        passed = passed.expand(
+            *transformed.shape[:-1], passed.shape[-1]
+        )  # a context may widen the batch
+        value = torch.cat([passed, transformed], dim=-1).index_select(-1, self.inverse_permutation)
+        total = ladj.sum(-1)
+        return value, total if passed_ladj is None else total + passed_ladj.sum(-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.settings}, identity={self.passed_params is None}"
+
+
+class SplineCoupling(_Coupling, FlowTransformModule):
+    """Spline coupling without a context; see the module's docstring for its equations.
+
+    Args:
+        input_dim: size D of the event. With D = 1 there is nothing to condition on: an element-wise spline.
+        conditioner: module ``(x_passed, context) -> (*batch, num_transformed * num_spline_params)``.
+        mask: bool tensor of shape ``(D,)``; True = passed through to the conditioner.
+        settings: bins, bound and tails.
+        identity: leave the passed-through part as it is.
+
+    Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        conditioner: nn.Module,
+        *,
+        mask: Tensor,
+        settings: SplineSettings,
+        identity: bool = False,
+    ):
+        super().__init__(input_dim)
+        self._setup(conditioner, mask, settings, identity)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_input(x)
+        return self._forward(x, None)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_input(y)
+        return self._backward(y, None)
+
+
+class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):
+    """Spline coupling whose conditioner also reads a context of shape ``(*batch, context_dim)``.
+
+    Arguments as for :class:`SplineCoupling`; the spline of the passed-through part does not see the context.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        conditioner: nn.Module,
+        *,
+        mask: Tensor,
+        settings: SplineSettings,
+        identity: bool = False,
+    ):
+        super().__init__(input_dim, context_dim)
+        self._setup(conditioner, mask, settings, identity)
+
+    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_inputs(x, context)
+        return self._forward(x, context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_inputs(y, context)
+        return self._backward(y, context)
+
+
+def spline_coupling(
+    input_dim: int,
+    split_dim: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    count_bins: int = 8,
+    bound: float = 3.0,
+    *,
+    mask: Tensor | None = None,
+    identity: bool = False,
+    tails: Tails = "linear",
+    activation: Activation | type[nn.Module] | None = None,
+    residual: bool = False,
+    dropout: float = 0.0,
+    order: str = "quadratic",
+) -> SplineCoupling:
+    """A :class:`SplineCoupling` with its conditioner; Pyro's helper of the same name, the identity at first.
+
+    Args:
+        input_dim: size D of the event, at least 1.
+        split_dim: the first ``split_dim`` dimensions pass through; None is ``D // 2``.
+        hidden_dims: widths of the conditioner's hidden layers; None is ``[10 * D, 10 * D]``, at most 128 each.
+        count_bins: number of bins.
+        bound: the splines live on ``[-bound, bound]``.
+        mask: bool tensor of shape ``(D,)``, True = passed through to the conditioner; overrides ``split_dim``.
+        identity: leave the passed-through part as it is, instead of giving it an element-wise spline.
+        tails: "linear", "circular" or None; see :func:`~pyro_flowkit.ops.rational_quadratic_forward`.
+        activation: of the conditioner; None is ReLU.
+        residual: a residual network as the conditioner, instead of a multilayer perceptron.
+        dropout: probability of dropping a hidden unit while training.
+        order: "quadratic", the only one there is; Pyro's "linear" is refused.
+
+    Raises:
+        ValueError: for settings that make no coupling, saying what was expected and what came.
+    """
+    check_order(order)
+    settings = SplineSettings(count_bins, bound, tails)
+    mask = _make_mask(input_dim, split_dim, mask)
+    network = {"activation": activation, "residual": residual, "dropout": dropout}
+    conditioner = _make_conditioner(mask, hidden_dims, settings, 0, network)
+    return SplineCoupling(input_dim, conditioner, mask=mask, settings=settings, identity=identity)
+
+
+def conditional_spline_coupling(
+    input_dim: int,
+    context_dim: int,
+    split_dim: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    count_bins: int = 8,
+    bound: float = 3.0,
+    *,
+    mask: Tensor | None = None,
+    identity: bool = False,
+    tails: Tails = "linear",
+    activation: Activation | type[nn.Module] | None = None,
+    residual: bool = False,
+    dropout: float = 0.0,
+    order: str = "quadratic",
+) -> ConditionalSplineCoupling:
+    """A :class:`ConditionalSplineCoupling` with its conditioner; arguments as for :func:`spline_coupling`."""
+    check_order(order)
+    settings = SplineSettings(count_bins, bound, tails)
+    mask = _make_mask(input_dim, split_dim, mask)
+    network = {"activation": activation, "residual": residual, "dropout": dropout}
+    conditioner = _make_conditioner(mask, hidden_dims, settings, context_dim, network)
+    return ConditionalSplineCoupling(
+        input_dim, context_dim, conditioner, mask=mask, settings=settings, identity=identity
+    )
+
+
+def _make_conditioner(
+    mask: Tensor,
+    hidden_dims: Sequence[int] | None,
+    settings: SplineSettings,
+    context_dim: int,
+    network: dict[str, Any],
+) -> nn.Module:
+    input_dim, split_dim = len(mask), int(mask.sum())
+    return make_conditioner(
+        split_dim,
+        (input_dim - split_dim) * settings.num_params,
+        default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims,
+        context_dim=context_dim,
+        **network,
+    )
+
+
+def half_mask(input_dim: int, *, flip: bool = False) -> Tensor:
+    """Bool mask of shape ``(input_dim,)`` that passes the first half through, or the second with ``flip``.
+
+    With one dimension nothing passes: it is always the one transformed.
+    """
+    mask = torch.arange(input_dim) < input_dim // 2
+    return ~mask if flip and input_dim > 1 else mask
+
+
+def _make_mask(input_dim: int, split_dim: int | None, mask: Tensor | None) -> Tensor:
+    check_size("input_dim", input_dim)
+    if mask is not None:
+        return _checked_mask(mask, input_dim)
+    if split_dim is None:
+        return half_mask(input_dim)
+    if not (1 <= split_dim < input_dim or (input_dim == 1 and split_dim == 0)):
+        raise ValueError(
+            f"Expected split_dim between 1 and input_dim - 1 = {input_dim - 1}, got {split_dim!r}."
+        )
+    return torch.arange(input_dim) < split_dim
+
+
+def _checked_mask(mask: Tensor, input_dim: int) -> Tensor:
+    mask = torch.as_tensor(mask).cpu()
+    if mask.dtype != torch.bool or mask.shape != (input_dim,):
+        raise ValueError(
+            f"Expected mask to be a bool tensor of shape ({input_dim},), got dtype {mask.dtype} and shape "
+            f"{tuple(mask.shape)}."
+        )
+    passed = int(mask.sum())
+    if passed == input_dim:
+        raise ValueError(
+            f"Expected mask to leave at least one dimension to transform, got {passed} of {input_dim} passed through."
+        )
+    if passed == 0 and input_dim > 1:
+        raise ValueError(
+            f"Expected mask to pass at least one dimension through to the conditioner, got 0 of {input_dim}."
+        )
+    return mask

@@ -1,0 +1,71 @@
+"""A fixed permutation of the dimensions: the cheapest mixing layer."""
+
+import torch
+from torch import Tensor
+
+from pyro_flowkit.transforms.base import FlowTransformModule
+
+
+class Permute(FlowTransformModule):
+    """``y[..., i] = x[..., permutation[i]]``; volume preserving, log-det 0.
+
+    Args:
+        permutation: integer tensor of shape ``(D,)`` holding 0 to D - 1 in some order. It is a buffer, so
+            ``state_dict`` carries it.
+
+    Raises:
+        ValueError: if it is no permutation.
+    """
+
+    def __init__(self, permutation: Tensor):
+        permutation = torch.as_tensor(permutation)
+        if permutation.dim() != 1 or permutation.is_floating_point() or permutation.numel() == 0:
+            raise ValueError(
+                f"Expected permutation to be an integer tensor of shape (D,), got dtype {permutation.dtype} and "
+                f"shape {tuple(permutation.shape)}."
+            )
+        permutation = permutation.detach().cpu().long()
+        if permutation.sort().values.tolist() != list(range(len(permutation))):
+            raise ValueError(
+                f"Expected a permutation of 0 to {len(permutation) - 1}, got {permutation.tolist()}."
+            )
+        super().__init__(len(permutation))
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("inverse_permutation", permutation.argsort())
+
+    @property
+    def sign(self) -> int:
+        """+1 for an even permutation, -1 for an odd one."""
+        matrix = torch.eye(self.input_dim)[self.permutation.cpu()]
+        return int(torch.linalg.det(matrix).round())
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_input(x)
+        return x.index_select(-1, self.permutation), x.new_zeros(()).expand(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_input(y)
+        return y.index_select(-1, self.inverse_permutation), y.new_zeros(()).expand(y.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"input_dim={self.input_dim}"
+
+
+def permute(input_dim: int, permutation: Tensor | None = None, *, seed: int = 0) -> Permute:
+    """A :class:`Permute`; without a permutation, the random one that follows from ``seed``.
+
+    Args:
+        input_dim: size D of the event.
+        permutation: integer tensor of shape ``(D,)``.
+        seed: of the random permutation; the global random state is neither read nor changed.
+
+    Raises:
+        ValueError: if the permutation is none, or of another size.
+    """
+    if permutation is None:
+        permutation = torch.randperm(input_dim, generator=torch.Generator().manual_seed(seed))
+    elif len(permutation) != input_dim:
+        raise ValueError(
+            f"Expected a permutation of {input_dim} dimensions, got {len(permutation)} entries."
+        )
+    return Permute(permutation)

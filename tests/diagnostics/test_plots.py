@@ -1,0 +1,111 @@
+"""The pictures show the numbers, take the Axes they are given, and can be told apart in grey."""
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import xarray as xr
+
+from pyro_flowkit.diagnostics import plot_bounds, plot_elbo, plot_pareto_k
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def ax():
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots()
+    yield ax
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def bounds(shift):
+    n_particles = np.array([1, 10, 1000])
+    iwae = shift + np.log10(n_particles) + np.zeros((4, 3))
+    return xr.Dataset(
+        {
+            "elbo": ("obs_id", iwae[:, 0]),
+            "elbo_se": ("obs_id", np.full(4, 0.2)),
+            "iwae": (("obs_id", "n_particles"), iwae),
+            "iwae_se": (("obs_id", "n_particles"), np.full((4, 3), 0.2)),
+            "pareto_k": ("obs_id", np.array([0.1, 0.4, 0.8, np.inf])),
+        },
+        {"obs_id": np.arange(4), "n_particles": n_particles},
+        {"num_samples": 1000},
+    )
+
+
+def exact(value):
+    return xr.Dataset({"log_prob": ("obs_id", np.full(4, value))}, {"obs_id": np.arange(4)})
+
+
+def test_ladders_and_exact_lines_are_apart(ax):
+    assert plot_bounds({"a": bounds(-5.0), "b": bounds(-6.0), "flow": exact(-1.0)}, ax) is ax
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["a (lower bounds)", "b (lower bounds)"]
+    assert [text.get_text() for text in ax.texts] == ["flow (exact)"]
+    first, second = (container[0] for container in ax.containers)
+    np.testing.assert_allclose(first.get_ydata(), [-5.0, -4.0, -2.0])
+    assert first.get_marker() != second.get_marker()
+    assert first.get_linestyle() != second.get_linestyle()
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["ELBO", "IWAE-10", "IWAE-1000"]
+
+
+def test_exact_values_alone_can_be_drawn(ax):
+    plot_bounds({"flow": exact(-1.0), "gauss": exact(-3.0)}, ax)
+    assert sorted(text.get_text() for text in ax.texts) == ["flow (exact)", "gauss (exact)"]
+    assert ax.get_legend() is None
+
+
+def test_training_curve_takes_a_dict_a_result_or_a_tree(ax):
+    history = {"step": np.arange(200), "elbo": -1000.0 / np.arange(1, 201)}
+
+    class Result:
+        pass
+
+    result = Result()
+    result.history = history
+    trace = xr.Dataset({"elbo": (("chain", "step"), history["elbo"][None])}, {"step": range(200)})
+    tree = xr.DataTree.from_dict({"vi_trace": trace})
+    for source, label in ((history, "dict"), (result, "result"), (tree, "tree")):
+        assert plot_elbo(source, ax, label=label) is ax
+    smoothed = [line for line in ax.lines if line.get_gid() == "smoothed"]
+    assert len(smoothed) == 3
+    assert len({line.get_linestyle() for line in smoothed}) == 3
+    for line in smoothed[1:]:
+        np.testing.assert_allclose(line.get_ydata(), smoothed[0].get_ydata())
+    assert ax.get_ylim()[0] > -100  # the first steps do not set the scale
+
+
+def test_tree_without_history_is_refused(ax):
+    with pytest.raises(ValueError, match=r"vi_trace, got \['posterior'\]"):
+        plot_elbo(xr.DataTree.from_dict({"posterior": xr.Dataset({"x": 1.0})}), ax)
+
+
+def test_pareto_k_counts_what_is_above_the_threshold(ax):
+    assert plot_pareto_k(bounds(0.0), ax) is ax
+    assert ax.get_title() == "2 of 4 above 0.67"
+    below, above, infinite = ax.collections
+    assert [len(c.get_offsets()) for c in (below, above, infinite)] == [2, 1, 1]
+    assert np.isfinite(infinite.get_offsets()).all()
+    assert {0.5, 0.7, 1.0} <= {line.get_ydata()[0] for line in ax.lines}
+    with pytest.raises(ValueError, match=r"pareto_k, got \['log_prob'\]"):
+        plot_pareto_k(exact(0.0), ax)
+
+
+def test_a_figure_is_made_where_none_is_given():
+    import matplotlib.pyplot as plt
+
+    ax = plot_pareto_k(bounds(0.0))
+    assert ax.figure is not None
+    plt.close(ax.figure)
+
+
+def test_import_loads_neither_arviz_nor_matplotlib():
+    code = "import sys, pyro_flowkit.diagnostics; print({'arviz', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

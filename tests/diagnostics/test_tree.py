@@ -1,0 +1,207 @@
+"""The tree of a fit: groups, names, files, and the ArviZ that is installed."""
+
+import importlib.metadata
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flowkit.diagnostics import compare_guides, diagnose, from_svi, to_arviz
+
+ARVIZ_MAJOR = int(importlib.metadata.version("arviz").split(".")[0])
+SIGMA = torch.tensor([15.0, 10.0, 16.0])
+Y = torch.tensor([28.0, 8.0, -3.0])
+HISTORY = {
+    "step": np.arange(5),
+    "elbo": np.linspace(-20.0, -12.0, 5),
+    "learning_rate": np.full(5, 1e-2),
+    "grad_norm": np.ones(5),
+    "seconds": np.linspace(0.1, 0.5, 5),
+}
+
+
+def schools(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(4)))
+    with pyro.plate("school", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, 5.0))
+        mean = theta + 0 * weights[..., 0]
+        pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+
+
+def make_tree(**options):
+    options = {"num_samples": 300, "history": HISTORY, "seed": 0} | options
+    guide = AutoNormal(schools, init_scale=0.5)
+    return from_svi(schools, guide, args=(SIGMA, Y), **options)
+
+
+def test_groups_and_dimensions_follow_the_schema():
+    tree = make_tree(coords={"school": ["A", "B", "C"]}, dims={"weights": ["part"]})
+    assert set(tree.children) == {
+        *("posterior", "sample_stats", "log_likelihood", "observed_data", "constant_data"),
+        *("vi_trace", "vi_diagnostics"),
+    }
+    posterior = tree["posterior"].to_dataset()
+    assert {str(n): v.dims for n, v in posterior.data_vars.items()} == {
+        "mu": ("chain", "draw"),
+        "weights": ("chain", "draw", "part"),
+        "theta": ("chain", "draw", "school"),
+    }
+    assert posterior.sizes == {"chain": 1, "draw": 300, "school": 3, "part": 4}
+    assert list(posterior["school"].values) == ["A", "B", "C"]
+    assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "school")
+    assert tree["observed_data"]["y"].dims == ("school",)
+    np.testing.assert_array_equal(tree["observed_data"]["y"], Y.numpy())
+    np.testing.assert_array_equal(tree["constant_data"]["sigma"], SIGMA.numpy())
+    assert "y" not in tree["constant_data"]
+    assert tree["vi_trace"]["elbo"].dims == ("chain", "step")
+
+
+def test_densities_are_those_of_the_draws():
+    tree = make_tree(dims={"weights": ["part"]})
+    draws, stats = tree["posterior"].to_dataset(), tree["sample_stats"].to_dataset()
+    theta, mu = (torch.tensor(draws[name].values[0]) for name in ("theta", "mu"))
+    log_likelihood = dist.Normal(theta, SIGMA).log_prob(Y)
+    np.testing.assert_allclose(tree["log_likelihood"]["y"][0], log_likelihood, rtol=1e-5)
+    prior = dist.Normal(0.0, 5.0).log_prob(mu) + dist.Normal(mu[:, None], 5.0).log_prob(theta).sum(
+        -1
+    )
+    dirichlet = dist.Dirichlet(torch.ones(4)).log_prob(torch.tensor(draws["weights"].values[0]))
+    joint = log_likelihood.sum(-1) + prior + dirichlet
+    np.testing.assert_allclose(stats["lp"][0], joint, rtol=1e-4)
+    np.testing.assert_allclose(stats["log_weight"], stats["lp"] - stats["log_q"])
+    elbo = float(tree["vi_diagnostics"]["elbo"])
+    assert elbo == pytest.approx(float(stats["log_weight"].mean()))
+    evidence = np.log(np.exp(stats["log_weight_psis"] + 100).mean()) - 100
+    assert float(tree["vi_diagnostics"]["log_evidence"]) == pytest.approx(float(evidence))
+
+
+def test_one_particle_at_a_time_gives_the_same_shapes():
+    stacked, single = make_tree(num_samples=30), make_tree(num_samples=30, vectorize=False)
+    for name, group in stacked.children.items():
+        other = single[name].to_dataset()
+        assert {n: v.shape for n, v in group.to_dataset().data_vars.items()} == {
+            n: v.shape for n, v in other.data_vars.items()
+        }
+    np.testing.assert_array_equal(single["observed_data"]["y"], Y.numpy())
+
+
+def test_attributes_can_be_stored():
+    tree = make_tree()
+    for group in tree.children.values():
+        assert {"created_at", "inference_library", "creation_library"} <= set(group.attrs)
+        for value in group.attrs.values():
+            assert isinstance(value, (str, int, float, list)) and not isinstance(value, bool)
+    assert tree["posterior"].attrs["sample_dims"] == ["chain", "draw"]
+    assert tree["vi_trace"].attrs["sample_dims"] == ["chain", "step"]
+
+
+def test_optional_groups_are_left_out():
+    tree = make_tree(history=None, log_likelihood=False)
+    assert not {"vi_trace", "log_likelihood"} & set(tree.children)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": {"nobody": ["a"]}}, r"got \['nobody'\]"),
+        ({"dims": {"mu": ["a"]}}, r"0 event dimensions for site 'mu' .* got dims \['a'\]"),
+        ({"coords": {"school": ["A"]}}, "3 coordinate values for dimension 'school'"),
+        ({"history": {"elbo": np.ones(3)}}, r"got \['elbo'\]"),
+        ({"history": {"step": np.ones(3), "elbo": np.ones(2)}}, r"\(3,\).*\(2,\)"),
+        ({"history": 3}, "got int"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_tree(num_samples=30, **options)
+
+
+def test_history_may_be_a_fit_result():
+    class Result:
+        history = HISTORY
+
+    trace = make_tree(num_samples=30, history=Result())["vi_trace"]
+    np.testing.assert_array_equal(trace["elbo"][0], HISTORY["elbo"])
+    np.testing.assert_array_equal(trace["step"], HISTORY["step"])
+
+
+def test_arviz_summary_works():
+    import arviz
+
+    data = to_arviz(make_tree())
+    assert isinstance(data, xr.DataTree if ARVIZ_MAJOR >= 1 else arviz.InferenceData)
+    summary = arviz.summary(data, kind="stats")
+    assert {"mu", "theta[0]", "weights[3]"} <= set(summary.index)
+    assert abs(float(summary.loc["mu", "sd"]) - 0.5) < 0.15
+
+
+@pytest.mark.parametrize("write", ["tree", "arviz"])
+@pytest.mark.parametrize("read", ["tree", "arviz"])
+def test_netcdf_round_trip(tmp_path, write, read):
+    import arviz
+
+    tree, path = make_tree(), tmp_path / "fit.nc"
+    (tree if write == "tree" else to_arviz(tree)).to_netcdf(str(path))
+    if read == "tree":
+        with xr.open_datatree(path) as stored:
+            back = stored.load()
+    else:
+        back = arviz.from_netcdf(str(path))
+    for name, group in tree.children.items():
+        stored_group = back[name] if isinstance(back, xr.DataTree) else getattr(back, name)
+        for variable, values in group.to_dataset().data_vars.items():
+            np.testing.assert_array_equal(stored_group[variable].values, values.values)
+    back_data = to_arviz(back) if isinstance(back, xr.DataTree) else back
+    assert arviz.summary(back_data, kind="stats").loc["mu", "mean"] == pytest.approx(
+        arviz.summary(to_arviz(tree), kind="stats").loc["mu", "mean"]
+    )
+    if isinstance(back, xr.DataTree):
+        back.close()
+
+
+def conjugate(x):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+
+def conjugate_tree(shift, scale, seed=0):
+    x = torch.tensor([[0.9, 0.1], [-0.3, 1.0], [1.7, 0.2]], dtype=torch.float64)
+
+    def guide(x):
+        loc = x.sum(0) / 4 + shift
+        pyro.sample("mu", dist.Normal(loc, torch.full_like(loc, scale / 2)).to_event(1))
+
+    return from_svi(conjugate, guide, args=(x,), seed=seed, history=HISTORY)
+
+
+def test_verdicts_name_the_numbers_and_what_to_do():
+    good, wide = diagnose(conjugate_tree(0.0, 1.0)), diagnose(conjugate_tree(0.25, 1.3))
+    far, narrow = diagnose(conjugate_tree(1.0, 1.0)), diagnose(conjugate_tree(0.7, 0.1))
+    assert good.level == "good" and "can be used" in str(good)
+    assert wide.level == "usable" and "log_weight_psis" in str(wide)
+    assert far.level == "bad" and "gap" in far.reason
+    assert narrow.level == "bad" and "NUTS" in narrow.advice and "at least" in narrow.reason
+    assert str(good).startswith("good: pareto k is 0.00")
+
+
+def test_verdict_without_diagnostics_is_refused():
+    with pytest.raises(ValueError, match=r"vi_diagnostics, got \['posterior'\]"):
+        diagnose(xr.DataTree.from_dict({"posterior": xr.Dataset({"x": 1.0})}))
+
+
+def test_guides_are_compared_by_their_elbo():
+    table = compare_guides({"far": conjugate_tree(1.0, 1.0), "right": conjugate_tree(0.0, 1.0)})
+    assert list(table.index) == ["right", "far"]
+    assert table.loc["right", "gap"] == pytest.approx(0.0, abs=1e-9)
+    assert table.loc["far", "gap"] == pytest.approx(4.0, abs=1.5)  # KL = 2 * 1^2 / (2 * 0.5^2)
+    assert list(table["verdict"]) == ["good", "bad"]
+    assert list(table["iwae_particles"]) == [1000, 1000]
+    assert table["seconds"].tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="got none"):
+        compare_guides({})

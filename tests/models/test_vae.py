@@ -1,0 +1,124 @@
+"""The VAE: four combinations of prior and posterior, on the data's own scale, in any batch."""
+
+import itertools
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+
+from models.vae import LIKELIHOODS, POSTERIORS, PRIORS, VAE, main, train
+from pyro_flowkit.diagnostics import pointwise_bounds
+
+SMALL = {"latent_dim": 2, "hidden_dims": (16,), "num_transforms": 2, "flow_hidden_dims": (8, 8)}
+
+
+def rows(n=96):
+    """Points on a noisy circle, seen through five dimensions."""
+    t = 2 * math.pi * torch.rand(n)
+    circle = torch.stack([t.cos(), t.sin()], -1)
+    return 3.0 + 2.0 * circle @ torch.randn(2, 5) + 0.1 * torch.randn(n, 5)
+
+
+@pytest.mark.parametrize(("prior", "posterior"), [*itertools.product(PRIORS, POSTERIORS)])
+def test_every_combination_learns(prior, posterior):
+    x = rows()
+    vae = VAE(5, data_size=len(x), prior=prior, posterior=posterior, **SMALL).standardize(x)
+    before = pointwise_bounds(vae.model, vae.guide, x, num_samples=30, seed=0)
+    train(vae, x, x[:20], steps=60, batch_size=32, lr=1e-2, progress=False)
+    after = pointwise_bounds(vae.model, vae.guide, x, num_samples=30, seed=0)
+    assert float(after["elbo"].mean()) > float(before["elbo"].mean()) + 0.5
+    assert (after["elbo"].mean() <= after["iwae"].isel(n_particles=-1).mean()).all()
+    assert vae.sample(7).shape == (7, 5) and vae.sample(7).isfinite().all()
+
+
+def test_a_minibatch_stands_for_all_data():
+    x = rows(40)
+    vae = VAE(5, data_size=40, **SMALL)
+    guide = poutine.trace(vae.guide).get_trace(x[:10])
+    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x[:10])
+    for site in (model.nodes["x"], model.nodes["z"], guide.nodes["z"]):
+        assert site["scale"] == pytest.approx(4.0)
+
+
+def test_bounds_need_not_have_the_size_of_the_training_data():
+    vae, x = VAE(5, data_size=10, **SMALL), rows(30)
+    many = pointwise_bounds(vae.model, vae.guide, x, num_samples=400, seed=0)
+    few = pointwise_bounds(vae.model, vae.guide, x[:3], num_samples=400, seed=1)
+    error = np.hypot(many["elbo_se"][:3], few["elbo_se"])
+    assert (np.abs(many["elbo"][:3] - few["elbo"]) < 4 * error).all()
+
+
+def test_densities_are_those_of_the_data_not_of_the_standardised_ones():
+    x = rows()
+    one, other = (VAE(5, data_size=len(x), name=name, **SMALL) for name in ("one", "other"))
+    other.load_state_dict(one.state_dict())
+    one.standardize(x)
+    other.standardize(1.0 - 4.0 * x)  # mirrored: the networks see -x
+    with torch.no_grad():
+        other.encoder[0].weight.neg_()
+        other.decoder[-1].weight.neg_()
+        other.decoder[-1].bias.neg_()
+    bounds = [
+        pointwise_bounds(vae.model, vae.guide, data, num_samples=30, seed=0)
+        for vae, data in ((one, x), (other, 1.0 - 4.0 * x))
+    ]
+    difference = bounds[0]["elbo"] - bounds[1]["elbo"]
+    np.testing.assert_allclose(difference, 5 * math.log(4.0), atol=1e-3)
+
+
+def test_a_fresh_flow_prior_is_the_standard_normal():
+    z = torch.randn(9, 2)
+    flow, standard = (VAE(5, data_size=9, prior=p, name=p, **SMALL) for p in ("flow", "standard"))
+    torch.testing.assert_close(
+        flow._prior().log_prob(z), standard._prior().log_prob(z), atol=1e-4, rtol=0
+    )
+
+
+def test_the_scale_of_a_constant_dimension_is_bounded_below():
+    x = rows()
+    x[:, 0] = 2.0
+    vae = VAE(5, data_size=len(x), min_scale=0.05, **SMALL).standardize(x)
+    with torch.no_grad():
+        vae.raw_noise.fill_(-100.0)
+    scale = vae._observation(torch.zeros(1, 2)).base_dist.scale
+    torch.testing.assert_close(scale[0], 0.05 * torch.cat([torch.ones(1), x[:, 1:].std(0)]))
+
+
+def test_svi_sees_the_networks_and_the_flows():
+    vae = VAE(5, data_size=8, prior="flow", posterior="flow", **SMALL)
+    svi = pyro.infer.SVI(
+        vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO()
+    )
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    for _ in range(2):
+        svi.step(rows(8))
+    still = [name for name, p in vae.named_parameters() if torch.equal(p, before[name])]
+    assert not [name for name in still if "encoder" in name or "decoder" in name]
+    assert {"prior", "posterior"} <= {name.split(".")[0] for name in before if name not in still}
+
+
+def test_grey_pixels_are_no_binary_data():
+    vae = VAE(5, data_size=4, likelihood="bernoulli", **SMALL)
+    with pytest.raises(ValueError, match="support"):
+        pointwise_bounds(vae.model, vae.guide, torch.full((4, 5), 0.3), num_samples=2)
+
+
+def test_unknown_choices_say_what_there_is():
+    with pytest.raises(ValueError, match="prior to be one of standard, flow, got 'vamp'"):
+        VAE(5, data_size=4, prior="vamp")
+    with pytest.raises(ValueError, match=r"finite data of shape \(n, 5\), got \(4, 3\)"):
+        VAE(5, data_size=4).standardize(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_program_prints_bounds_as_bounds(likelihood, capsys):
+    bounds = main(["--fast", "--likelihood", likelihood])
+    printed = capsys.readouterr().out
+    assert bounds.sizes["obs_id"] == 30 and bounds.attrs["event_size"] == 64
+    for quantity in ("ELBO", "IWAE-10"):
+        line = next(line for line in printed.splitlines() if line.startswith(quantity))
+        assert "lower bound" in line
+    assert f"{float(bounds['elbo'].mean()):.2f}" in printed and "gap, IWAE-10 - ELBO" in printed

@@ -1,0 +1,156 @@
+"""Importing the package changes nothing outside of it, and no room imports from a floor above its own."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyro_flowkit
+
+PACKAGE = Path(pyro_flowkit.__file__).parent
+
+# From the ground up; a room imports from itself and from lower floors only.
+HOUSE = [
+    {"ops"},
+    {"nn"},
+    {"transforms"},
+    {"_pyro", "bases", "preprocessing"},
+    {"flows"},
+    {"guides", "objectives"},
+    {"training", "diagnostics", "testing"},
+    {"__main__"},
+]
+FLOORS = {room: number for number, rooms in enumerate(HOUSE, 1) for room in rooms}
+
+SNAPSHOT = """
+import json, logging, os, pkgutil, random, sys, warnings
+import numpy as np, pandas, tqdm.auto, torch, xarray
+import pyro, pyro.infer, pyro.infer.autoguide, pyro.poutine.runtime
+from torch.distributions import Distribution, biject_to, kl, transform_to
+
+def snapshot():
+    torch_rng, np_rng = torch.random.get_rng_state(), np.random.get_state()
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "threads": torch.get_num_threads(),
+        "interop threads": torch.get_num_interop_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "anomaly mode": torch.is_anomaly_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "denormals": torch.tensor(1e-40).mul(1.0).item(),
+        "torch random state": torch_rng.tolist(),
+        "numpy random state": [str(part) for part in np_rng],
+        "python random state": str(random.getstate()),
+        "validation": Distribution._validate_args,
+        "pyro validation": pyro.distributions.torch_distribution.TorchDistribution._validate_args,
+        "pyro settings": {k: str(v) for k, v in pyro.settings.get().items()},
+        "pyro handlers": len(pyro.poutine.runtime._PYRO_STACK),
+        "param store": sorted(pyro.get_param_store().keys()),
+        "kl": len(kl._KL_REGISTRY),
+        "biject_to": len(biject_to._registry),
+        "transform_to": len(transform_to._registry),
+        "warnings": [str(f) for f in warnings.filters],
+        "showwarning": warnings.showwarning.__module__,
+        "log handlers": [str(h) for h in logging.getLogger().handlers],
+        "log level": logging.getLogger().level,
+        "numpy errors": np.geterr(),
+        "print options": str(np.get_printoptions()),
+        "environment": dict(os.environ),
+        "excepthook": sys.excepthook.__module__,
+        "xarray options": str(dict(xarray.get_options())),
+    }
+
+heavy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib")
+"""
+
+IMPORT = """
+before = snapshot()
+import pyro_flowkit
+for module in pkgutil.walk_packages(pyro_flowkit.__path__, "pyro_flowkit."):
+    if not module.name.endswith("__main__"):
+        __import__(module.name)
+after = snapshot()
+print(json.dumps({
+    "changed": {k: [str(before[k])[:300], str(after[k])[:300]] for k in before if before[k] != after[k]},
+    "loaded": [name for name in heavy if name in sys.modules],
+    "modules": sorted(name for name in sys.modules if name.startswith("pyro_flowkit.")),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """What a fresh interpreter says after importing the package and every module in it."""
+    completed = subprocess.run(
+        [sys.executable, "-c", SNAPSHOT + IMPORT],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+def test_importing_changes_nothing_global(imported):
+    assert imported["changed"] == {}
+
+
+def test_importing_loads_neither_arviz_nor_matplotlib(imported):
+    assert imported["loaded"] == []
+
+
+def test_every_module_can_be_imported(imported):
+    assert "pyro_flowkit.transforms.coupling" in imported["modules"]
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports_of(path: Path, root: Path = PACKAGE) -> set[str]:
+    """Modules of this package that the file imports, anywhere in it; type-checking imports count."""
+    package = ["pyro_flowkit", *path.relative_to(root).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            # `from pyro_flowkit import flows` names a room, `from pyro_flowkit.flows import X` a thing in one
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+    return {name for name in found if name.startswith("pyro_flowkit.")}
+
+
+SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(PACKAGE)) for p in SOURCES])
+def test_no_room_imports_from_its_own_floor_or_above(path):
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    assert room in FLOORS, f"{room} has no floor yet"
+    for name in imports_of(path):
+        other = room_of(name)
+        if other != room:
+            assert other in FLOORS, f"{path.name} imports {name} through the front door"
+            assert FLOORS[other] < FLOORS[room], f"{room} imports {name}"
+
+
+def test_imports_are_found_wherever_they_are_written(tmp_path):
+    file = tmp_path / "pyro_flowkit" / "ops" / "upwards.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import pyro_flowkit.training\n"
+        "from pyro_flowkit import guides\n"
+        "from ..nn import MLP\n"
+        "from . import psis\n"
+        "def later():\n    from pyro_flowkit.flows import SplineFlow\n"
+    )
+    rooms = {room_of(name) for name in imports_of(file, tmp_path / "pyro_flowkit")}
+    assert rooms == {"training", "guides", "nn", "ops", "flows"}

@@ -1,0 +1,157 @@
+"""Every transform, and the inverse of each, goes through the conformance kit."""
+
+import pytest
+import torch
+
+import pyro_flowkit.transforms as T
+from pyro_flowkit.testing import CHECKS, SPLINE_CHECKS, check_transform
+
+
+def standardization(kind):
+    transform = T.Standardization(3)
+    data = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    transform.fit(
+        data @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.0, 0.0, 0.5]]) + 1.0, kind
+    )
+    return transform
+
+
+# One layer of splines: the constructor, then what the kit should know about it.
+SPLINE_LAYERS = {
+    "spline": (lambda: T.spline(3), {"bound": 3.0}),
+    "spline, 1-d": (lambda: T.spline(1, 4, 2.0), {"bound": 2.0}),
+    "spline, circular": (
+        lambda: T.spline(2, bound=torch.pi, tails="circular"),
+        {"bound": torch.pi, "tails": "circular"},
+    ),
+    "spline, no tails": (lambda: T.spline(2, tails=None), {"bound": 3.0, "tails": None}),
+    "conditional_spline": (lambda: T.conditional_spline(2, 3), {"bound": 3.0}),
+    "spline_coupling": (lambda: T.spline_coupling(5), {"bound": 3.0}),
+    "spline_coupling, 1-d": (lambda: T.spline_coupling(1), {"bound": 3.0}),
+    "spline_coupling, 2-d, 16 bins": (lambda: T.spline_coupling(2, count_bins=16), {"bound": 3.0}),
+    "spline_coupling, identity": (lambda: T.spline_coupling(3, identity=True), {"bound": 3.0}),
+    "spline_coupling, mask": (
+        lambda: T.spline_coupling(4, mask=torch.tensor([False, True, False, True]), bound=5.0),
+        {"bound": 5.0},
+    ),
+    "spline_coupling, residual": (
+        lambda: T.spline_coupling(3, 2, [8, 8], residual=True, activation=torch.tanh),
+        {"bound": 3.0},
+    ),
+    "spline_coupling, circular": (
+        lambda: T.spline_coupling(3, tails="circular"),
+        {"bound": 3.0, "tails": "circular"},
+    ),
+    "spline_coupling, no tails": (
+        lambda: T.spline_coupling(2, tails=None),
+        {"bound": 3.0, "tails": None},
+    ),
+    "conditional_spline_coupling": (lambda: T.conditional_spline_coupling(3, 2), {"bound": 3.0}),
+    "conditional_spline_coupling, 1-d": (
+        lambda: T.conditional_spline_coupling(1, 2),
+        {"bound": 3.0},
+    ),
+    "conditional_spline_coupling, residual": (
+        lambda: T.conditional_spline_coupling(2, 1, None, [8], residual=True),
+        {"bound": 3.0},
+    ),
+}
+
+# A whole stack or a linear layer.
+OTHERS = {
+    "iterated": (lambda: T.iterated(3, T.spline_coupling, 4, hidden_dims=[8]), {}),
+    "iterated, conditional": (
+        lambda: T.iterated(2, T.conditional_spline_coupling, 2, 3, hidden_dims=[8]),
+        {},
+    ),
+    "compose, conditional": (
+        lambda: T.ConditionalCompose(
+            [T.permute(3), T.conditional_spline_coupling(3, 2), T.lu_linear(3)], 2
+        ),
+        {},
+    ),
+    "lu_linear": (lambda: T.lu_linear(5), {}),
+    "permute": (lambda: T.permute(5), {}),
+    "Affine, full": (lambda: T.Affine(torch.tensor([1.0, -2.0, 0.5]), 0.7, rate=1.0), {}),
+    "Affine, diagonal": (lambda: T.Affine(torch.zeros(2), 1.0, "diagonal", rate=2.0), {}),
+    "Standardization, diagonal": (lambda: standardization("diagonal"), {}),
+    "Standardization, full": (lambda: standardization("full"), {}),
+}
+
+# These are not the identity, by construction.
+NOT_IDENTITY = {
+    "compose, conditional",
+    "permute",
+    "Affine, full",
+    "Standardization, diagonal",
+    "Standardization, full",
+}
+
+# A compilation takes seconds; these three run nearly all the code there is.
+COMPILED = {
+    "spline, circular",
+    "compose, conditional",
+    "Affine, full",
+}
+
+# One of each kind of transform: these go through every check, and so do their inverses. Variants of a
+# kind go through the checks of the map itself and of the distribution that it makes.
+KINDS = {
+    "spline",
+    "spline, no tails",
+    "conditional_spline",
+    "spline_coupling",
+    "conditional_spline_coupling",
+    "iterated, conditional",
+    "lu_linear",
+    "permute",
+    "Affine, full",
+    "Standardization, full",
+}
+OF_VARIANTS = {name for name, check in CHECKS.items() if check.__module__.endswith("bijection")} | {
+    "distribution"
+}
+# Of an inverse: what its own class adds. (Its log_prob runs the conditioner twice: only what an inverse
+# call returns carries a log-det, and the inverse of an inverse is the forward call.)
+OF_INVERSES = {
+    "round_trip",
+    "log_det",
+    "shapes",
+    "context",
+    "input_errors",
+    "nan",
+    "deepcopy",
+    "pickle",
+    "state_dict",
+    "param_store",
+    "with_cache",
+    "pyro_module",
+    "distribution",
+}
+
+
+def cases():
+    for name, (constructor, options) in {**SPLINE_LAYERS, **OTHERS}.items():
+        checks = set(CHECKS if name in KINDS else OF_VARIANTS)
+        if name in OTHERS:
+            checks -= SPLINE_CHECKS
+        if name in NOT_IDENTITY:
+            checks -= {"identity_at_init"}
+        checks -= {"compile", "jit_trace"}
+        if name in COMPILED:
+            checks |= {"compile", "jit_trace"}
+        for check in sorted(checks):
+            yield pytest.param(constructor, options, check, id=f"{name}-{check}")
+        if name in KINDS:
+            inverse = inverted(constructor)
+            for check in sorted(OF_INVERSES):
+                yield pytest.param(inverse, options, check, id=f"{name}.inv-{check}")
+
+
+def inverted(constructor):
+    return lambda: constructor().inv
+
+
+@pytest.mark.parametrize(("constructor", "options", "check"), list(cases()))
+def test_contract(constructor, options, check):
+    check_transform(constructor, only=[check], **options)
