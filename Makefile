@@ -1,6 +1,7 @@
 # make demo    train the models of the README on the digits, print the table, save figure and netCDF
 # make test    run the test suite
 # make check   ruff, codespell, mypy
+# make notebooks    execute the tutorials and write the notebooks beside them
 # make clean   remove environments, caches and build outputs
 #
 # Each does all its own set-up in $(VENV); nothing is installed outside of it. Variables:
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check setup setup-dev clean
+.PHONY: demo test check notebooks setup setup-dev clean
 
 demo: setup
 	$(BIN)/python -m models.compare $(DEMO_ARGS)
@@ -34,6 +35,9 @@ check: setup-dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m codespell_lib
 	$(BIN)/python -m mypy
+
+notebooks: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m jupytext --to ipynb --set-kernel python3 --execute tutorials/[0-9]*.py
 
 setup: $(VENV)/.stamp-test
 setup-dev: $(VENV)/.stamp-dev

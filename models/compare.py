@@ -12,6 +12,7 @@ prints the table and what it shows, and saves a figure and a netCDF file that Ar
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     print(
         f"Training {len(JOBS)} models on the digits ({len(dataset.train)} noisy training rows, "
         f"{len(dataset.val)} validation, {len(dataset.test)} test images), "
-        f"{processes} at a time."
+        f"{processes} at a time" + (" ..." if args.fast else ": a few minutes ...")
     )
     outcomes = _train(settings, processes)
 
@@ -74,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     print(
         f"\nTest set, {len(dataset.test)} images; nats per image and bits per dimension of x + u on "
         f"the scale 0 to {dataset.levels}.\n"
-        "s.e.: over test images; MC s.e.: its part that comes from the importance draws.\n"
+        "s.e.: over test images; MC s.e.: its part that comes from the importance draws; gap: of the\n"
+        "row's bound and the same model's ELBO; train s: wall-clock seconds.\n"
     )
     print(table_text(rows))
-    print("\n" + " ".join(text) + "\n")
+    print("\n" + "\n".join(textwrap.fill(sentence, 100) for sentence in text) + "\n")
 
     figure, netcdf = output / "compare.png", output / "compare.nc"
     draw(outcomes, dataset.test.numpy(), figure)
@@ -120,14 +122,14 @@ def tree(outcomes: Sequence[Outcome], dataset: Dataset) -> xr.DataTree:
 
 
 def _training(outcome: Outcome) -> xr.Dataset:
-    curves = {key: ("step", values) for key, values in outcome.history.items() if key != "step"} | {
-        "validation_elbo": ("validation_step", outcome.validation["elbo"])
-    }
-    coords = {
-        "step": outcome.history["step"],
-        "validation_step": outcome.validation["step"],
-    }
-    return xr.Dataset(curves, coords, {"model": outcome.job.name, "units": "nats per image"})
+    history, validation = dict(outcome.history), outcome.validation
+    coords = {"step": history.pop("step"), "validation_step": validation["step"]}
+    curves = {key: ("step", values) for key, values in history.items()}
+    curves |= {"validation_elbo": ("validation_step", validation["elbo"])}
+    curves = xr.Dataset(curves, coords, {"model": outcome.job.name})
+    for name in ("elbo", "validation_elbo"):
+        curves[name].attrs["units"] = "nats per image"
+    return curves
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import data
 from models._prepare import FAST_ROWS, dequantized, load
@@ -38,6 +38,7 @@ from pyro_flowkit.diagnostics import compare_densities, heldout_log_prob
 from pyro_flowkit.training import FitResult, fit
 
 FAST_STEPS = 20
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU, "tanh": nn.Tanh}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Density:
 
 def target_rows(name: str, *, steps: int, batch_size: int, seed: int) -> Dataset:
     """A 2-D target with so many training rows that one epoch lasts for all steps."""
-    return data.target(name, sizes=(steps * batch_size, 2_000, 20_000), seed=seed)
+    return data.target(name, sizes=(steps * batch_size, 2_000, 100_000), seed=seed)
 
 
 def table_rows(dataset: Dataset, *, copies: int, seed: int) -> Dataset:
@@ -141,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> DensityResult:
         count_bins=args.bins,
         bound=args.bound,
         mixing=None if args.mixing == "none" else args.mixing,
+        activation=ACTIVATIONS[args.activation],
         residual=args.residual,
         dropout=args.dropout,
         seed=args.seed,
@@ -242,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bins", type=int, default=8)
     parser.add_argument("--bound", type=float, default=3.0)
     parser.add_argument("--hidden", type=int, nargs="+", default=[32, 32], metavar="WIDTH")
+    parser.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu")
     parser.add_argument("--mixing", choices=("lu", "permute", "none"), default="lu")
     parser.add_argument(
         "--residual", action="store_true", help="residual networks in the couplings"

@@ -44,7 +44,7 @@ GUIDES: dict[str, Callable[..., Any]] = {
     "auto_normal": AutoNormal,
 }
 
-FAST_STEPS = 60
+FAST_STEPS = 30
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ References:
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -59,6 +60,7 @@ class VAE(PyroModule):
         num_transforms: couplings of each flow.
         flow_hidden_dims: widths of the flows' conditioners.
         dropout: probability of dropping a hidden unit of encoder and decoder while training.
+        prior_dropout: that of the conditioners of a flow prior, which overfits before the others do.
         name: prefix of the parameters in Pyro's store; two VAEs alive at once need two names.
 
     Raises:
@@ -79,6 +81,7 @@ class VAE(PyroModule):
         num_transforms: int = 4,
         flow_hidden_dims: Sequence[int] = (64, 64),
         dropout: float = 0.0,
+        prior_dropout: float = 0.0,
         name: str = "vae",
     ):
         super().__init__(name)
@@ -88,14 +91,19 @@ class VAE(PyroModule):
         self.input_dim, self.latent_dim, self.data_size = input_dim, latent_dim, data_size
         self.likelihood, self.min_scale = likelihood, min_scale
         widths = list(hidden_dims)
-        flow = {"num_transforms": num_transforms, "hidden_dims": list(flow_hidden_dims)}
+        flow: dict[str, Any] = {
+            "num_transforms": num_transforms,
+            "hidden_dims": list(flow_hidden_dims),
+        }
         if posterior == "flow":
             self.encoder = mlp([input_dim, *widths], dropout)
             self.posterior = SplineFlow(latent_dim, widths[-1], base="conditional_normal", **flow)
         else:
             self.encoder = mlp([input_dim, *widths, 2 * latent_dim], dropout)
             self.posterior = None
-        self.prior = SplineFlow(latent_dim, **flow) if prior == "flow" else None
+        self.prior = None
+        if prior == "flow":
+            self.prior = SplineFlow(latent_dim, dropout=prior_dropout, **flow)
         self.decoder = mlp([latent_dim, *reversed(widths), input_dim], dropout)
         self.register_buffer("loc", torch.zeros(input_dim))
         self.register_buffer("scale", torch.ones(input_dim))
@@ -225,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
         posterior=args.posterior,
         likelihood=args.likelihood,
         dropout=args.dropout,
+        prior_dropout=args.prior_dropout,
     )
     vae.standardize(dataset.train)
     result = train(
@@ -272,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--latent-dim", type=int, default=8)
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], metavar="WIDTH")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--prior-dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)

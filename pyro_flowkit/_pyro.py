@@ -86,6 +86,8 @@ class StoreModule(PyroModule):
             stored = store._params.get(name)
             if stored is not tensor:
                 if stored is not None:
+                    if stored.shape != tensor.shape:  # loaded since the name was claimed
+                        raise ValueError(_misfit(self._pyro_name, tensors))
                     with torch.no_grad():
                         tensor.copy_(stored)
                 if lend:
@@ -97,7 +99,8 @@ class StoreModule(PyroModule):
         """Find the module's name in the store; False if all there is to read there is another module's."""
         if self._store_name == self._pyro_name and _lenders.get(self._pyro_name) is self:
             return True
-        name = next(n for n in _candidates(self._pyro_name) if not _is_lent_by_another(n, self))
+        candidates = _candidates(self._pyro_name)
+        name = next(n for n in candidates if not _is_lent_by_another(n, self, collect=lend))
         if not lend and name != self._pyro_name:
             return False
         if name != self._pyro_name and self._store_name is None and self._warns_of_other_name:
@@ -150,7 +153,7 @@ def _entries(name: str) -> Iterator[str]:
     return (key for key in pyro.get_param_store()._params if key.startswith(f"{name}."))
 
 
-def _is_lent_by_another(name: str, module: PyroModule) -> bool:
+def _is_lent_by_another(name: str, module: PyroModule, *, collect: bool) -> bool:
     def lent() -> bool:
         owner = _lenders.get(name)
         if owner is None or owner is module:
@@ -158,9 +161,9 @@ def _is_lent_by_another(name: str, module: PyroModule) -> bool:
         params = pyro.get_param_store()._params
         return any(params.get(f"{name}.{key}") is tensor for key, tensor in _float_tensors(owner))
 
-    if not lent():
-        return False
-    gc.collect()  # an owner kept only by reference cycles is no live owner
+    if not (lent() and collect):
+        return lent()
+    gc.collect()  # an owner kept only by reference cycles is no live owner; once in a module's life, for it is slow
     return lent()
 
 

@@ -66,8 +66,8 @@ class FlowDistribution(dist.TransformedDistribution):
             ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. It costs one extra pass through the
             conditioners, and only while gradients are recorded.
 
-    Shapes: with batch shape B and event shape (D,), ``rsample(S)`` is ``S + B + (D,)`` and ``log_prob`` of it ``S + B``,
-    in nats.
+    Shapes: with batch shape B and event shape (D,), ``rsample(S)`` is ``S + B + (D,)`` and ``log_prob`` of it
+    ``S + B``, in nats.
 
     The last draw is remembered with its log-density, which ``log_prob`` uses once, for that very tensor, if neither it
     nor a parameter was written to since and the grad mode is the same. Copies and pickles do not carry it.
@@ -91,9 +91,14 @@ class FlowDistribution(dist.TransformedDistribution):
         Returns:
             Draws of shape ``sample_shape + batch_shape + event_shape`` and log-densities without the event shape.
         """
-        value = self.base_dist.rsample(torch.Size(sample_shape))
-        log_prob = self.base_dist.log_prob(value)
+        return self._push(self.base_dist.rsample(torch.Size(sample_shape)))
+
+    def _push(self, value: Tensor) -> tuple[Tensor, Tensor]:
         event_dim = len(self.event_shape)
+        if _is_empty(value):
+            log_prob = value.new_zeros(value.shape[: value.dim() - len(self.base_dist.event_shape)])
+        else:
+            log_prob = self.base_dist.log_prob(value)
         for transform in self.transforms:
             if isinstance(transform, Bijection):
                 value, ladj = transform.call_and_ladj(value)
@@ -105,13 +110,16 @@ class FlowDistribution(dist.TransformedDistribution):
         return value, log_prob
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        value, log_prob = self.rsample_and_log_prob(sample_shape)
+        return self._remembered(*self.rsample_and_log_prob(sample_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        # the base may have no rsample, a mixture for one
+        return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))))
+
+    def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
         self._draw = _Draw(weakref.ref(value), log_prob, stamp(self._tracked_tensors(), value))
         return value
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``."""
@@ -119,10 +127,17 @@ class FlowDistribution(dist.TransformedDistribution):
         if draw is not None and draw.value() is value:
             if draw.stamp == stamp(self._tracked_tensors(), value):
                 return draw.log_prob
+        event_dim = len(self.event_shape)
+        if _is_empty(value) and value.shape[-event_dim:] == self.event_shape:
+            return value.new_zeros(
+                torch.broadcast_shapes(value.shape[:-event_dim], self.batch_shape)
+            )
         return super().log_prob(value)
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         log_prob = self.log_prob(value)
+        if not self.has_rsample:
+            return ScoreParts(log_prob=log_prob, score_function=log_prob, entropy_term=0)
         if not (self.path_gradient and torch.is_grad_enabled()):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         fixed = self._log_prob_with_fixed_parameters(value)
@@ -137,16 +152,15 @@ class FlowDistribution(dist.TransformedDistribution):
         is still affine are exact.
         """
         base = self.base_dist
-        device = base.sample().device
-        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            torch.manual_seed(0)
-            z = base.sample((num_pairs,))
-            centre = getattr(getattr(base, "base_dist", None), "loc", None)
-            if centre is not None:
-                centre = centre.expand(base.batch_shape + base.event_shape)
+        device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
+        with _fixed_seed(device):
+            z = base.sample(torch.Size([num_pairs]))
+            per_dimension = getattr(base, "base_dist", None)
+            if isinstance(per_dimension, torch.distributions.Normal | torch.distributions.StudentT):
+                centre = per_dimension.loc.expand(base.batch_shape + base.event_shape)
                 z = torch.cat([centre.unsqueeze(0), z, 2 * centre - z])
             else:
-                z = torch.cat([base.sample((1,)), z, base.sample((num_pairs,))])
+                z = torch.cat([z, base.sample(torch.Size([num_pairs + 1]))])
         for transform in self.transforms:
             z = transform(z)
         return z
@@ -183,8 +197,28 @@ class FlowDistribution(dist.TransformedDistribution):
         return {**self.__dict__, "_draw": None}
 
 
-def _tensors_in(part: Any) -> Iterator[Tensor]:
+def _is_empty(value: Tensor) -> bool:
+    """Whether there is nothing in it: torch's distributions and constraints fail on an empty batch."""
+    return not torch.jit.is_tracing() and value.numel() == 0
+
+
+@contextmanager
+def _fixed_seed(device: torch.device) -> Iterator[None]:
+    """Draw from seed 0 for a while; the random states of the CPU and of this device come back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every device
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def _tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """The tensors that a distribution or a transform computes with."""
+    seen = set() if seen is None else seen
+    if id(part) in seen:  # a transform and its inverse may refer to each other
+        return
+    seen.add(id(part))
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, Bijection):
@@ -192,10 +226,11 @@ def _tensors_in(part: Any) -> Iterator[Tensor]:
     elif isinstance(part, nn.Module):
         yield from itertools.chain(part.parameters(), part.buffers())
     elif isinstance(part, torch.distributions.Distribution | Transform):
-        yield from _tensors_in(list(vars(part).values()))
+        for value in vars(part).values():
+            yield from _tensors_in(value, seen)
     elif isinstance(part, list | tuple):
         for item in part:
-            yield from _tensors_in(item)
+            yield from _tensors_in(item, seen)
 
 
 def _with_fixed_context(transform: Transform) -> Transform:
@@ -374,6 +409,21 @@ class SplineFlow(StoreModule):
         return self
 
 
+def _shuffle(input_dim: int, seed: int, *, within_halves: bool) -> Permute:
+    """A random permutation, which may keep the first and the second half apart.
+
+    The masks alternate; left to chance, permutations undo that, and some outputs never see some inputs. Three couplings
+    in a row with only shuffles within the halves between them let every output depend on every input.
+    """
+    if not within_halves:
+        return permute(input_dim, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    middle = input_dim // 2
+    first = torch.randperm(middle, generator=generator)
+    second = middle + torch.randperm(input_dim - middle, generator=generator)
+    return Permute(torch.cat([first, second]))
+
+
 def _mix(
     couplings: list[nn.Module], input_dim: int, mixing: str | None, seed: int
 ) -> list[nn.Module]:
@@ -383,7 +433,7 @@ def _mix(
         if i > 0 and mixing == "lu":
             layers.append(LULinear(input_dim))
         elif i > 0 and mixing == "permute":
-            shuffle = permute(input_dim, seed=seed + i)
+            shuffle = _shuffle(input_dim, seed + i, within_halves=i >= len(couplings) - 2)
             order = order[shuffle.permutation]
             layers.append(shuffle)
         layers.append(coupling)

@@ -95,7 +95,7 @@ class MLP(nn.Module):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         h = _join(inputs if self.input_dim else None, context, self.output.weight.dtype)
         for layer in self.hidden:
-            h = F.dropout(self.activation(layer(h)), self.dropout, self.training)
+            h = _drop(self.activation(layer(h)), self.dropout, self.training)
         return self.output(h)
 
 
@@ -136,7 +136,7 @@ class ResidualNetwork(nn.Module):
         h = self.input(_join(inputs if self.input_dim else None, context, dtype))
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             step = first(self.activation(h))
-            step = second(F.dropout(self.activation(step), self.dropout, self.training))
+            step = second(_drop(self.activation(step), self.dropout, self.training))
             if context is not None:
                 step = step * torch.sigmoid(self.gates[i](context.to(dtype)))
             h = h + step
@@ -149,6 +149,11 @@ def _join(inputs: Tensor | None, context: Tensor | None, dtype: torch.dtype) -> 
         return present[0]
     batch_shape = torch.broadcast_shapes(*(t.shape[:-1] for t in present))
     return torch.cat([t.expand(*batch_shape, t.shape[-1]) for t in present], dim=-1)
+
+
+def _drop(h: Tensor, probability: float, training: bool) -> Tensor:
+    # jit's dropout draws random numbers even for a probability of 0
+    return F.dropout(h, probability, training) if probability else h
 
 
 def _zero_linear(input_dim: int, output_dim: int) -> nn.Linear:

@@ -28,9 +28,7 @@ def count_passes(flow: SplineFlow) -> Counter:
     for i, layer in enumerate(flow.layers):
         if hasattr(layer, "conditioner"):
             calls[i] = 0
-            layer.conditioner.register_forward_hook(
-                lambda *_, i=i: calls.update([i])
-            )
+            layer.conditioner.register_forward_hook(lambda *_, i=i: calls.update([i]))
     return calls
 
 

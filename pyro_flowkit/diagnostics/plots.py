@@ -118,7 +118,14 @@ def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) ->
         counts = sorted({1, *(int(k) for n in ladders for k in datasets[n]["n_particles"])})
         ax.set_xticks(counts, ["ELBO", *(f"IWAE-{k}" for k in counts[1:])])
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize="small", loc="lower right")
+        # below the axes: wherever a legend went inside, a ladder could be
+        ax.legend(
+            frameon=False,
+            fontsize="small",
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.12),
+            ncols=2,
+        )
     else:
         ax.set_xticks([])
     ax.set_ylabel("nats per datum")

@@ -168,7 +168,9 @@ def _apply(
 
     knots = _knots(params, count_bins, bound, tails, minima)
     point = _wrap(v, bound) if tails == "circular" else v
-    point = point.clamp(-bound, bound)  # the box; what lies outside is put back by the tails below
+    # The box; what lies outside is put back by the tails below. Not clamp, whose derivative at the bound itself is 1 or 0
+    # by the version of PyTorch.
+    point = point.masked_fill(point > bound, bound).masked_fill(point < -bound, -bound)
     bin = _select_bin(point, knots, axis=1 if inverse else 0)
     box_value, box_ladj = _invert_bin(point, bin) if inverse else _evaluate_bin(point, bin)
 
@@ -238,10 +240,10 @@ def _select_bin(point: Tensor, knots: Tensor, axis: int) -> _Bin:
 def _coordinates(point: Tensor, start: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     """In-bin coordinate and its complement, both in [0, 1]; clamped before the division, so that rounding of the
     difference cannot leave the bin."""
-    offset = (point - start).clamp_min(0.0)
-    offset = torch.where(
-        offset > side, side, offset
-    )  # minimum() would halve the derivative at a tie, the bound
+    offset = point - start
+    # not clamp and minimum, whose derivatives at a tie (the bounds) are not 1 in every version of PyTorch
+    offset = offset.masked_fill(offset < 0.0, 0.0)
+    offset = torch.where(offset > side, side, offset)
     return offset / side, (side - offset) / side
 
 

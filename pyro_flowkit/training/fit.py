@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 
 from pyro_flowkit.training.callbacks import FitState
@@ -248,6 +249,15 @@ def _objective(
                 f"{type(part).__name__}, e.g. Trace_ELBO: an AutoContinuous guide writes its sites "
                 "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
                 "that log-density, so the result would not be the ELBO"
+            )
+        if getattr(part, "path_gradient", False) and not isinstance(
+            objective, Trace_ELBO | TraceGraph_ELBO
+        ):
+            warnings.warn(
+                f"path_gradient of {type(part).__name__} has no effect under "
+                f"{type(objective).__name__}: only Trace_ELBO, JitTrace_ELBO and TraceGraph_ELBO use "
+                "it. The gradient is the ordinary one; path_gradient=False says so too.",
+                stacklevel=3,
             )
     return objective
 

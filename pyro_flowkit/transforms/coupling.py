@@ -16,6 +16,7 @@ Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019, section 3.1.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,11 @@ class _Coupling(nn.Module):
         return x[..., : self.split_dim], x[..., self.split_dim :]
 
     def _params(self, x_passed: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(x_passed.clamp(-CONDITIONER_LIMIT, CONDITIONER_LIMIT), context)
+        features = x_passed.clamp(-CONDITIONER_LIMIT, CONDITIONER_LIMIT)
+        if self.settings.tails == "circular":  # the same point after a whole turn
+            angle = features * (math.pi / self.settings.bound)
+            features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return self.conditioner(features, context)
 
     def _map_passed(self, function: SplineFunction, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.passed_params is None:
@@ -107,9 +112,8 @@ class _Coupling(nn.Module):
     def _merge(
         self, passed: Tensor, passed_ladj: Tensor | None, transformed: Tensor, ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        passed = passed.expand(
-            *transformed.shape[:-1], passed.shape[-1]
-        )  # a context may widen the batch
+        # a context may widen the batch
+        passed = passed.expand(*transformed.shape[:-1], passed.shape[-1])
         value = torch.cat([passed, transformed], dim=-1).index_select(-1, self.inverse_permutation)
         total = ladj.sum(-1)
         return value, total if passed_ladj is None else total + passed_ladj.sum(-1)
@@ -123,7 +127,8 @@ class SplineCoupling(_Coupling, FlowTransformModule):
 
     Args:
         input_dim: size D of the event. With D = 1 there is nothing to condition on: an element-wise spline.
-        conditioner: module ``(x_passed, context) -> (*batch, num_transformed * num_spline_params)``.
+        conditioner: module ``(x_passed, context) -> (*batch, num_transformed * num_spline_params)``; with circular
+            tails it reads the cosine and the sine of every angle that passes through instead.
         mask: bool tensor of shape ``(D,)``; True = passed through to the conditioner.
         settings: bins, bound and tails.
         identity: leave the passed-through part as it is.
@@ -258,7 +263,7 @@ def _make_conditioner(
 ) -> nn.Module:
     input_dim, split_dim = len(mask), int(mask.sum())
     return make_conditioner(
-        split_dim,
+        2 * split_dim if settings.tails == "circular" else split_dim,
         (input_dim - split_dim) * settings.num_params,
         default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims,
         context_dim=context_dim,

@@ -16,6 +16,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoNormal
 
+from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training import fit
 from pyro_flowkit.training.data import split_rows
 
@@ -167,6 +168,27 @@ def test_mean_field_elbo_is_refused_for_an_auto_continuous_guide(rows: torch.Ten
     guide = AutoDiagonalNormal(full_model)
     with pytest.raises(ValueError, match="TraceMeanField_ELBO for AutoDiagonalNormal.*log-density"):
         fit(full_model, guide, args=(rows,), objective=TraceMeanField_ELBO(), progress=False)
+
+
+def test_path_gradient_that_an_objective_ignores_is_said(rows: torch.Tensor) -> None:
+    guide = AutoSplineFlow(full_model, num_transforms=1, hidden_dims=[4])
+    with pytest.warns(UserWarning, match="path_gradient of AutoSplineFlow.*RenyiELBO"):
+        fit(
+            full_model,
+            guide,
+            args=(rows,),
+            objective=RenyiELBO(num_particles=2),
+            max_steps=2,
+            progress=False,
+        )
+
+
+def test_spline_flow_guide_is_set_up_and_reaches_the_evidence(rows: torch.Tensor) -> None:
+    guide = AutoSplineFlow(full_model, num_transforms=1, hidden_dims=[4], count_bins=4)
+    result = fit(
+        full_model, guide, args=(rows,), max_steps=300, num_particles=8, lr=0.01, progress=False
+    )
+    assert result.history["elbo"][-20:].mean() == pytest.approx(exact(rows)[2], abs=0.1)
 
 
 def test_mean_field_elbo_is_accepted_for_other_guides(rows: torch.Tensor) -> None:

@@ -142,3 +142,17 @@ def test_compositions_refuse_what_does_not_fit():
         T.Compose([torch.distributions.ExpTransform()])
     with pytest.raises(ValueError, match="got ConditionalSpline"):
         T.Compose([T.conditional_spline(2, 1)])
+
+
+def test_circular_coupling_is_a_map_of_the_torus() -> None:
+    """A whole turn of any input is a whole turn of the same output, and changes nothing else."""
+    coupling = T.spline_coupling(3, tails="circular", bound=2.0).double()
+    perturb_(coupling, 0.3, seed=0)
+    x = torch.empty(20, 3, dtype=torch.float64).uniform_(-2.0, 2.0)
+    y, ladj = coupling.call_and_ladj(x)
+    for dim in range(3):
+        turn = torch.zeros(3, dtype=torch.float64)
+        turn[dim] = 4.0
+        turned, turned_ladj = coupling.call_and_ladj(x + turn)
+        torch.testing.assert_close(turned, y + turn, atol=1e-9, rtol=0)
+        torch.testing.assert_close(turned_ladj, ladj, atol=1e-9, rtol=0)

@@ -1,0 +1,282 @@
+"""Modules and the param store: names, adoption, refusal, and the private names of Pyro that this leans on."""
+
+import copy
+import gc
+import importlib
+import inspect
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule
+from pyro.optim import Adam
+from torch import Tensor
+
+from pyro_flowkit import SplineFlow
+from pyro_flowkit._pyro import PRIVATE_NAMES
+from pyro_flowkit.testing import perturb_
+
+TINY = {"num_transforms": 2, "hidden_dims": [8, 8], "count_bins": 4}
+X = torch.linspace(-2.0, 2.0, 10).reshape(5, 2)
+
+
+def make_flow(**settings) -> SplineFlow:
+    return SplineFlow(2, **{**TINY, **settings})
+
+
+def train(flow: SplineFlow, steps: int = 2) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", flow(), obs=x)
+
+    svi = SVI(model, lambda x: None, Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(steps):
+        svi.step(X)
+
+
+def density(flow: SplineFlow) -> Tensor:
+    with torch.no_grad():
+        return flow().log_prob(X)
+
+
+def reload(tmp_path) -> None:
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    gc.collect()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+
+
+@pytest.mark.parametrize(("owner", "name"), PRIVATE_NAMES)
+def test_private_names_of_pyro_are_there(owner: str, name: str) -> None:
+    parts, index = owner.split("."), 1
+    found = importlib.import_module(parts[0])
+    for part in parts[1:]:
+        index += 1
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            found = importlib.import_module(".".join(parts[:index]))
+    if owner.endswith(".__init__"):
+        assert f"self.{name} = " in inspect.getsource(
+            found
+        ) or f"self.{name}: " in inspect.getsource(found)
+    else:
+        assert hasattr(found, name)
+
+
+def test_store_holds_the_very_tensors_under_deterministic_names() -> None:
+    flow = make_flow()
+    flow()
+    store = pyro.get_param_store()
+    state = flow.state_dict(keep_vars=True)
+    floats = {f"SplineFlow.{k}": v for k, v in state.items() if v.is_floating_point()}
+    assert set(store.keys()) == set(floats)
+    assert all(store._params[name] is tensor for name, tensor in floats.items())
+    assert "SplineFlow.standardization.loc" in floats
+
+
+def test_store_round_trip_gives_a_fresh_flow_the_same_distribution(tmp_path) -> None:
+    flow = make_flow(base="student_t", mixing="permute").standardize(
+        5 + 3 * torch.randn(50, 2), "full"
+    )
+    train(flow)
+    expected = density(flow)
+    reload(tmp_path)
+    del flow
+    fresh = make_flow(base="student_t", mixing="permute")
+    assert torch.equal(fresh.log_prob(X), expected), "already before its first call"
+    assert torch.equal(density(fresh), expected)
+    assert torch.equal(fresh.standardization.loc, pyro.param("SplineFlow.standardization.loc"))
+
+
+def test_store_loaded_under_a_living_flow_reaches_it(tmp_path) -> None:
+    flow = make_flow()
+    train(flow)
+    expected = density(flow)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    train(flow)
+    assert not torch.equal(density(flow), expected)
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    assert torch.equal(flow.log_prob(X), expected)
+    train(flow)  # and it goes on training
+    assert not torch.equal(density(flow), expected)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_store_of_another_shape_is_refused(tmp_path, called_before: bool) -> None:
+    flow = make_flow(hidden_dims=[8, 8])
+    flow()
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    other = make_flow(hidden_dims=[9, 9])
+    if called_before:
+        other()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Expected .* of shape .*, got shape"):
+            other()
+
+
+def test_store_with_missing_entries_is_refused(tmp_path) -> None:
+    make_flow(num_transforms=3)()
+    reload(tmp_path)
+    with pytest.raises(ValueError, match="got also"):
+        make_flow(num_transforms=2)()
+    pyro.clear_param_store()
+    make_flow(num_transforms=2)()
+    reload(tmp_path)
+    with pytest.raises(ValueError, match="got nothing"):
+        make_flow(num_transforms=3)()
+
+
+def test_second_living_flow_takes_a_suffix_and_both_train() -> None:
+    first, second = make_flow(), make_flow()
+    train(first)
+    before = density(first)
+    train(second)
+    assert torch.equal(density(first), before)
+    assert not torch.equal(density(second), before)
+    after = density(second)
+    train(first)
+    assert torch.equal(density(second), after)
+    names = {name.split(".")[0] for name in pyro.get_param_store()}
+    assert names == {"SplineFlow", "SplineFlow_1"}
+
+
+def test_unclaimed_second_flow_does_not_read_the_entries_of_a_living_first() -> None:
+    first, second = make_flow(), make_flow()
+    expected = second.log_prob(X)
+    train(first)
+    assert torch.equal(second.log_prob(X), expected)
+
+
+def test_leftover_of_a_dead_flow_of_another_shape_is_dropped_with_a_warning() -> None:
+    train(make_flow(hidden_dims=[8, 8]))
+    other = make_flow(hidden_dims=[9, 9])
+    with pytest.warns(UserWarning, match="another shape"):
+        other()
+    train(other)
+    weight = other.layers[0].conditioner.hidden[0].weight
+    name = "SplineFlow.layers.0.conditioner.hidden.0.weight"
+    assert pyro.get_param_store()._params[name] is weight
+
+
+def test_clearing_the_store_leaves_the_flow_as_it_is() -> None:
+    flow = make_flow()
+    train(flow)
+    expected = density(flow)
+    pyro.clear_param_store()
+    assert torch.equal(density(flow), expected)
+    train(flow)
+    assert not torch.equal(density(flow), expected)
+
+
+def test_store_scopes_keep_flows_apart() -> None:
+    store = pyro.get_param_store()
+    with store.scope() as first_scope:
+        first = make_flow()
+        train(first)
+        expected = density(first)
+    with store.scope():
+        second = make_flow()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(second, 1)
+        assert not torch.equal(density(second), expected)
+    with store.scope(first_scope):
+        assert torch.equal(density(first), expected)
+
+
+def test_deepcopy_of_a_flow_keeps_its_values_and_trains_alone() -> None:
+    flow = make_flow()
+    train(flow)
+    twin = copy.deepcopy(flow)
+    expected = density(flow)
+    assert torch.equal(density(twin), expected)
+    train(twin)
+    assert torch.equal(density(flow), expected)
+    assert not torch.equal(density(twin), expected)
+
+
+class Model(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior, self.likelihood = make_flow(), make_flow(context_dim=2)
+        self.linear = torch.nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.likelihood(self.linear(z)), obs=x)
+
+
+def test_flows_inside_a_pyro_module_take_their_names_from_there_and_train() -> None:
+    model = Model()
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(X)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    svi.step(X)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    roots = {name.split(".")[0].split("$$$")[0] for name in pyro.get_param_store()}
+    assert roots == {"prior", "likelihood", "linear"}
+
+
+def test_module_store_round_trip(tmp_path) -> None:
+    model = Model()
+    perturb_(model, 0.2)
+    pyro.poutine.trace(model).get_trace(X)
+    expected = density(model.prior)
+    reload(tmp_path)
+    fresh = Model()
+    assert not torch.equal(SplineFlow(2, **TINY).log_prob(X), expected)
+    pyro.poutine.trace(fresh).get_trace(X)
+    assert torch.equal(density(fresh.prior), expected)
+
+
+def test_frozen_parameters_are_stored_and_not_trained(tmp_path) -> None:
+    flow = perturb_(make_flow(), 0.2)
+    flow.layers[0].requires_grad_(False)
+    frozen = flow.layers[0].conditioner.output.bias
+    before = frozen.clone()
+    train(flow)
+    assert torch.equal(frozen, before) and not frozen.requires_grad and frozen.grad is None
+    reload(tmp_path)
+    fresh = make_flow()
+    fresh()
+    assert torch.equal(fresh.layers[0].conditioner.output.bias, before)
+
+
+def test_standardization_after_the_first_call_reaches_the_store(tmp_path) -> None:
+    flow = make_flow()
+    flow()
+    flow.standardize(torch.randn(20, 2) * 4 + 7)
+    expected = density(flow)
+    reload(tmp_path)
+    assert torch.equal(density(make_flow()), expected)
+
+
+def test_conversion_after_the_first_call_keeps_store_and_flow_in_step() -> None:
+    flow = make_flow().standardize(torch.randn(20, 2) * 4 + 7)
+    train(flow)
+    flow.double()
+    flow()
+    assert {t.dtype for t in pyro.get_param_store()._params.values()} == {torch.float64}
+    assert flow.log_prob(X.double()).dtype == torch.float64
+
+
+def test_only_trainable_parameters_are_param_sites() -> None:
+    flow = make_flow()
+    flow.layers[0].requires_grad_(False)
+    with pyro.poutine.trace(param_only=True) as capture:
+        flow()
+    trainable = {f"SplineFlow.{name}" for name, p in flow.named_parameters() if p.requires_grad}
+    assert {name for name in capture.trace.nodes if "SplineFlow" in name} == trainable
+    assert 0 < len(trainable) < len(pyro.get_param_store())
