@@ -9,6 +9,7 @@
 #   VENV=.venv            where the environment goes
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch's CPU wheels: a small download, no GPU
 #   CONSTRAINTS=          empty: the newest PyTorch instead of the pinned one
+#   JOBS=2                processes of the test suite, one thread each; by default one per core
 #   PYTEST_ARGS="-k spline -x"
 
 PYTHON      ?= python3
@@ -16,6 +17,7 @@ VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+JOBS        ?= auto
 DEMO_ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ demo: setup
 	$(BIN)/python -m models.compare $(DEMO_ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 check: setup-dev
 	$(BIN)/python -m ruff check .

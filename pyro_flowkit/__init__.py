@@ -1,7 +1,8 @@
 """Rational-quadratic spline flows for Pyro: densities, guides, VAE priors and posteriors, and honest bounds."""
 
 from pyro_flowkit import diagnostics, guides, transforms
-from pyro_flowkit.flows import FlowDistribution, SplineFlow
+from pyro_flowkit.flow_distribution import FlowDistribution
+from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.preprocessing import dequantize, inverse_logit, logit
 from pyro_flowkit.training import FitResult, fit
 

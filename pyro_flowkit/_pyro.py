@@ -9,7 +9,9 @@ forward, so that the store holds the very tensors that the module computes with:
 - tensors that another live module lent: the new module takes a suffix and starts fresh. A guide warns, since two of one
   name are rarely meant; flows that stand by themselves are many in one program, and numbered in the order of their use.
 
-Float buffers and frozen parameters are part of what the store holds, but not of what Pyro's optimizers see.
+Float buffers and frozen parameters are part of what the store holds, but not of what Pyro's optimizers see. As
+everything in the store is taken for trainable (people hang gradient hooks on it), their entries are aliases that ask
+for gradients and never get any.
 """
 
 import gc
@@ -46,7 +48,7 @@ PRIVATE_NAMES = (
 )
 
 _lenders: "weakref.WeakValueDictionary[str, PyroModule]" = weakref.WeakValueDictionary()
-_lent: dict[str, "weakref.ref[Tensor]"] = {}
+_lent: dict[str, tuple["weakref.ref[Tensor]", "weakref.ref[PyroModule]"]] = {}
 
 
 class StoreModule(PyroModule):
@@ -84,14 +86,14 @@ class StoreModule(PyroModule):
         for key, tensor in tensors.items():
             name = f"{self._pyro_name}.{key}"
             stored = store._params.get(name)
-            if stored is not tensor:
-                if stored is not None:
+            if stored is None or not _is_entry_of(stored, tensor):
+                if stored is not None and not _was_lent_by(self, name, stored):
                     if stored.shape != tensor.shape:  # loaded since the name was claimed
                         raise ValueError(_misfit(self._pyro_name, tensors))
                     with torch.no_grad():
                         tensor.copy_(stored)
                 if lend:
-                    _lend(name, tensor)
+                    _lend(self, name, tensor)
             if lend and tensor.requires_grad:
                 pyro.param(name)
 
@@ -120,8 +122,11 @@ class StoreModule(PyroModule):
             for stale in list(_entries(name)):
                 del pyro.get_param_store()[stale]
         if lend:
-            self._pyro_name = self._store_name = name
+            self._store_name = name
             _lenders[name] = self
+            for path, module in self.named_modules():
+                if isinstance(module, PyroModule):
+                    module._pyro_name = f"{name}.{path}" if path else name
         return True
 
     def _state_local_params(self) -> None:
@@ -159,7 +164,8 @@ def _is_lent_by_another(name: str, module: PyroModule, *, collect: bool) -> bool
         if owner is None or owner is module:
             return False
         params = pyro.get_param_store()._params
-        return any(params.get(f"{name}.{key}") is tensor for key, tensor in _float_tensors(owner))
+        pairs = ((params.get(f"{name}.{key}"), tensor) for key, tensor in _float_tensors(owner))
+        return any(stored is not None and _is_entry_of(stored, tensor) for stored, tensor in pairs)
 
     if not (lent() and collect):
         return lent()
@@ -169,7 +175,7 @@ def _is_lent_by_another(name: str, module: PyroModule, *, collect: bool) -> bool
 
 def _is_left_over(name: str) -> bool:
     params = pyro.get_param_store()._params
-    return all(key in _lent and _lent[key]() is params[key] for key in _entries(name))
+    return all(key in _lent and _lent[key][0]() is params[key] for key in _entries(name))
 
 
 def _fits(name: str, tensors: dict[str, Tensor]) -> bool:
@@ -197,11 +203,30 @@ def _misfit(name: str, tensors: dict[str, Tensor]) -> str:
     )
 
 
-def _lend(name: str, tensor: Tensor) -> None:
+def _lend(module: PyroModule, name: str, tensor: Tensor) -> None:
     store = pyro.get_param_store()
     if name in store:
         del store[name]
-    store._params[name] = tensor
-    store._param_to_name[tensor] = name
+    entry = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    store._params[name] = entry
+    store._param_to_name[entry] = name
     store._constraints[name] = constraints.real
-    _lent[name] = weakref.ref(tensor)
+    _lent[name] = weakref.ref(entry), weakref.ref(module)
+
+
+def _is_entry_of(stored: Tensor, tensor: Tensor) -> bool:
+    """Whether a store entry is the tensor itself or its alias."""
+    if (
+        stored is tensor or torch.jit.is_tracing()
+    ):  # what is traced has been run, and brought into step, before
+        return True
+    shares = not tensor.requires_grad and stored.data_ptr() == tensor.data_ptr()
+    return shares and stored.shape == tensor.shape and stored.dtype == tensor.dtype
+
+
+def _was_lent_by(module: PyroModule, name: str, stored: Tensor) -> bool:
+    """Whether an entry is what this module lent earlier, before ``.to()`` or the like gave it another tensor."""
+    if name not in _lent:
+        return False
+    entry, lender = _lent[name]
+    return entry() is stored and lender() is module

@@ -1,43 +1,26 @@
-r"""Normalizing flows as Pyro distributions.
+"""SplineFlow: the module that holds the layers of a flow and hands out distributions.
 
-With z = base sample and x = f_K(... f_1(z)), the density is exact:
-
-.. math:: \log p(x) = \log p(z) + \sum_k \log |\det \partial f_k^{-1}|
-
-``FlowDistribution`` is that density; ``SplineFlow`` is the module that holds the layers and hands out distributions.
-
-References:
+Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
-
-    Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for
-    Variational Inference. NeurIPS 2017 (``path_gradient``).
 """
 
-import itertools
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, cast
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import detach, sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
+from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.nn import Activation, default_hidden_dims
 from pyro_flowkit.ops.rational_quadratic import Tails
 from pyro_flowkit.transforms.base import (
-    Bijection,
     ConditionalFlowTransformModule,
-    ConditionedTransform,
     check_context,
     check_size,
-    stamp,
 )
 from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
@@ -46,216 +29,6 @@ from pyro_flowkit.transforms.coupling import (
 )
 from pyro_flowkit.transforms.linear import LULinear, Standardization
 from pyro_flowkit.transforms.permute import Permute, permute
-
-
-class _Draw(NamedTuple):
-    value: "weakref.ref[Tensor]"
-    log_prob: Tensor
-    stamp: tuple
-
-
-class FlowDistribution(dist.TransformedDistribution):
-    """A ``TransformedDistribution`` that runs each conditioner once.
-
-    Args:
-        base_dist: distribution of z.
-        transforms: a transform or a list of them, applied in order; transforms of this package, or any of
-            ``torch.distributions``.
-        path_gradient: let ``score_parts`` give the sticking-the-landing estimator (Roeder et al. 2017): the entropy
-            term with parameters, context and base parameters held fixed. Pyro's ``Trace_ELBO``, ``JitTrace_ELBO`` and
-            ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. It costs one extra pass through the
-            conditioners, and only while gradients are recorded.
-
-    Shapes: with batch shape B and event shape (D,), ``rsample(S)`` is ``S + B + (D,)`` and ``log_prob`` of it
-    ``S + B``, in nats.
-
-    The last draw is remembered with its log-density, which ``log_prob`` uses once, for that very tensor, if neither it
-    nor a parameter was written to since and the grad mode is the same. Copies and pickles do not carry it.
-    """
-
-    def __init__(
-        self,
-        base_dist: torch.distributions.Distribution,
-        transforms: Transform | list[Transform],
-        *,
-        path_gradient: bool = False,
-        validate_args: bool | None = None,
-    ):
-        super().__init__(base_dist, transforms, validate_args=validate_args)
-        self.path_gradient = path_gradient
-        self._draw: _Draw | None = None
-
-    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Draw, and give the log-density of the draws (nats), in one pass through the layers.
-
-        Returns:
-            Draws of shape ``sample_shape + batch_shape + event_shape`` and log-densities without the event shape.
-        """
-        return self._push(self.base_dist.rsample(torch.Size(sample_shape)))
-
-    def _push(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        event_dim = len(self.event_shape)
-        if _is_empty(value):
-            log_prob = value.new_zeros(value.shape[: value.dim() - len(self.base_dist.event_shape)])
-        else:
-            log_prob = self.base_dist.log_prob(value)
-        for transform in self.transforms:
-            if isinstance(transform, Bijection):
-                value, ladj = transform.call_and_ladj(value)
-            else:
-                x, value = value, transform(value)
-                ladj = transform.log_abs_det_jacobian(x, value)
-                ladj = sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
-            log_prob = log_prob - ladj
-        return value, log_prob
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self._remembered(*self.rsample_and_log_prob(sample_shape))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        # the base may have no rsample, a mixture for one
-        return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))))
-
-    def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
-        self._draw = _Draw(weakref.ref(value), log_prob, stamp(self._tracked_tensors(), value))
-        return value
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``."""
-        draw, self._draw = self._draw, None
-        if draw is not None and draw.value() is value:
-            if draw.stamp == stamp(self._tracked_tensors(), value):
-                return draw.log_prob
-        event_dim = len(self.event_shape)
-        if _is_empty(value) and value.shape[-event_dim:] == self.event_shape:
-            return value.new_zeros(
-                torch.broadcast_shapes(value.shape[:-event_dim], self.batch_shape)
-            )
-        return super().log_prob(value)
-
-    def score_parts(self, value: Tensor) -> ScoreParts:
-        log_prob = self.log_prob(value)
-        if not self.has_rsample:
-            return ScoreParts(log_prob=log_prob, score_function=log_prob, entropy_term=0)
-        if not (self.path_gradient and torch.is_grad_enabled()):
-            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
-        fixed = self._log_prob_with_fixed_parameters(value)
-        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=fixed)
-
-    @torch.no_grad()
-    def fixed_draws(self, num_pairs: int = 5000) -> Tensor:
-        """The same draws at every call, for summaries that shall not jump: shape ``(2 * num_pairs + 1, *B, D)``.
-
-        They come from one fixed seed; the global random state is neither read nor changed. Where the base is normal or
-        Student's t they are antithetic, and one is the image of its centre, so that the marginal medians of a flow that
-        is still affine are exact.
-        """
-        base = self.base_dist
-        device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
-        with _fixed_seed(device):
-            z = base.sample(torch.Size([num_pairs]))
-            per_dimension = getattr(base, "base_dist", None)
-            if isinstance(per_dimension, torch.distributions.Normal | torch.distributions.StudentT):
-                centre = per_dimension.loc.expand(base.batch_shape + base.event_shape)
-                z = torch.cat([centre.unsqueeze(0), z, 2 * centre - z])
-            else:
-                z = torch.cat([z, base.sample(torch.Size([num_pairs + 1]))])
-        for transform in self.transforms:
-            z = transform(z)
-        return z
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
-        return self.fixed_draws().mean(0)
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
-        return self.fixed_draws().var(0)
-
-    def _log_prob_with_fixed_parameters(self, value: Tensor) -> Tensor:
-        fixed = [_with_fixed_context(transform) for transform in self.transforms]
-        with _fixed_parameters(fixed):
-            copy = dist.TransformedDistribution(detach(self.base_dist), fixed, validate_args=False)
-            return copy.log_prob(value)
-
-    def _tracked_tensors(self) -> list[Tensor]:
-        return [*_tensors_in(self.base_dist), *_tensors_in(self.transforms)]
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
-        """A new distribution of this batch shape, with the same ``path_gradient`` and nothing remembered."""
-        return FlowDistribution(
-            self.base_dist.expand(torch.Size(batch_shape)),
-            self.transforms,
-            path_gradient=self.path_gradient,
-            validate_args=self._validate_args,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draw": None}
-
-
-def _is_empty(value: Tensor) -> bool:
-    """Whether there is nothing in it: torch's distributions and constraints fail on an empty batch."""
-    return not torch.jit.is_tracing() and value.numel() == 0
-
-
-@contextmanager
-def _fixed_seed(device: torch.device) -> Iterator[None]:
-    """Draw from seed 0 for a while; the random states of the CPU and of this device come back as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every device
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        yield
-
-
-def _tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors that a distribution or a transform computes with."""
-    seen = set() if seen is None else seen
-    if id(part) in seen:  # a transform and its inverse may refer to each other
-        return
-    seen.add(id(part))
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, Bijection):
-        yield from part.tracked_tensors()
-    elif isinstance(part, nn.Module):
-        yield from itertools.chain(part.parameters(), part.buffers())
-    elif isinstance(part, torch.distributions.Distribution | Transform):
-        for value in vars(part).values():
-            yield from _tensors_in(value, seen)
-    elif isinstance(part, list | tuple):
-        for item in part:
-            yield from _tensors_in(item, seen)
-
-
-def _with_fixed_context(transform: Transform) -> Transform:
-    if isinstance(transform, ConditionedTransform):
-        return ConditionedTransform(transform.transform, transform.context.detach())
-    return transform if isinstance(transform, nn.Module) else detach(transform)
-
-
-@contextmanager
-def _fixed_parameters(transforms: list[Transform]) -> Iterator[None]:
-    """Let the transforms compute with detached parameters for a while (jit cannot trace ``functional_call``)."""
-    owners = [t.transform if isinstance(t, ConditionedTransform) else t for t in transforms]
-    swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-    try:
-        for owner in owners:
-            for module in owner.modules() if isinstance(owner, nn.Module) else ():
-                parameters: dict[str, Any] = module._parameters
-                for name, parameter in parameters.items():
-                    if parameter is not None and parameter.requires_grad:
-                        swapped.append((parameters, name, parameter))
-                        parameters[name] = parameter.detach()
-        yield
-    finally:
-        for parameters, name, parameter in swapped:
-            parameters[name] = parameter
 
 
 class SplineFlow(StoreModule):

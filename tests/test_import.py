@@ -17,7 +17,7 @@ HOUSE = [
     {"ops"},
     {"nn"},
     {"transforms"},
-    {"_pyro", "bases", "preprocessing"},
+    {"_pyro", "bases", "flow_distribution", "preprocessing"},
     {"flows"},
     {"guides", "objectives"},
     {"training", "diagnostics", "testing"},

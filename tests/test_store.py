@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_flowkit import SplineFlow
 from pyro_flowkit._pyro import PRIVATE_NAMES
+from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.testing import perturb_
 
 TINY = {"num_transforms": 2, "hidden_dims": [8, 8], "count_bins": 4}
@@ -74,7 +75,11 @@ def test_store_holds_the_very_tensors_under_deterministic_names() -> None:
     state = flow.state_dict(keep_vars=True)
     floats = {f"SplineFlow.{k}": v for k, v in state.items() if v.is_floating_point()}
     assert set(store.keys()) == set(floats)
-    assert all(store._params[name] is tensor for name, tensor in floats.items())
+    for name, tensor in floats.items():
+        entry = store._params[name]
+        assert entry is tensor or (
+            not tensor.requires_grad and entry.data_ptr() == tensor.data_ptr()
+        )
     assert "SplineFlow.standardization.loc" in floats
 
 
@@ -280,3 +285,45 @@ def test_only_trainable_parameters_are_param_sites() -> None:
     trainable = {f"SplineFlow.{name}" for name, p in flow.named_parameters() if p.requires_grad}
     assert {name for name in capture.trace.nodes if "SplineFlow" in name} == trainable
     assert 0 < len(trainable) < len(pyro.get_param_store())
+
+
+def test_standardisation_after_a_conversion_is_kept() -> None:
+    """The store's entry is then an earlier tensor of the same module, and nothing to read back."""
+    flow = SplineFlow(2, num_transforms=1, hidden_dims=[4])
+    flow()
+    flow.double()
+    data = 5.0 + 3.0 * torch.randn(100, 2, dtype=torch.float64)
+    flow.standardize(data)
+    flow()
+    assert torch.allclose(flow.standardization.loc, data.mean(0))
+    stored = pyro.get_param_store()["SplineFlow.standardization.loc"]
+    assert torch.equal(stored, flow.standardization.loc)
+
+
+def test_gradient_hooks_go_on_every_entry_of_the_store() -> None:
+    """As in Pyro's own tutorials, with buffers and a frozen parameter in the store."""
+    flow = SplineFlow(2, num_transforms=1, hidden_dims=[4])
+    flow.layers[0].passed_params.requires_grad_(False)
+    flow()
+    seen = []
+    for name, value in pyro.get_param_store().named_parameters():
+        value.register_hook(lambda grad, name=name: seen.append(name))
+    flow.log_prob(torch.randn(5, 2)).sum().backward()
+    assert seen
+    assert not any("standardization" in name or "passed_params" in name for name in seen)
+    assert not flow.layers[0].passed_params.requires_grad
+
+
+def test_flow_inside_a_guide_with_a_suffix_reads_its_own_entries() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    settings = {"num_transforms": 1, "hidden_dims": [4], "count_bins": 4}
+    first = AutoSplineFlow(model, **settings).setup()
+    perturb_(first, 0.3)
+    with pytest.warns(UserWarning, match="another live AutoSplineFlow"):
+        second = AutoSplineFlow(model, **settings).setup()
+    x = torch.randn(5, 2)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    assert torch.allclose(second.flow.log_prob(x), base.log_prob(x), atol=1e-5)
+    assert not torch.allclose(first.flow.log_prob(x), base.log_prob(x), atol=1e-2)

@@ -193,7 +193,6 @@ train, test = readings(5000, seed=0), readings(500, seed=1)
 
 
 # %%
-# %%
 def mlp(*sizes):
     layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1])

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_flowkit._pyro import StoreModule
-from pyro_flowkit.flows import FlowDistribution, SplineFlow
+from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.linear import Affine
 
@@ -64,8 +65,9 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
         bound: the splines live on ``[-bound, bound]``, in units of the affine map's scale.
         base: "normal" or "student_t" (learned degrees of freedom, 10 at first).
         affine: scale of the affine map, "full" or "diagonal".
-        path_gradient: the sticking-the-landing gradient under ``Trace_ELBO``; see
-            :class:`~pyro_flowkit.FlowDistribution`.
+        path_gradient: the sticking-the-landing gradient under ``Trace_ELBO`` (see
+            :class:`~pyro_flowkit.FlowDistribution`), except at steps where it would be the noisier one, as it is far
+            from the posterior (:mod:`pyro_flowkit.guides.posterior`).
 
     Device and dtype are those of the model's latents; ``.to()`` or ``.double()`` before the first call wins.
 
@@ -189,10 +191,10 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
         self._require_setup()
         return Compose([*self.flow.layers, self.affine])
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior:
         """Distribution of the unconstrained latents, event shape ``(latent_dim,)``."""
         self._require_setup()
-        return FlowDistribution(
+        return GuidePosterior(
             self.get_base_dist(),
             [*self.flow.layers, self.affine],
             path_gradient=self.path_gradient,

@@ -168,8 +168,8 @@ def _apply(
 
     knots = _knots(params, count_bins, bound, tails, minima)
     point = _wrap(v, bound) if tails == "circular" else v
-    # The box; what lies outside is put back by the tails below. Not clamp, whose derivative at the bound itself is 1 or 0
-    # by the version of PyTorch.
+    # The box; what lies outside is put back by the tails below. Not clamp, whose derivative at the bound itself is 1 or
+    # 0 by the version of PyTorch.
     point = point.masked_fill(point > bound, bound).masked_fill(point < -bound, -bound)
     bin = _select_bin(point, knots, axis=1 if inverse else 0)
     box_value, box_ladj = _invert_bin(point, bin) if inverse else _evaluate_bin(point, bin)

@@ -101,6 +101,14 @@ class Affine(FlowTransformModule):
         eye = torch.eye(self.input_dim, dtype=dtype, device=raw_lower.device)
         return eye + (self.rate * raw_lower.to(dtype)).tril(-1)
 
+    @torch.no_grad()
+    def pull_back(self, derivative: Tensor) -> Tensor:
+        """``S^T d`` for a derivative with respect to y, shape ``(*batch, D)``: the derivative with respect to x."""
+        derivative = derivative * self.log_scale.exp()
+        if self.raw_lower is None:
+            return derivative
+        return derivative @ self._unit_lower(self.raw_lower, derivative.dtype)
+
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         working = _working(x, self.raw_loc)
