@@ -13,20 +13,7 @@ from pyro.nn import PyroModule
 from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_flowkit import SplineFlow
-from pyro_flowkit.testing import perturb_
-
-TINY = {"num_transforms": 2, "hidden_dims": [8, 8], "count_bins": 4}
-CONTEXT = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
-
-
-def make_flow(input_dim: int = 3, context_dim: int = 0, **settings) -> SplineFlow:
-    return SplineFlow(input_dim, context_dim, **{**TINY, **settings})
-
-
-def bent(*args, **settings) -> SplineFlow:
-    return perturb_(make_flow(*args, **settings), 0.3)
-
+from tests.tiny import CONTEXT, bent, make_flow
 
 # training
 

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import MCMC, NUTS, Predictive, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import (
     AutoContinuous,
     AutoDiscreteParallel,
@@ -18,40 +18,9 @@ from pyro.infer.autoguide import (
     init_to_sample,
 )
 from pyro.infer.reparam import NeuTraReparam
-from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.testing import perturb_
-
-TINY = {"num_transforms": 2, "hidden_dims": [8, 8], "count_bins": 4}
-DATA = torch.tensor([0.3, 1.2, -0.5, 0.9])
-
-
-def model(data: Tensor = DATA) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
-    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
-    with pyro.plate("rows", len(data)):
-        local = pyro.sample("local", dist.Normal(loc, scale))
-        pyro.sample("x", dist.Normal(local, weights[..., 0] + 0.5), obs=data)
-
-
-LATENT_DIM = 1 + 1 + 2 + 4
-
-
-def make_guide(of=model, **settings) -> AutoSplineFlow:
-    return AutoSplineFlow(of, **{**TINY, **settings})
-
-
-def ready_guide(**settings) -> AutoSplineFlow:
-    return perturb_(make_guide(**settings).setup(), 0.1)
-
-
-def step(guide, *args, of=model, steps: int = 1, elbo=None) -> float:
-    svi = SVI(of, guide, Adam({"lr": 0.01}), elbo or Trace_ELBO())
-    return [svi.step(*args) for _ in range(steps)][-1]
-
+from tests.tiny import DATA, LATENT_DIM, make_guide, model, ready_guide, step
 
 # 6: in company
 
