@@ -177,8 +177,8 @@ class _Namer:
             batch = value.shape[: value.dim() - event_dim][-self.nesting or value.dim() :]
             value = value.reshape((1,) * (self.nesting - len(batch)) + batch + event_shape)
             plates, event = self._split(name, value, True)
-            value = value.expand(*self._batch(name), *event_shape)
-            value = value.reshape(*plates.values(), *event.values())
+            value = value.expand([*self._batch(name), *event_shape])
+            value = value.reshape([*plates.values(), *event.values()])
             variables[name] = ((*plates, *event), value.cpu().numpy())
         return self._build(variables, ())
 

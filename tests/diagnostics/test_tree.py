@@ -100,6 +100,17 @@ def test_attributes_can_be_stored():
     assert tree["vi_trace"].attrs["sample_dims"] == ["chain", "step"]
 
 
+def test_a_model_without_a_plate_has_scalar_sites():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.25))
+
+    tree = from_svi(model, AutoNormal(model), num_samples=50, seed=0)
+    assert tree["posterior"]["z"].dims == tree["log_likelihood"]["y"].dims == ("chain", "draw")
+    assert tree["observed_data"]["y"].dims == ()
+    assert tree["observed_data"]["y"].item() == 0.25
+
+
 def test_optional_groups_are_left_out():
     tree = make_tree(history=None, log_likelihood=False)
     assert not {"vi_trace", "log_likelihood"} & set(tree.children)
