@@ -16,7 +16,7 @@ from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.nn import Activation, default_hidden_dims
-from pyro_flowkit.ops.rational_quadratic import Tails
+from pyro_flowkit.ops import Tails
 from pyro_flowkit.transforms.base import (
     ConditionalFlowTransformModule,
     check_context,

@@ -1,17 +1,24 @@
-"""Pure functions on tensors: the spline kernel and Pareto-smoothed importance sampling."""
+"""Pure functions on tensors: the spline, by a fused kernel or in PyTorch, and Pareto-smoothed importance sampling."""
 
+from pyro_flowkit.ops.backend import backend, use_reference
+from pyro_flowkit.ops.columns import Columns
 from pyro_flowkit.ops.psis import psis
 from pyro_flowkit.ops.rational_quadratic import (
-    num_spline_params,
     rational_quadratic_forward,
     rational_quadratic_inverse,
-    validate_spline,
+    spline_columns,
 )
+from pyro_flowkit.ops.settings import SplineSettings, Tails, num_spline_params
 
 __all__ = [
+    "Columns",
+    "SplineSettings",
+    "Tails",
+    "backend",
     "num_spline_params",
     "psis",
     "rational_quadratic_forward",
     "rational_quadratic_inverse",
-    "validate_spline",
+    "spline_columns",
+    "use_reference",
 ]

@@ -1,89 +1,28 @@
-r"""The monotonic rational-quadratic spline, forward and inverse, in plain PyTorch.
+"""The monotonic rational-quadratic spline: by the fused kernel where it applies, by the PyTorch reference elsewhere.
 
-This is the reference for every other implementation: branch-free, free of data-dependent shapes, and accurate at the
-edges. One raw parameter vector per scalar input holds ``count_bins`` width logits, ``count_bins`` height logits and the
-raw slopes at the knots that are not fixed, in this order.
-
-Within bin k, with knots (x_k, y_k), width w, height h, chord slope s = h / w, knot slopes d_k and d_{k+1}, let
-a0 = d_k / s, a1 = d_{k+1} / s, t = (x - x_k) / w and u = 1 - t = (x_{k+1} - x) / w. Durkan et al. (2019), equations 4
-and 5, then read
-
-.. math::
-
-    y      &= y_k + h \, t (t + a_0 u) / q, \qquad q = t^2 + u^2 + (a_0 + a_1) t u \\
-    dy/dx  &= s \, (a_1 t^2 + 2 t u + a_0 u^2) / q^2
-
-in which every sum has positive terms only, so nothing cancels, and q >= 1/2 because t^2 + u^2 >= (t + u)^2 / 2.
-
-References:
+Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
-
-    J. A. Gregory, R. Delbourgo. Piecewise rational quadratic interpolation to monotonic data. IMA Journal of Numerical
-    Analysis, 1982.
-
-    Danilo J. Rezende et al. Normalizing Flows on Tori and Spheres. ICML 2020 (circular splines).
 """
 
+import functools
 import math
-from typing import Literal, NamedTuple
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Tails = Literal["linear", "circular"] | None
+from pyro_flowkit.ops import fused, reference
+from pyro_flowkit.ops.columns import Columns, take
+from pyro_flowkit.ops.settings import (
+    MIN_BIN_HEIGHT,
+    MIN_BIN_WIDTH,
+    MIN_SLOPE,
+    SplineSettings,
+    Tails,
+)
 
-MIN_BIN_WIDTH = 1e-3
-MIN_BIN_HEIGHT = 1e-3
-MIN_SLOPE = 1e-3
-
-
-def num_spline_params(count_bins: int, tails: Tails = "linear") -> int:
-    """Length of the raw parameter vector of one scalar spline.
-
-    Linear tails fix the slope 1 at both bounds (``3 K - 1``); circular tails share one slope between the two bounds
-    (``3 K``); without tails both are free (``3 K + 1``).
-    """
-    free_slopes = {"linear": count_bins - 1, "circular": count_bins, None: count_bins + 1}
-    return 2 * count_bins + free_slopes[tails]
-
-
-def validate_spline(
-    count_bins: int,
-    bound: float,
-    tails: Tails = "linear",
-    *,
-    min_bin_width: float = MIN_BIN_WIDTH,
-    min_bin_height: float = MIN_BIN_HEIGHT,
-    min_slope: float = MIN_SLOPE,
-) -> None:
-    """Check the settings of a spline once, where it is built.
-
-    Args:
-        count_bins: number of bins, at least 1.
-        bound: half the side of the box, positive and finite.
-        tails: "linear", "circular" or None.
-        min_bin_width, min_bin_height: smallest share of the box's side that a bin may shrink to; ``count_bins`` times
-            it must stay below 1.
-        min_slope: smallest slope at a knot, in (0, 1), so that slope 1 can be reached.
-
-    Raises:
-        ValueError: naming the setting, what was expected and what came.
-    """
-    if isinstance(count_bins, bool) or not isinstance(count_bins, int) or count_bins < 1:
-        raise ValueError(f"Expected count_bins to be an integer >= 1, got {count_bins!r}.")
-    if not (math.isfinite(bound) and bound > 0):
-        raise ValueError(f"Expected bound to be positive and finite, got {bound!r}.")
-    if tails not in ("linear", "circular", None):
-        raise ValueError(f'Expected tails to be "linear", "circular" or None, got {tails!r}.')
-    for name, minimum in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
-        if not (minimum > 0 and count_bins * minimum < 1):
-            raise ValueError(
-                f"Expected count_bins * {name} < 1 and {name} > 0, got {count_bins} * {minimum} = "
-                f"{count_bins * minimum:g}: use fewer bins or a smaller {name}."
-            )
-    if not 0 < min_slope < 1:
-        raise ValueError(f"Expected min_slope in (0, 1), got {min_slope!r}.")
+# More rows of parameters than this are not worth a table each.
+_MAX_SHARED = 1024
 
 
 def rational_quadratic_forward(
@@ -112,9 +51,12 @@ def rational_quadratic_forward(
 
     Returns:
         The values and log dy/dx (nats), both with the broadcast batch shape and the dtype of ``inputs``.
+
+    Raises:
+        ValueError: for settings that make no spline, or parameters of another size.
     """
-    minima = (min_bin_width, min_bin_height, min_slope)
-    return _apply(inputs, params, count_bins, bound, tails, minima, inverse=False)
+    settings = SplineSettings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
+    return _elementwise(inputs, params, settings, inverse=False)
 
 
 def rational_quadratic_inverse(
@@ -129,164 +71,133 @@ def rational_quadratic_inverse(
     min_slope: float = MIN_SLOPE,
 ) -> tuple[Tensor, Tensor]:
     """Invert :func:`rational_quadratic_forward`: same arguments; returns x and log dx/dy (nats)."""
-    minima = (min_bin_width, min_bin_height, min_slope)
-    return _apply(inputs, params, count_bins, bound, tails, minima, inverse=True)
+    settings = SplineSettings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
+    return _elementwise(inputs, params, settings, inverse=True)
 
 
-class _Bin(NamedTuple):
-    """The bin that holds each input: its lower corner, width, height and the slopes at its two knots."""
-
-    x: Tensor
-    y: Tensor
-    width: Tensor
-    height: Tensor
-    slope_left: Tensor
-    slope_right: Tensor
-
-
-def _apply(
-    inputs: Tensor,
-    params: Tensor,
-    count_bins: int,
-    bound: float,
-    tails: Tails,
-    minima: tuple[float, float, float],
+def spline_columns(
+    x: Tensor,
+    params: Tensor | None,
+    shared_params: Tensor | None,
+    columns: Columns,
+    settings: SplineSettings,
     *,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Send some columns of a vector through splines, each with its own raw parameters, and sum the log-dets.
+
+    Args:
+        x: shape ``(*batch, columns.dim)``.
+        params: raw parameters of ``columns.own``, shape ``(*batch, len(columns.own) * settings.num_params)``, which
+            broadcasts against the batch shape of ``x``; None where there are none.
+        shared_params: raw parameters of ``columns.shared``, the same for the whole batch, shape
+            ``(len(columns.shared) * settings.num_params,)``; None where there are none.
+        columns: which columns have which parameters.
+        settings: of all the splines.
+        inverse: evaluate the inverse.
+
+    Returns:
+        Values ``(*batch, columns.dim)`` and log-dets ``(*batch,)`` (nats) in the dtype of ``x``.
+
+    Raises:
+        ValueError: for parameters of another size.
+    """
+    for given, numbers, name in (
+        (params, columns.own, "params"),
+        (shared_params, columns.shared, "shared_params"),
+    ):
+        _check_size(given, len(numbers) * settings.num_params, settings, name)
+    if not fused.applies(x, params, shared_params):
+        return _columns_reference(x, params, shared_params, columns, settings, inverse)
+    dtype, working = x.dtype, _working(x, params, shared_params)
+    batch_shape = x.shape[:-1]
+    if params is not None and params.dim() == 1 and shared_params is None:
+        params, shared_params, columns = None, params, columns.all_shared
+    if params is not None and params.shape[:-1] != batch_shape:
+        batch_shape = torch.broadcast_shapes(batch_shape, params.shape[:-1])
+        params = params.expand(*batch_shape, params.shape[-1])
+        x = x.expand(*batch_shape, columns.dim)
+    rows = math.prod(batch_shape)
+    value, ladj = fused.run(
+        x.reshape(rows, columns.dim).to(working),
+        None if params is None else params.reshape(rows, params.shape[-1]).to(working),
+        None if shared_params is None else shared_params.to(working),
+        columns,
+        settings,
+        functools.partial(_columns_reference, columns=columns, settings=settings, inverse=inverse),
+        inverse=inverse,
+    )
+    return value.to(dtype).reshape(*batch_shape, columns.dim), ladj.to(dtype).reshape(batch_shape)
+
+
+def _columns_reference(
+    x: Tensor,
+    params: Tensor | None,
+    shared_params: Tensor | None,
+    columns: Columns,
+    settings: SplineSettings,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    expected = num_spline_params(count_bins, tails)
-    if not torch.jit.is_tracing() and params.shape[-1] != expected:
-        raise ValueError(
-            f"Expected params with last dimension {expected} (count_bins={count_bins}, tails={tails!r}), got "
-            f"shape {tuple(params.shape)}."
-        )
-    dtype = inputs.dtype
-    working = torch.promote_types(torch.promote_types(dtype, params.dtype), torch.float32)
-    v, params = inputs.to(working), params.to(working)
-    batch_shape = torch.broadcast_shapes(v.shape, params.shape[:-1])
-    v = v.expand(batch_shape)
+    values, ladjs = [], []
+    for numbers, raw in ((columns.own, params), (columns.shared, shared_params)):
+        part = take(x, numbers, columns.dim)
+        if raw is not None:
+            raw = raw.unflatten(-1, (len(numbers), settings.num_params))
+            part, ladj = reference.evaluate(part, raw, settings, inverse=inverse)
+            ladjs.append(ladj.sum(-1))
+        values.append(part)
+    batch_shape = torch.broadcast_shapes(*(v.shape[:-1] for v in values))
+    values.append(take(x, columns.rest, columns.dim))
+    together = columns.merge(*(v.expand(*batch_shape, v.shape[-1]) for v in values))
+    total = functools.reduce(torch.add, ladjs, x.new_zeros(()))
+    return together, total.expand(batch_shape)
 
-    knots = _knots(params, count_bins, bound, tails, minima)
-    point = _wrap(v, bound) if tails == "circular" else v
-    # The box; what lies outside is put back by the tails below. Not clamp, whose derivative at the bound itself is 1 or
-    # 0 by the version of PyTorch.
-    point = point.masked_fill(point > bound, bound).masked_fill(point < -bound, -bound)
-    bin = _select_bin(point, knots, axis=1 if inverse else 0)
-    box_value, box_ladj = _invert_bin(point, bin) if inverse else _evaluate_bin(point, bin)
 
-    # Rounding may carry a value an ulp past the bound, where the inverse would not find it; the
-    # derivative stays as it is.
-    box_value = box_value - (box_value - box_value.clamp(-bound, bound)).detach()
-
-    outside = v.abs() > bound
-    if tails == "linear":
-        value, ladj = torch.where(outside, v, box_value), box_ladj.masked_fill(outside, 0.0)
-    elif tails == "circular":
-        value, ladj = torch.where(outside, v + (box_value - point), box_value), box_ladj
+def _elementwise(
+    inputs: Tensor, params: Tensor, settings: SplineSettings, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    _check_size(params, settings.num_params, settings, "params")
+    if not fused.applies(inputs, params):
+        return reference.evaluate(inputs, params, settings, inverse=inverse)
+    dtype, working = inputs.dtype, _working(inputs, params)
+    shape = torch.broadcast_shapes(inputs.shape, params.shape[:-1])
+    x, raw = inputs.expand(shape).to(working), params.to(working)
+    own_shape = raw.shape[:-1]
+    count = math.prod(own_shape)
+    shared = len(own_shape) < len(shape) and own_shape == shape[len(shape) - len(own_shape) :]
+    if shared and 0 < count <= _MAX_SHARED:  # one row of parameters for many inputs
+        columns = Columns(count, (), tuple(range(count)))
+        x, own, common = x.reshape(-1, count), None, raw.reshape(-1)
     else:
-        value = box_value.masked_fill(outside, math.nan)
-        ladj = box_ladj.masked_fill(outside, math.nan)
-    return value.to(dtype), ladj.to(dtype)
+        columns = Columns(1, (0,))
+        x, common = x.reshape(-1, 1), None
+        own = raw.expand(*shape, settings.num_params).reshape(-1, settings.num_params)
 
+    def in_pytorch(x: Tensor, own: Tensor | None, common: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw = cast(Tensor, own if common is None else common)
+        given = raw.unsqueeze(-2) if common is None else raw.unflatten(-1, (count, -1))
+        return reference.evaluate(x, given, settings, inverse=inverse)
 
-def _knots(
-    params: Tensor, count_bins: int, bound: float, tails: Tails, minima: tuple[float, float, float]
-) -> Tensor:
-    """Raw parameters to x, y and slope of every knot, shape ``(*batch, 3, count_bins + 1)``."""
-    *min_sizes, min_slope = minima
-    logits = params[..., : 2 * count_bins].unflatten(-1, (2, count_bins))
-    shares = logits.softmax(-1).unbind(-2)
-    rows = []
-    for share, minimum in zip(shares, min_sizes, strict=True):
-        share = minimum + (1.0 - minimum * count_bins) * share
-        interior = 2.0 * bound * share[..., :-1].cumsum(-1) - bound
-        # pinned to the bounds at both ends
-        rows.append(F.pad(F.pad(interior, (1, 0), value=-bound), (0, 1), value=bound))
-    # softplus(raw + offset) + min_slope is 1 at raw = 0
-    offset = math.log(math.expm1(1.0 - min_slope))
-    slopes = min_slope + F.softplus(params[..., 2 * count_bins :] + offset)
-    if tails == "linear":
-        slopes = F.pad(slopes, (1, 1), value=1.0)
-    elif tails == "circular":
-        slopes = torch.cat([slopes, slopes[..., :1]], dim=-1)
-    return torch.stack([*rows, slopes], dim=-2)
-
-
-def _wrap(v: Tensor, bound: float) -> Tensor:
-    """Move a value by whole turns into [-bound, bound]; what is infinite or too large to have a phase goes to 0."""
-    turns = torch.round(v / (2.0 * bound))
-    wrapped = v - 2.0 * bound * turns.detach()
-    return torch.where(
-        turns.abs() * torch.finfo(v.dtype).eps < 1.0, wrapped, torch.where(v.isnan(), v, 0.0)
+    value, ladj = fused.run(
+        x, own, common, columns, settings, in_pytorch, inverse=inverse, sum_ladj=False
     )
+    return value.to(dtype).reshape(shape), ladj.to(dtype).reshape(shape)
 
 
-def _select_bin(point: Tensor, knots: Tensor, axis: int) -> _Bin:
-    # Counting the interior knots at or below the point needs no sorting, no clamping and no data-dependent shape.
-    index = (point.unsqueeze(-1) >= knots[..., axis, 1:-1]).sum(-1)
-    ends = torch.stack([index, index + 1], dim=-1).unsqueeze(-2)
-    knots = knots.expand(*point.shape, *knots.shape[-2:])
-    x, y, slope = knots.gather(-1, ends.expand(*point.shape, 3, 2)).unbind(-2)
-    return _Bin(
-        x=x[..., 0],
-        y=y[..., 0],
-        width=x[..., 1] - x[..., 0],
-        height=y[..., 1] - y[..., 0],
-        slope_left=slope[..., 0],
-        slope_right=slope[..., 1],
-    )
+def _working(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
-def _coordinates(point: Tensor, start: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """In-bin coordinate and its complement, both in [0, 1]; clamped before the division, so that rounding of the
-    difference cannot leave the bin."""
-    offset = point - start
-    # not clamp and minimum, whose derivatives at a tie (the bounds) are not 1 in every version of PyTorch
-    offset = offset.masked_fill(offset < 0.0, 0.0)
-    offset = torch.where(offset > side, side, offset)
-    return offset / side, (side - offset) / side
-
-
-def _log_derivative(t: Tensor, u: Tensor, q: Tensor, bin: _Bin) -> Tensor:
-    slope = bin.height / bin.width
-    return torch.log(
-        bin.slope_right * t * t + 2.0 * slope * t * u + bin.slope_left * u * u
-    ) - 2.0 * torch.log(q)
-
-
-def _evaluate_bin(x: Tensor, bin: _Bin) -> tuple[Tensor, Tensor]:
-    t, u = _coordinates(x, bin.x, bin.width)
-    slope = bin.height / bin.width
-    a0, a1 = bin.slope_left / slope, bin.slope_right / slope
-    q = t * t + u * u + (a0 + a1) * t * u
-    return bin.y + bin.height * (t * (t + a0 * u) / q), _log_derivative(t, u, q, bin)
-
-
-def _invert_bin(y: Tensor, bin: _Bin) -> tuple[Tensor, Tensor]:
-    r"""Solve v = t (t + a0 u) / q for t, where v = (y - y_k) / h and w = 1 - v.
-
-    With u = 1 - t this is the quadratic (1 - B) t^2 + B t - v = 0, where B = r + 2 v and r = a0 w - a1 v. Its
-    discriminant, B^2 + 4 (1 - B) v, is r^2 + 4 v w: a sum of two non-negative terms, where the usual form subtracts
-    numbers of equal size when the knot slopes are small. With D = sqrt(r^2 + 4 v w) the root in [0, 1] is
-
-        t = 2 v / (2 v + r + D),        u = 2 w / (2 w - r + D).
-
-    For r >= 0 the first has positive terms only; for r < 0, r + D = 4 v w / (D - r) turns it into
-    (D - r) / (D - r + 2 w), which has too. So, with p = D + |r|, either (t, u) = (2 v, p) / (2 v + p) or
-    (t, u) = (p, 2 w) / (p + 2 w): no subtraction is left but the one in r, whose rounding error is relative to the
-    larger of its two terms and enters D only next to 4 v w. The denominator vanishes nowhere: v = 0 gives p = 2 a0 > 0.
-    (Durkan et al. 2019, appendix A.2, use the first form for every sign of r.)
-    """
-    v, w = _coordinates(y, bin.y, bin.height)
-    slope = bin.height / bin.width
-    a0, a1 = bin.slope_left / slope, bin.slope_right / slope
-    r = a0 * w - a1 * v
-    positive = r >= 0
-    # not abs(r), whose derivative at r = 0 is neither branch's
-    p = torch.sqrt(r * r + 4.0 * v * w) + torch.where(positive, r, -r)
-    numerator_t = torch.where(positive, 2.0 * v, p)
-    numerator_u = torch.where(positive, p, 2.0 * w)
-    total = numerator_t + numerator_u
-    t, u = numerator_t / total, numerator_u / total
-    q = t * t + u * u + (a0 + a1) * t * u
-    return bin.x + bin.width * t, -_log_derivative(t, u, q, bin)
+def _check_size(params: Tensor | None, size: int, settings: SplineSettings, name: str) -> None:
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return
+    if (0 if params is None else params.shape[-1]) != size:
+        shape = None if params is None else tuple(params.shape)
+        raise ValueError(
+            f"Expected {name} with last dimension {size} (count_bins={settings.count_bins}, "
+            f"tails={settings.tails!r}), got shape {shape}."
+        )

@@ -25,17 +25,14 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import Activation, default_hidden_dims, make_conditioner
-from pyro_flowkit.ops.rational_quadratic import (
-    Tails,
-    rational_quadratic_forward,
-    rational_quadratic_inverse,
-)
+from pyro_flowkit.ops import Columns, SplineSettings, Tails, spline_columns
+from pyro_flowkit.ops.columns import take
 from pyro_flowkit.transforms.base import (
     ConditionalFlowTransformModule,
     FlowTransformModule,
     check_size,
 )
-from pyro_flowkit.transforms.spline import SplineFunction, SplineSettings, check_order
+from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
 
 # The conditioner sees its inputs clamped to this size, so that inf makes neither its output nor its gradient NaN. Both
 # directions clamp the same values: the map stays a bijection with the log-det above.
@@ -48,54 +45,45 @@ class _Coupling(nn.Module):
     settings: SplineSettings
     conditioner: nn.Module
     passed_params: nn.Parameter | None
-    permutation: Tensor
-    inverse_permutation: Tensor
-    split_dim: int
+    mask: Tensor
 
     def _setup(
         self, conditioner: nn.Module, mask: Tensor, settings: SplineSettings, identity: bool
     ) -> None:
         self.settings = settings
         self.conditioner = conditioner
-        self.split_dim = int(mask.sum())
-        # passed-through dimensions first, then the transformed ones
-        permutation = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
-        self.register_buffer("permutation", permutation)
-        self.register_buffer("inverse_permutation", permutation.argsort())
-        if identity or self.split_dim == 0:
+        self.register_buffer("mask", mask)
+        self._split = _Split(mask)
+        passed = int(mask.sum())
+        if identity or passed == 0:
             self.register_parameter("passed_params", None)
         else:
-            self.passed_params = nn.Parameter(torch.zeros(self.split_dim * settings.num_params))
+            self.passed_params = nn.Parameter(torch.zeros(passed * settings.num_params))
 
     @property
     def domain(self) -> constraints.Constraint:
-        return self.settings.domain
-
-    @property
-    def mask(self) -> Tensor:
-        """Bool tensor of shape ``(input_dim,)``; True = passed through to the conditioner."""
-        return self.inverse_permutation < self.split_dim
+        return domain_of(self.settings)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x_passed, x_transformed = self._split(x)
-        y_passed, ladj = self._map_passed(rational_quadratic_forward, x_passed)
-        params = self._params(x_passed, context)
-        return self._merge(
-            y_passed, ladj, *self.settings.apply(rational_quadratic_forward, x_transformed, params)
-        )
+        check_inside(x, self.settings, type(self).__name__)
+        split = self._split
+        params = self._params(take(x, split.passed, split.dim), context)
+        columns = split.transformed if self.passed_params is None else split.both
+        return spline_columns(x, params, self.passed_params, columns, self.settings)
 
     def _backward(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        y_passed, y_transformed = self._split(y)
-        x_passed, ladj = self._map_passed(rational_quadratic_inverse, y_passed)
-        params = self._params(x_passed, context)
-        return self._merge(
-            x_passed, ladj, *self.settings.apply(rational_quadratic_inverse, y_transformed, params)
+        check_inside(y, self.settings, type(self).__name__)
+        split = self._split
+        ladj = None
+        if self.passed_params is not None:  # the conditioner sees the inverse of this part
+            y, ladj = spline_columns(
+                y, None, self.passed_params, split.only_passed, self.settings, inverse=True
+            )
+        params = self._params(take(y, split.passed, split.dim), context)
+        x, own_ladj = spline_columns(
+            y, params, None, split.transformed, self.settings, inverse=True
         )
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.settings.check_inside(x, type(self).__name__)
-        x = x.index_select(-1, self.permutation)
-        return x[..., : self.split_dim], x[..., self.split_dim :]
+        return x, own_ladj if ladj is None else own_ladj + ladj
 
     def _params(self, x_passed: Tensor, context: Tensor | None) -> Tensor:
         features = x_passed.clamp(-CONDITIONER_LIMIT, CONDITIONER_LIMIT)
@@ -104,22 +92,25 @@ class _Coupling(nn.Module):
             features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         return self.conditioner(features, context)
 
-    def _map_passed(self, function: SplineFunction, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.passed_params is None:
-            return x, None
-        return self.settings.apply(function, x, self.passed_params)
-
-    def _merge(
-        self, passed: Tensor, passed_ladj: Tensor | None, transformed: Tensor, ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # a context may widen the batch
-        passed = passed.expand(*transformed.shape[:-1], passed.shape[-1])
-        value = torch.cat([passed, transformed], dim=-1).index_select(-1, self.inverse_permutation)
-        total = ladj.sum(-1)
-        return value, total if passed_ladj is None else total + passed_ladj.sum(-1)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._split = _Split(self.mask)
 
     def extra_repr(self) -> str:
-        return f"{self.settings}, identity={self.passed_params is None}"
+        return f"{describe(self.settings)}, identity={self.passed_params is None}"
+
+
+class _Split:
+    """The columns of a mask, in the combinations that a coupling sends through splines."""
+
+    def __init__(self, mask: Tensor):
+        flags = mask.tolist()
+        self.dim = dim = len(flags)
+        self.passed = tuple(i for i in range(dim) if flags[i])
+        transformed = tuple(i for i in range(dim) if not flags[i])
+        self.transformed = Columns(dim, own=transformed)
+        self.both = Columns(dim, own=transformed, shared=self.passed)
+        self.only_passed = Columns(dim, own=(), shared=self.passed)
 
 
 class SplineCoupling(_Coupling, FlowTransformModule):
@@ -220,7 +211,7 @@ def spline_coupling(
         ValueError: for settings that make no coupling, saying what was expected and what came.
     """
     check_order(order)
-    settings = SplineSettings(count_bins, bound, tails)
+    settings = SplineSettings(count_bins, float(bound), tails)
     mask = _make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
     conditioner = _make_conditioner(mask, hidden_dims, settings, 0, network)
@@ -245,7 +236,7 @@ def conditional_spline_coupling(
 ) -> ConditionalSplineCoupling:
     """A :class:`ConditionalSplineCoupling` with its conditioner; arguments as for :func:`spline_coupling`."""
     check_order(order)
-    settings = SplineSettings(count_bins, bound, tails)
+    settings = SplineSettings(count_bins, float(bound), tails)
     mask = _make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
     conditioner = _make_conditioner(mask, hidden_dims, settings, context_dim, network)

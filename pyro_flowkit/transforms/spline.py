@@ -6,7 +6,7 @@ Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from pyro.distributions import constraints
@@ -14,61 +14,38 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_flowkit.nn import default_hidden_dims, make_conditioner
-from pyro_flowkit.ops.rational_quadratic import (
-    Tails,
-    num_spline_params,
-    rational_quadratic_forward,
-    rational_quadratic_inverse,
-    validate_spline,
-)
+from pyro_flowkit.ops import Columns, SplineSettings, Tails, spline_columns
 from pyro_flowkit.transforms.base import ConditionalFlowTransformModule, FlowTransformModule
 
-SplineFunction = Callable[..., tuple[Tensor, Tensor]]
+
+def domain_of(settings: SplineSettings) -> constraints.Constraint:
+    """Where a spline of these settings is defined, and where its values are."""
+    if settings.tails is None:
+        return constraints.independent(constraints.interval(-settings.bound, settings.bound), 1)
+    return constraints.real_vector
 
 
-class SplineSettings:
-    """What the splines of one transform have in common: bins, bound, tails."""
-
-    def __init__(self, count_bins: int, bound: float, tails: Tails):
-        validate_spline(count_bins, bound, tails)
-        self.count_bins = count_bins
-        self.bound = float(bound)
-        self.tails = tails
-        self.num_params = num_spline_params(count_bins, tails)
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        if self.tails is None:
-            return constraints.independent(constraints.interval(-self.bound, self.bound), 1)
-        return constraints.real_vector
-
-    def apply(
-        self, function: SplineFunction, inputs: Tensor, params: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Apply forward or inverse to ``(*batch, D)`` with raw parameters ``(*batch, D * num_params)``."""
-        params = params.reshape(*params.shape[:-1], inputs.shape[-1], self.num_params)
-        return function(
-            inputs, params, count_bins=self.count_bins, bound=self.bound, tails=self.tails
+def check_inside(inputs: Tensor, settings: SplineSettings, owner: str) -> None:
+    """Without tails, refuse what lies outside the box while validation is on; NaN says it otherwise."""
+    if settings.tails is not None or not Distribution._validate_args:
+        return
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    bound = settings.bound
+    try:
+        outside = bool((inputs.detach().abs() > bound).any())
+    except RuntimeError:  # under vmap no value can be looked at
+        return
+    if outside:
+        raise ValueError(
+            f"Expected values within [-{bound:g}, {bound:g}] for {owner} with tails=None, got "
+            f"values up to {inputs.detach().abs().max():g}."
         )
 
-    def check_inside(self, inputs: Tensor, owner: str) -> None:
-        """Without tails, refuse what lies outside the box while validation is on; NaN says it otherwise."""
-        if self.tails is not None or not Distribution._validate_args:
-            return
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return
-        try:
-            outside = bool((inputs.detach().abs() > self.bound).any())
-        except RuntimeError:  # under vmap no value can be looked at
-            return
-        if outside:
-            raise ValueError(
-                f"Expected values within [-{self.bound:g}, {self.bound:g}] for {owner} with tails=None, got "
-                f"values up to {inputs.detach().abs().max():g}."
-            )
 
-    def __repr__(self) -> str:
-        return f"count_bins={self.count_bins}, bound={self.bound:g}, tails={self.tails!r}"
+def describe(settings: SplineSettings) -> str:
+    """The settings in the ``repr`` of a module."""
+    return f"count_bins={settings.count_bins}, bound={settings.bound:g}, tails={settings.tails!r}"
 
 
 class Spline(FlowTransformModule):
@@ -90,27 +67,27 @@ class Spline(FlowTransformModule):
         self, input_dim: int, count_bins: int = 8, bound: float = 3.0, *, tails: Tails = "linear"
     ):
         super().__init__(input_dim)
-        self.settings = SplineSettings(count_bins, bound, tails)
+        self.settings = SplineSettings(count_bins, float(bound), tails)
+        self.columns = Columns(input_dim, own=(), shared=tuple(range(input_dim)))
         self.params = nn.Parameter(torch.zeros(input_dim * self.settings.num_params))
 
     @property
     def domain(self) -> constraints.Constraint:
-        return self.settings.domain
+        return domain_of(self.settings)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(rational_quadratic_forward, x)
+        return self._map(x, inverse=False)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(rational_quadratic_inverse, y)
+        return self._map(y, inverse=True)
 
-    def _map(self, function: SplineFunction, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _map(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         self._check_input(x)
-        self.settings.check_inside(x, type(self).__name__)
-        value, ladj = self.settings.apply(function, x, self.params)
-        return value, ladj.sum(-1)
+        check_inside(x, self.settings, type(self).__name__)
+        return spline_columns(x, None, self.params, self.columns, self.settings, inverse=inverse)
 
     def extra_repr(self) -> str:
-        return f"input_dim={self.input_dim}, {self.settings}"
+        return f"input_dim={self.input_dim}, {describe(self.settings)}"
 
 
 class ConditionalSpline(ConditionalFlowTransformModule):
@@ -134,27 +111,30 @@ class ConditionalSpline(ConditionalFlowTransformModule):
         tails: Tails = "linear",
     ):
         super().__init__(input_dim, context_dim)
-        self.settings = SplineSettings(count_bins, bound, tails)
+        self.settings = SplineSettings(count_bins, float(bound), tails)
+        self.columns = Columns(input_dim, own=tuple(range(input_dim)))
         self.conditioner = conditioner
 
     @property
     def domain(self) -> constraints.Constraint:
-        return self.settings.domain
+        return domain_of(self.settings)
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(rational_quadratic_forward, x, context)
+        return self._map(x, context, inverse=False)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(rational_quadratic_inverse, y, context)
+        return self._map(y, context, inverse=True)
 
-    def _map(self, function: SplineFunction, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def _map(self, x: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         self._check_inputs(x, context)
-        self.settings.check_inside(x, type(self).__name__)
-        value, ladj = self.settings.apply(function, x, self.conditioner(x[..., :0], context))
-        return value, ladj.sum(-1)
+        check_inside(x, self.settings, type(self).__name__)
+        params = self.conditioner(x[..., :0], context)
+        return spline_columns(x, params, None, self.columns, self.settings, inverse=inverse)
 
     def extra_repr(self) -> str:
-        return f"input_dim={self.input_dim}, context_dim={self.context_dim}, {self.settings}"
+        return (
+            f"input_dim={self.input_dim}, context_dim={self.context_dim}, {describe(self.settings)}"
+        )
 
 
 def spline(
@@ -187,7 +167,7 @@ def conditional_spline(
         order: "quadratic", the only one there is; Pyro's "linear" is refused.
     """
     check_order(order)
-    settings = SplineSettings(count_bins, bound, tails)
+    settings = SplineSettings(count_bins, float(bound), tails)
     conditioner = make_conditioner(
         0,
         input_dim * settings.num_params,

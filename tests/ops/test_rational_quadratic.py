@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyro_flowkit.ops import (
+    SplineSettings,
     num_spline_params,
     rational_quadratic_forward,
     rational_quadratic_inverse,
-    validate_spline,
 )
 
 TAILS = ["linear", "circular", None]
@@ -248,7 +248,7 @@ def test_parameters_and_inputs_broadcast():
 )
 def test_bad_settings_are_refused_with_the_numbers(arguments, options, expected):
     with pytest.raises(ValueError) as error:
-        validate_spline(*arguments, **options)
+        SplineSettings(*arguments, **options)
     for text in expected:
         assert text in str(error.value)
 

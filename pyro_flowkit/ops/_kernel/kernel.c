@@ -1,0 +1,97 @@
+/* The instances of the kernel, see instance.h. */
+#include "kernel.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* rows whose log-dets are summed, and which stay in the cache, at a time */
+#define BLOCK_ROWS 128
+
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(PYRO_FLOWKIT_SCALAR)
+#define HAS_VECTORS 1
+#else
+#define HAS_VECTORS 0
+#endif
+#if HAS_VECTORS && defined(__x86_64__)
+#define HAS_X86_VECTORS 1
+#include <immintrin.h>
+#else
+#define HAS_X86_VECTORS 0
+#endif
+
+
+#if HAS_X86_VECTORS && defined(__clang__)
+#define BEGIN_TARGET(features) _Pragma(TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define END_TARGET _Pragma("clang attribute pop")
+#elif HAS_X86_VECTORS
+#define BEGIN_TARGET(features) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(features)))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#elif HAS_VECTORS
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
+#endif
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll 2")
+#elif HAS_VECTORS
+#define UNROLL _Pragma("GCC unroll 2")
+#else
+#define UNROLL
+#endif
+#define TEXT(...) #__VA_ARGS__
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+enum { WIDTHS, HEIGHTS };
+/* rows of the table of a spline whose parameters are shared */
+enum { KNOT_X, KNOT_Y, REST_X, REST_Y, WIDTH, HEIGHT, SLOPE, TABLE_ROWS };
+/* derivatives with respect to a bin, summed over the inputs that fell into it; in double whatever REAL is */
+enum { SUM_X0, SUM_X1, SUM_WIDTH, SUM_Y0, SUM_Y1, SUM_HEIGHT, SUM_SLOPE0, SUM_SLOPE1, SUMS };
+
+#define SUFFIX _float_portable
+#define IS_DOUBLE 0
+#define VECTOR_BYTES (16 * HAS_VECTORS)
+#define HAS_AVX2 0
+#include "instance.h"
+
+#define SUFFIX _double_portable
+#define IS_DOUBLE 1
+#define VECTOR_BYTES (16 * HAS_VECTORS)
+#define HAS_AVX2 0
+#include "instance.h"
+
+#if HAS_X86_VECTORS
+BEGIN_TARGET("avx2,fma")
+#define SUFFIX _float_avx2
+#define IS_DOUBLE 0
+#define VECTOR_BYTES 32
+#define HAS_AVX2 1
+#include "instance.h"
+
+#define SUFFIX _double_avx2
+#define IS_DOUBLE 1
+#define VECTOR_BYTES 32
+#define HAS_AVX2 1
+#include "instance.h"
+END_TARGET
+#endif
+
+#define INSTANCE(suffix) \
+    {#suffix, run_float_##suffix, run_backward_float_##suffix, run_double_##suffix, run_backward_double_##suffix}
+
+static const instance instances[] = {
+    INSTANCE(portable),
+#if HAS_X86_VECTORS
+    INSTANCE(avx2),
+#endif
+};
+
+const instance *kernel_instances(int *count) {
+    *count = 1;
+#if HAS_X86_VECTORS
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *count = 2;
+#endif
+    return instances;
+}

@@ -1,0 +1,46 @@
+"""Which implementation of the spline runs: the fused kernel, or the reference in PyTorch.
+
+The kernel is an optional extension module: without a compiler the package installs without it. It computes on CPU
+tensors in float32 and float64; everything else (other devices, tracing, ``torch.func``) takes the reference.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Literal
+
+kernel: ModuleType | None
+try:
+    kernel = importlib.import_module("pyro_flowkit.ops._fused")
+except ImportError:
+    kernel = None
+
+ENVIRONMENT_VARIABLE = "PYRO_FLOWKIT_REFERENCE"
+
+_reference_wanted = os.environ.get(ENVIRONMENT_VARIABLE, "") not in ("", "0")
+
+
+def backend() -> Literal["fused", "reference"]:
+    """The implementation that CPU tensors get here and now.
+
+    "reference" where the extension was not built, inside :func:`use_reference`, or with ``PYRO_FLOWKIT_REFERENCE=1`` in
+    the environment of the process.
+    """
+    return "reference" if kernel is None or _reference_wanted else "fused"
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Take the PyTorch reference for a while, in the whole process::
+
+    with use_reference():
+        flow.log_prob(x)
+    """
+    global _reference_wanted
+    before, _reference_wanted = _reference_wanted, True
+    try:
+        yield
+    finally:
+        _reference_wanted = before

@@ -1,0 +1,67 @@
+"""Which columns of a vector go through splines, and whose parameters those splines have."""
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A split of the columns 0 to ``dim - 1``.
+
+    Args:
+        dim: size of the event.
+        own: columns whose splines have parameters of their own in every row.
+        shared: columns whose splines have parameters that all rows share.
+
+    The other columns pass through unchanged.
+    """
+
+    dim: int
+    own: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+
+    def __reduce__(self) -> tuple:  # without what was derived
+        return Columns, (self.dim, self.own, self.shared)
+
+    @cached_property
+    def rest(self) -> tuple[int, ...]:
+        """The columns that pass through unchanged."""
+        taken = {*self.own, *self.shared}
+        return tuple(column for column in range(self.dim) if column not in taken)
+
+    @cached_property
+    def all_shared(self) -> "Columns":
+        """The same columns, where all parameters are the same for the whole batch."""
+        return Columns(self.dim, (), self.own + self.shared)
+
+    @cached_property
+    def packed(self) -> tuple[int, bytes, bytes]:
+        """As the kernel reads them."""
+        own, shared = (struct.pack(f"{len(c)}i", *c) for c in (self.own, self.shared))
+        return self.dim, own, shared
+
+    def merge(self, own: Tensor, shared: Tensor, rest: Tensor) -> Tensor:
+        """The parts, each of shape ``(*batch, its columns)``, in the order of the columns again."""
+        parts = ((self.own, own), (self.shared, shared), (self.rest, rest))
+        present = sorted((part for part in parts if part[0]), key=lambda part: part[0])
+        together = torch.cat([tensor for _, tensor in present], dim=-1)
+        order = _inverse([column for columns, _ in present for column in columns])
+        return take(together, order, self.dim)
+
+
+def take(x: Tensor, columns: tuple[int, ...], dim: int) -> Tensor:
+    """These of the ``dim`` columns of ``x``: a view where they are neighbours, as the halves of a coupling are."""
+    if not columns:
+        return x[..., :0]
+    first, stop = columns[0], columns[0] + len(columns)
+    if columns == tuple(range(first, stop)):
+        return x if len(columns) == dim else x[..., first:stop]
+    return x.index_select(-1, torch.tensor(columns, device=x.device))
+
+
+def _inverse(order: list[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

@@ -1,0 +1,295 @@
+"""The fused kernel as an operation of PyTorch: autograd, second derivatives, ``torch.compile``.
+
+In eager mode a bare ``autograd.Function`` hands addresses to the kernel, which is the cheapest way that there is. Its
+backward runs the kernel too; under ``create_graph`` it differentiates the reference, so that there are second
+derivatives. ``torch.compile`` sees two custom operators instead. Whatever needs to look inside (``torch.func``,
+forward-mode derivatives, tracing, dispatch modes) gets the reference.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyro_flowkit.ops.backend import backend, kernel
+from pyro_flowkit.ops.columns import Columns
+from pyro_flowkit.ops.settings import SplineSettings
+from pyro_flowkit.ops.threads import count_threads, run_in_threads
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+Outputs = tuple[Tensor, Tensor]
+Reference = Callable[..., Outputs]
+
+
+def applies(*tensors: Tensor | None) -> bool:
+    """Whether the kernel may compute with these tensors, here and now."""
+    if backend() != "fused" or torch.jit.is_tracing():
+        return False
+    if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def run(
+    x: Tensor,
+    params: Tensor | None,
+    shared_params: Tensor | None,
+    columns: Columns,
+    settings: SplineSettings,
+    reference: Reference,
+    *,
+    inverse: bool,
+    sum_ladj: bool = True,
+) -> Outputs:
+    """Values and log-dets by the kernel; all tensors are of one dtype, float32 or float64.
+
+    Args:
+        x: shape ``(rows, dim)``.
+        params: shape ``(rows, len(columns.own) * num_params)``, or None where no column has its own.
+        shared_params: shape ``(len(columns.shared) * num_params,)``, or None.
+        reference: the same function of the three tensors in PyTorch, for second derivatives.
+        sum_ladj: sum the log-dets of each row.
+
+    Returns:
+        Values ``(rows, dim)`` and log-dets, ``(rows,)`` or ``(rows, dim)``.
+    """
+    plan = (columns, settings, inverse, sum_ladj)
+    if torch.compiler.is_compiling():
+        return _spline_operator(x, params, shared_params, *_flat(plan))
+    tensors = (x, params, shared_params)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return cast(Outputs, _Spline.apply(*tensors, plan, reference))
+    return _forward(*tensors, plan)
+
+
+_Plan = tuple[Columns, SplineSettings, bool, bool]
+
+
+class _Spline(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        params: Tensor | None,
+        shared_params: Tensor | None,
+        plan: _Plan,
+        reference: Reference,
+    ) -> Outputs:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, params, shared_params)
+        ctx.plan = plan
+        ctx.reference = reference
+        return _forward(x, params, shared_params, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return (*_differentiate(ctx.reference, ctx.saved_tensors, grads), None, None)
+        x, params, shared_params = ctx.saved_tensors
+        grad_value, grad_ladj = grads
+        found = _backward(x, params, shared_params, grad_value, grad_ladj, ctx.plan)
+        return (*found, None, None)
+
+
+def _differentiate(
+    reference: Reference, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Derivatives that can be differentiated again."""
+    outputs = reference(*tensors)
+    used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in used],
+            wanted,
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+
+
+def _forward(
+    x: Tensor, params: Tensor | None, shared_params: Tensor | None, plan: _Plan
+) -> Outputs:
+    x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
+    value = torch.empty_like(x)
+    ladj = x.new_empty(x.shape[0]) if plan[3] else torch.empty_like(x)
+    by_row = (x, params, value, ladj)
+    _launch(
+        "run", plan, (x, params, shared_params, value, ladj), by_row, count_threads(_size(x, plan))
+    )
+    return value, ladj
+
+
+def _backward(
+    x: Tensor,
+    params: Tensor | None,
+    shared_params: Tensor | None,
+    grad_value: Tensor | None,
+    grad_ladj: Tensor | None,
+    plan: _Plan,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
+    grad_value, grad_ladj = _contiguous(grad_value), _contiguous(grad_ladj)
+    threads = count_threads(_size(x, plan))
+    grad_x = torch.empty_like(x)
+    grad_params = None if params is None else torch.empty_like(params)
+    parts = None if shared_params is None else x.new_empty(threads, shared_params.numel())
+    by_row = (x, params, grad_value, grad_ladj, grad_x, grad_params)
+    tensors = (x, params, shared_params, grad_value, grad_ladj, grad_x, grad_params, parts)
+    _launch("run_backward", plan, tensors, by_row, threads, parts)
+    grad_shared = None
+    if parts is not None and shared_params is not None:
+        grad_shared = (parts[0] if threads == 1 else parts.sum(0)).view_as(shared_params)
+    return grad_x, grad_params, grad_shared
+
+
+def _size(x: Tensor, plan: _Plan) -> int:
+    return x.shape[0] * (len(plan[0].own) + len(plan[0].shared))
+
+
+def _launch(
+    name: str,
+    plan: _Plan,
+    tensors: Sequence[Tensor | None],
+    by_row: Sequence[Tensor | None],
+    threads: int,
+    by_thread: Tensor | None = None,
+) -> None:
+    """Call the kernel, in several threads that share out the rows.
+
+    ``by_row`` are those of the tensors that have a row for every row of x, ``by_thread`` the one with a row for every
+    thread.
+    """
+    columns, settings, inverse, sum_ladj = plan
+    function = getattr(kernel, name)
+    x = cast(Tensor, tensors[0])
+    rows = x.shape[0]
+    kind = (x.dtype == torch.float64, inverse, sum_ladj)
+    fixed = columns.packed + settings.packed
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    if threads == 1:
+        function(*kind, rows, *fixed, *addresses)
+        return
+    steps = [
+        0
+        if t is None or not any(t is other for other in by_row)
+        else t[0].numel() * t.element_size()
+        for t in tensors
+    ]
+
+    def work(thread: int) -> None:
+        start, stop = rows * thread // threads, rows * (thread + 1) // threads
+        mine = [a + start * step for a, step in zip(addresses, steps, strict=True)]
+        if by_thread is not None:
+            mine[-1] = by_thread[thread].data_ptr()
+        function(*kind, stop - start, *fixed, *mine)
+
+    run_in_threads(work, threads)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+# ---- torch.compile: operators that it does not look into; their arguments must be of a few plain types ----
+
+
+def _flat(plan: _Plan) -> tuple[list[int], list[int], list[int], list[float], bool, bool]:
+    columns, settings, inverse, sum_ladj = plan
+    sizes = [columns.dim, settings.count_bins, ("linear", "circular", None).index(settings.tails)]
+    numbers = [
+        settings.bound,
+        settings.min_bin_width,
+        settings.min_bin_height,
+        settings.min_slope,
+    ]
+    return sizes, list(columns.own), list(columns.shared), numbers, inverse, sum_ladj
+
+
+def _unflat(
+    sizes: Sequence[int],
+    own: Sequence[int],
+    shared: Sequence[int],
+    numbers: Sequence[float],
+    inverse: bool,
+    sum_ladj: bool,
+) -> _Plan:
+    dim, count_bins, tails = sizes
+    bound, *minima = numbers
+    settings = SplineSettings(count_bins, bound, ("linear", "circular", None)[tails], *minima)
+    return Columns(dim, tuple(own), tuple(shared)), settings, inverse, sum_ladj
+
+
+@torch.library.custom_op("pyro_flowkit::spline", mutates_args=(), device_types="cpu")
+def _spline_operator(
+    x: Tensor,
+    params: Tensor | None,
+    shared_params: Tensor | None,
+    sizes: Sequence[int],
+    own: Sequence[int],
+    shared: Sequence[int],
+    numbers: Sequence[float],
+    inverse: bool,
+    sum_ladj: bool,
+) -> tuple[Tensor, Tensor]:
+    return _forward(
+        x, params, shared_params, _unflat(sizes, own, shared, numbers, inverse, sum_ladj)
+    )
+
+
+@_spline_operator.register_fake
+def _(x, params, shared_params, sizes, own, shared, numbers, inverse, sum_ladj):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1] if sum_ladj else x.shape)
+
+
+@torch.library.custom_op("pyro_flowkit::spline_backward", mutates_args=(), device_types="cpu")
+def _spline_backward_operator(
+    x: Tensor,
+    params: Tensor | None,
+    shared_params: Tensor | None,
+    grad_value: Tensor,
+    grad_ladj: Tensor,
+    sizes: Sequence[int],
+    own: Sequence[int],
+    shared: Sequence[int],
+    numbers: Sequence[float],
+    inverse: bool,
+    sum_ladj: bool,
+) -> list[Tensor]:
+    plan = _unflat(sizes, own, shared, numbers, inverse, sum_ladj)
+    grads = _backward(x, params, shared_params, grad_value, grad_ladj, plan)
+    return [grad for grad in grads if grad is not None]
+
+
+@_spline_backward_operator.register_fake
+def _(x, params, shared_params, *rest):
+    return [t.new_empty(t.shape) for t in (x, params, shared_params) if t is not None]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.plan = inputs[3:]
+
+
+def _backward_of_operator(
+    ctx: Any, grad_value: Tensor, grad_ladj: Tensor
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    found = iter(_spline_backward_operator(*tensors, grad_value, grad_ladj, *ctx.plan))
+    grads = [None if t is None else next(found) for t in tensors]
+    return (*grads, *(None for _ in ctx.plan))
+
+
+_spline_operator.register_autograd(_backward_of_operator, setup_context=_setup)
