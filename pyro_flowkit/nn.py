@@ -98,6 +98,32 @@ class MLP(nn.Module):
             h = _drop(self.activation(layer(h)), self.dropout, self.training)
         return self.output(h)
 
+    def plain_layers(self) -> list[Tensor] | None:
+        """Weight and bias of every layer, one after the other, if that and ReLU is all that a call of this network is:
+        no dropout, no hooks, no layer or method that somebody replaced; None otherwise."""
+        layers = (*self.hidden, self.output)
+        if type(self.activation) is not nn.ReLU or (self.dropout and self.training):
+            return None
+        if type(self).forward is not _MLP_FORWARD or "forward" in self.__dict__:
+            return None
+        if _is_hooked(self) or any(
+            type(layer) is not nn.Linear or _is_hooked(layer) for layer in layers
+        ):
+            return None
+        return [parameter for layer in layers for parameter in layer._parameters.values()]
+
+
+_MLP_FORWARD = MLP.forward
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
 
 class ResidualNetwork(nn.Module):
     """Pre-activation residual blocks of two layers, with the context gating each block (He et al. 2016; Durkan et al.

@@ -1,8 +1,7 @@
 """Which columns of a vector go through splines, and whose parameters those splines have."""
 
 import struct
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,25 +23,22 @@ class Columns:
     own: tuple[int, ...]
     shared: tuple[int, ...] = ()
 
-    def __reduce__(self) -> tuple:  # without what was derived
-        return Columns, (self.dim, self.own, self.shared)
+    rest: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """The columns that pass through unchanged."""
+    packed: tuple[int, bytes, bytes] = field(init=False, repr=False, compare=False)
+    """As the kernel reads them."""
 
-    @cached_property
-    def rest(self) -> tuple[int, ...]:
-        """The columns that pass through unchanged."""
+    def __post_init__(self) -> None:
         taken = {*self.own, *self.shared}
-        return tuple(column for column in range(self.dim) if column not in taken)
+        rest = tuple(column for column in range(self.dim) if column not in taken)
+        own, shared = (struct.pack(f"{len(c)}i", *c) for c in (self.own, self.shared))
+        object.__setattr__(self, "rest", rest)
+        object.__setattr__(self, "packed", (self.dim, own, shared))
 
-    @cached_property
+    @property
     def all_shared(self) -> "Columns":
         """The same columns, where all parameters are the same for the whole batch."""
         return Columns(self.dim, (), self.own + self.shared)
-
-    @cached_property
-    def packed(self) -> tuple[int, bytes, bytes]:
-        """As the kernel reads them."""
-        own, shared = (struct.pack(f"{len(c)}i", *c) for c in (self.own, self.shared))
-        return self.dim, own, shared
 
     def merge(self, own: Tensor, shared: Tensor, rest: Tensor) -> Tensor:
         """The parts, each of shape ``(*batch, its columns)``, in the order of the columns again."""

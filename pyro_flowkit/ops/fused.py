@@ -11,14 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyro_flowkit.ops.backend import backend, kernel
 from pyro_flowkit.ops.columns import Columns
+from pyro_flowkit.ops.eager import differentiate, is_plain_eager, is_transformed
 from pyro_flowkit.ops.settings import SplineSettings
 from pyro_flowkit.ops.threads import count_threads, run_in_threads
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 Outputs = tuple[Tensor, Tensor]
 Reference = Callable[..., Outputs]
@@ -26,17 +24,14 @@ Reference = Callable[..., Outputs]
 
 def applies(*tensors: Tensor | None) -> bool:
     """Whether the kernel may compute with these tensors, here and now."""
-    if backend() != "fused" or torch.jit.is_tracing():
+    if backend() != "fused":
         return False
-    if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
-        return False
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.is_floating_point()):
+            return False
     if torch.compiler.is_compiling():
-        return True
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
-    if forward_ad._current_level >= 0:
-        return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+        return not is_transformed()
+    return is_plain_eager(*tensors)
 
 
 def run(
@@ -68,10 +63,11 @@ def run(
     tensors = (x, params, shared_params)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return cast(Outputs, _Spline.apply(*tensors, plan, reference))
-    return _forward(*tensors, plan)
+    return forward(*tensors, plan)
 
 
-_Plan = tuple[Columns, SplineSettings, bool, bool]
+# columns, settings, inverse, sum_ladj
+Plan = tuple[Columns, SplineSettings, bool, bool]
 
 
 class _Spline(torch.autograd.Function):
@@ -81,47 +77,27 @@ class _Spline(torch.autograd.Function):
         x: Tensor,
         params: Tensor | None,
         shared_params: Tensor | None,
-        plan: _Plan,
+        plan: Plan,
         reference: Reference,
     ) -> Outputs:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, params, shared_params)
         ctx.plan = plan
         ctx.reference = reference
-        return _forward(x, params, shared_params, plan)
+        return forward(x, params, shared_params, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            return (*_differentiate(ctx.reference, ctx.saved_tensors, grads), None, None)
+            return (*differentiate(ctx.reference, ctx.saved_tensors, grads), None, None)
         x, params, shared_params = ctx.saved_tensors
         grad_value, grad_ladj = grads
-        found = _backward(x, params, shared_params, grad_value, grad_ladj, ctx.plan)
+        found = backward(x, params, shared_params, grad_value, grad_ladj, ctx.plan)
         return (*found, None, None)
 
 
-def _differentiate(
-    reference: Reference, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Derivatives that can be differentiated again."""
-    outputs = reference(*tensors)
-    used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in used],
-            wanted,
-            [grad for _, grad in used],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
-
-
-def _forward(
-    x: Tensor, params: Tensor | None, shared_params: Tensor | None, plan: _Plan
-) -> Outputs:
+def forward(x: Tensor, params: Tensor | None, shared_params: Tensor | None, plan: Plan) -> Outputs:
+    """What :func:`run` returns, without autograd."""
     x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
     value = torch.empty_like(x)
     ladj = x.new_empty(x.shape[0]) if plan[3] else torch.empty_like(x)
@@ -132,14 +108,15 @@ def _forward(
     return value, ladj
 
 
-def _backward(
+def backward(
     x: Tensor,
     params: Tensor | None,
     shared_params: Tensor | None,
     grad_value: Tensor | None,
     grad_ladj: Tensor | None,
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Derivatives with respect to the three tensors; None for an incoming derivative stands for zeros."""
     x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
     grad_value, grad_ladj = _contiguous(grad_value), _contiguous(grad_ladj)
     threads = count_threads(_size(x, plan))
@@ -155,13 +132,13 @@ def _backward(
     return grad_x, grad_params, grad_shared
 
 
-def _size(x: Tensor, plan: _Plan) -> int:
+def _size(x: Tensor, plan: Plan) -> int:
     return x.shape[0] * (len(plan[0].own) + len(plan[0].shared))
 
 
 def _launch(
     name: str,
-    plan: _Plan,
+    plan: Plan,
     tensors: Sequence[Tensor | None],
     by_row: Sequence[Tensor | None],
     threads: int,
@@ -206,7 +183,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 # ---- torch.compile: operators that it does not look into; their arguments must be of a few plain types ----
 
 
-def _flat(plan: _Plan) -> tuple[list[int], list[int], list[int], list[float], bool, bool]:
+def _flat(plan: Plan) -> tuple[list[int], list[int], list[int], list[float], bool, bool]:
     columns, settings, inverse, sum_ladj = plan
     sizes = [columns.dim, settings.count_bins, ("linear", "circular", None).index(settings.tails)]
     numbers = [
@@ -225,7 +202,7 @@ def _unflat(
     numbers: Sequence[float],
     inverse: bool,
     sum_ladj: bool,
-) -> _Plan:
+) -> Plan:
     dim, count_bins, tails = sizes
     bound, *minima = numbers
     settings = SplineSettings(count_bins, bound, ("linear", "circular", None)[tails], *minima)
@@ -244,7 +221,7 @@ def _spline_operator(
     inverse: bool,
     sum_ladj: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(
+    return forward(
         x, params, shared_params, _unflat(sizes, own, shared, numbers, inverse, sum_ladj)
     )
 
@@ -269,7 +246,7 @@ def _spline_backward_operator(
     sum_ladj: bool,
 ) -> list[Tensor]:
     plan = _unflat(sizes, own, shared, numbers, inverse, sum_ladj)
-    grads = _backward(x, params, shared_params, grad_value, grad_ladj, plan)
+    grads = backward(x, params, shared_params, grad_value, grad_ladj, plan)
     return [grad for grad in grads if grad is not None]
 
 

@@ -107,6 +107,10 @@ def spline_columns(
         (shared_params, columns.shared, "shared_params"),
     ):
         _check_size(given, len(numbers) * settings.num_params, settings, name)
+    if shared_params is not None and shared_params.dim() != 1:
+        raise ValueError(
+            f"Expected shared_params of one dimension, got shape {tuple(shared_params.shape)}."
+        )
     if not fused.applies(x, params, shared_params):
         return _columns_reference(x, params, shared_params, columns, settings, inverse)
     dtype, working = x.dtype, _working(x, params, shared_params)
@@ -117,17 +121,22 @@ def spline_columns(
         batch_shape = torch.broadcast_shapes(batch_shape, params.shape[:-1])
         params = params.expand(*batch_shape, params.shape[-1])
         x = x.expand(*batch_shape, columns.dim)
-    rows = math.prod(batch_shape)
+    if len(batch_shape) != 1:
+        rows = math.prod(batch_shape)
+        x = x.reshape(rows, columns.dim)
+        params = None if params is None else params.reshape(rows, params.shape[-1])
     value, ladj = fused.run(
-        x.reshape(rows, columns.dim).to(working),
-        None if params is None else params.reshape(rows, params.shape[-1]).to(working),
+        x.to(working),
+        None if params is None else params.to(working),
         None if shared_params is None else shared_params.to(working),
         columns,
         settings,
         functools.partial(_columns_reference, columns=columns, settings=settings, inverse=inverse),
         inverse=inverse,
     )
-    return value.to(dtype).reshape(*batch_shape, columns.dim), ladj.to(dtype).reshape(batch_shape)
+    if len(batch_shape) != 1:
+        value, ladj = value.reshape(*batch_shape, columns.dim), ladj.reshape(batch_shape)
+    return value.to(dtype), ladj.to(dtype)
 
 
 def _columns_reference(

@@ -1,8 +1,7 @@
 """The settings of a spline: bins, bound, tails and the smallest sizes, checked once where they are made."""
 
 import math
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 Tails = Literal["linear", "circular"] | None
@@ -47,6 +46,10 @@ class SplineSettings:
     min_bin_width: float = MIN_BIN_WIDTH
     min_bin_height: float = MIN_BIN_HEIGHT
     min_slope: float = MIN_SLOPE
+    num_params: int = field(init=False, repr=False, compare=False)
+    """Length of the raw parameter vector of one scalar spline."""
+    packed: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    """As the kernel reads them."""
 
     def __post_init__(self) -> None:
         count_bins = self.count_bins
@@ -68,23 +71,7 @@ class SplineSettings:
         if not 0 < self.min_slope < 1:
             raise ValueError(f"Expected min_slope in (0, 1), got {self.min_slope!r}.")
 
-    def __reduce__(self) -> tuple:  # without what was derived
-        return SplineSettings, tuple(getattr(self, field.name) for field in fields(self))
-
-    @cached_property
-    def num_params(self) -> int:
-        """Length of the raw parameter vector of one scalar spline."""
-        return num_spline_params(self.count_bins, self.tails)
-
-    @cached_property
-    def packed(self) -> tuple[int, int, int, float, float, float, float]:
-        """As the kernel reads them."""
-        return (
-            self.count_bins,
-            self.num_params,
-            _TAILS_NUMBER[self.tails],
-            self.bound,
-            self.min_bin_width,
-            self.min_bin_height,
-            self.min_slope,
-        )
+        object.__setattr__(self, "num_params", num_spline_params(count_bins, self.tails))
+        numbers = (self.bound, self.min_bin_width, self.min_bin_height, self.min_slope)
+        sizes = (count_bins, self.num_params, _TAILS_NUMBER[self.tails])
+        object.__setattr__(self, "packed", sizes + numbers)

@@ -5,7 +5,7 @@ PyTorch's own threads wait for work by spinning; these do not, and they only wor
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -30,6 +30,9 @@ def run_in_threads(work: Callable[[int], None], count: int) -> None:
             count - 1, thread_name_prefix="pyro_flowkit"
         )
     futures = [pool.submit(work, i) for i in range(1, count)]
-    work(0)
+    try:
+        work(0)
+    finally:  # nobody may still write when this returns
+        wait(futures)
     for future in futures:
         future.result()

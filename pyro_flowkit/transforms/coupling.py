@@ -21,22 +21,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import Activation, default_hidden_dims, make_conditioner
-from pyro_flowkit.ops import Columns, SplineSettings, Tails, spline_columns
+from pyro_flowkit.nn import MLP, Activation, default_hidden_dims, make_conditioner
+from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, spline_columns
 from pyro_flowkit.ops.columns import take
+from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
 from pyro_flowkit.transforms.base import (
     ConditionalFlowTransformModule,
     FlowTransformModule,
     check_size,
 )
 from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
-
-# The conditioner sees its inputs clamped to this size, so that inf makes neither its output nor its gradient NaN. Both
-# directions clamp the same values: the map stays a bijection with the log-det above.
-CONDITIONER_LIMIT = 1e4
 
 
 class _Coupling(nn.Module):
@@ -66,31 +64,49 @@ class _Coupling(nn.Module):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_inside(x, self.settings, type(self).__name__)
-        split = self._split
-        params = self._params(take(x, split.passed, split.dim), context)
-        columns = split.transformed if self.passed_params is None else split.both
-        return spline_columns(x, params, self.passed_params, columns, self.settings)
+        columns = self._split.transformed if self.passed_params is None else self._split.both
+        return self._map(x, context, self.passed_params, columns, inverse=False)
 
     def _backward(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_inside(y, self.settings, type(self).__name__)
-        split = self._split
-        ladj = None
+        split, ladj = self._split, None
         if self.passed_params is not None:  # the conditioner sees the inverse of this part
             y, ladj = spline_columns(
                 y, None, self.passed_params, split.only_passed, self.settings, inverse=True
             )
-        params = self._params(take(y, split.passed, split.dim), context)
-        x, own_ladj = spline_columns(
-            y, params, None, split.transformed, self.settings, inverse=True
-        )
+        x, own_ladj = self._map(y, context, None, split.transformed, inverse=True)
         return x, own_ladj if ladj is None else own_ladj + ladj
 
-    def _params(self, x_passed: Tensor, context: Tensor | None) -> Tensor:
-        features = x_passed.clamp(-CONDITIONER_LIMIT, CONDITIONER_LIMIT)
-        if self.settings.tails == "circular":  # the same point after a whole turn
-            angle = features * (math.pi / self.settings.bound)
+    def _map(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        shared_params: Tensor | None,
+        columns: Columns,
+        *,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        split, conditioner, settings = self._split, self.conditioner, self.settings
+        if split.passed_range is not None and settings.tails != "circular":
+            layers = conditioner.plain_layers() if isinstance(conditioner, MLP) else None
+            if layers is not None and coupling.applies(x, context, layers, shared_params):
+                return coupling.spline_coupling(
+                    x,
+                    context,
+                    layers,
+                    shared_params,
+                    split.passed_range,
+                    columns,
+                    settings,
+                    inverse=inverse,
+                )
+        features = take(x, split.passed, split.dim)
+        features = F.hardtanh(features, -CONDITIONER_LIMIT, CONDITIONER_LIMIT)  # a cheap clamp
+        if settings.tails == "circular":  # the same point after a whole turn
+            angle = features * (math.pi / settings.bound)
             features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.conditioner(features, context)
+        params = conditioner(features, context)
+        return spline_columns(x, params, shared_params, columns, settings, inverse=inverse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -107,6 +123,9 @@ class _Split:
         flags = mask.tolist()
         self.dim = dim = len(flags)
         self.passed = tuple(i for i in range(dim) if flags[i])
+        self.passed_range = None
+        if self.passed and self.passed[-1] - self.passed[0] + 1 == len(self.passed):
+            self.passed_range = (self.passed[0], self.passed[-1] + 1)
         transformed = tuple(i for i in range(dim) if not flags[i])
         self.transformed = Columns(dim, own=transformed)
         self.both = Columns(dim, own=transformed, shared=self.passed)

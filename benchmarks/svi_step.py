@@ -1,0 +1,120 @@
+r"""A step of variational inference with AutoSplineFlow, beside Pyro's own guides.
+
+Flows are 4 transforms with networks of two hidden layers of 32. Every guide takes the same steps: `Trace_ELBO` with
+vectorised particles, once through Pyro's `SVI` and once in a loop by hand, whose optimizer is the cheapest of PyTorch.
+`benchmarks/_svi_models.py` has the models, guides and steps.
+
+    python -m benchmarks.svi_step
+    python -m benchmarks.svi_step --problems seeds --particles 64 --profile
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+
+import pyro
+import torch
+
+from benchmarks._measure import RESULTS, Report, Timing, cpu_times, number, table
+from benchmarks._svi_models import DRIVERS, REFERENCE_GUIDE, SPLINE, Problem, guides, problems
+from benchmarks._svi_split import PARTS, profiles, split
+
+CALLS = 5
+PROFILED_STEPS = 50
+PARTICLES = (1, 64)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    dtype = torch.float64 if args.float64 else torch.float32
+    torch.set_default_dtype(dtype)
+    rounds = 2 if args.quick else -(-args.steps // CALLS)
+    report = Report("A step of variational inference, guide against guide")
+    report.add(
+        f"{str(dtype).removeprefix('torch.')}; CPU milliseconds of a step, median of {rounds} interleaved rounds of "
+        f"{CALLS} steps (best in brackets); x: times {REFERENCE_GUIDE}, median of the rounds' "
+        "ratios.",
+        "",
+    )
+    chosen = {name: problems(dtype)[name] for name in args.problems}
+    for driver in DRIVERS:
+        columns = {
+            (name, particles): measure(problem, driver, particles, rounds)
+            for name, problem in chosen.items()
+            for particles in args.particles
+        }
+        report.add(f"## {driver}", "", *_comparison(columns), "")
+    if args.profile:
+        for name, problem in chosen.items():
+            for particles in args.particles:
+                report.add(*_profile(name, problem, particles), "")
+    report.save(args.output)
+
+
+def measure(problem: Problem, driver: str, num_particles: int, rounds: int) -> dict[str, Timing]:
+    """Timings by guide."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    steps = {
+        name: DRIVERS[driver](problem, guide, num_particles)
+        for name, guide in guides(problem).items()
+    }
+    return cpu_times(steps, repeats=rounds, calls=CALLS)
+
+
+def _comparison(columns: dict[tuple[str, int], dict[str, Timing]]) -> list[str]:
+    header = ["guide"]
+    for problem, particles in columns:
+        header += [f"{problem}, {_words(particles)}", "x"]
+    rows = []
+    for name in next(iter(columns.values())):
+        row = [name]
+        for timings in columns.values():
+            ratio = timings[name].times(timings[REFERENCE_GUIDE])
+            row += [str(timings[name]), f"{ratio:.2f}"]
+        rows.append(row)
+    return table(header, rows)
+
+
+def _words(particles: int) -> str:
+    return "1 particle" if particles == 1 else f"{particles} particles"
+
+
+def _profile(name: str, problem: Problem, num_particles: int) -> list[str]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    made = guides(problem)
+    found: dict[str, list[dict[str, float]]] = {guide_name: [] for guide_name in made}
+    for _ in range(PROFILED_STEPS // CALLS):
+        for guide_name, guide in made.items():
+            found[guide_name].append(split(problem, guide, num_particles, CALLS))
+    rows = [
+        [guide_name, *(number(statistics.median(p[part] for p in parts)) for part in PARTS)]
+        for guide_name, parts in found.items()
+    ]
+    lines = [f"## Where the time goes: {name}, {_words(num_particles)}, loop by hand, ms", ""]
+    lines += table(["guide", *PARTS], rows)
+    for guide_name in (n for n in made if n.startswith(SPLINE)):
+        lines += ["", f"### {guide_name}", "", "```"]
+        lines += [*profiles(problem, made[guide_name], num_particles, PROFILED_STEPS), "```"]
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.svi_step",
+        description="CPU time of a step of variational inference, guide against guide.",
+    )
+    names = tuple(problems(torch.float32))
+    parser.add_argument("--problems", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="default: 1 64")
+    parser.add_argument("--steps", type=int, default=100, help="timed steps (default: 100)")
+    parser.add_argument("--float64", action="store_true", help="instead of float32")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes")
+    parser.add_argument("--quick", action="store_true", help="few steps: a rehearsal")
+    parser.add_argument("--output", default=RESULTS / "svi_step.md", help="Markdown file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
