@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_flowkit.ops.backend import backend, kernel
+from pyro_flowkit.ops.backend import backend
 from pyro_flowkit.ops.columns import Columns
 from pyro_flowkit.ops.eager import differentiate, is_plain_eager, is_transformed
+from pyro_flowkit.ops.launch import launch, total
 from pyro_flowkit.ops.settings import SplineSettings
-from pyro_flowkit.ops.threads import count_threads, run_in_threads
+from pyro_flowkit.ops.threads import count_threads
 
 Outputs = tuple[Tensor, Tensor]
 Reference = Callable[..., Outputs]
@@ -101,10 +102,9 @@ def forward(x: Tensor, params: Tensor | None, shared_params: Tensor | None, plan
     x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
     value = torch.empty_like(x)
     ladj = x.new_empty(x.shape[0]) if plan[3] else torch.empty_like(x)
-    by_row = (x, params, value, ladj)
-    _launch(
-        "run", plan, (x, params, shared_params, value, ladj), by_row, count_threads(_size(x, plan))
-    )
+    tensors = (x, params, shared_params, value, ladj)
+    by_row = (True, True, False, True, True)
+    launch("run", _header(x, plan), tensors, by_row, _count_threads(x, plan))
     return value, ladj
 
 
@@ -119,61 +119,24 @@ def backward(
     """Derivatives with respect to the three tensors; None for an incoming derivative stands for zeros."""
     x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
     grad_value, grad_ladj = _contiguous(grad_value), _contiguous(grad_ladj)
-    threads = count_threads(_size(x, plan))
+    threads = _count_threads(x, plan)
     grad_x = torch.empty_like(x)
     grad_params = None if params is None else torch.empty_like(params)
     parts = None if shared_params is None else x.new_empty(threads, shared_params.numel())
-    by_row = (x, params, grad_value, grad_ladj, grad_x, grad_params)
     tensors = (x, params, shared_params, grad_value, grad_ladj, grad_x, grad_params, parts)
-    _launch("run_backward", plan, tensors, by_row, threads, parts)
-    grad_shared = None
-    if parts is not None and shared_params is not None:
-        grad_shared = (parts[0] if threads == 1 else parts.sum(0)).view_as(shared_params)
+    by_row = (True, True, False, True, True, True, True, None)
+    launch("run_backward", _header(x, plan), tensors, by_row, threads)
+    grad_shared = None if parts is None else total(parts)
     return grad_x, grad_params, grad_shared
 
 
-def _size(x: Tensor, plan: Plan) -> int:
-    return x.shape[0] * (len(plan[0].own) + len(plan[0].shared))
+def _count_threads(x: Tensor, plan: Plan) -> int:
+    return count_threads(x.shape[0] * (len(plan[0].own) + len(plan[0].shared)))
 
 
-def _launch(
-    name: str,
-    plan: Plan,
-    tensors: Sequence[Tensor | None],
-    by_row: Sequence[Tensor | None],
-    threads: int,
-    by_thread: Tensor | None = None,
-) -> None:
-    """Call the kernel, in several threads that share out the rows.
-
-    ``by_row`` are those of the tensors that have a row for every row of x, ``by_thread`` the one with a row for every
-    thread.
-    """
+def _header(x: Tensor, plan: Plan) -> tuple[tuple[bool, bool, bool], tuple[Any, ...]]:
     columns, settings, inverse, sum_ladj = plan
-    function = getattr(kernel, name)
-    x = cast(Tensor, tensors[0])
-    rows = x.shape[0]
-    kind = (x.dtype == torch.float64, inverse, sum_ladj)
-    fixed = columns.packed + settings.packed
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    if threads == 1:
-        function(*kind, rows, *fixed, *addresses)
-        return
-    steps = [
-        0
-        if t is None or not any(t is other for other in by_row)
-        else t[0].numel() * t.element_size()
-        for t in tensors
-    ]
-
-    def work(thread: int) -> None:
-        start, stop = rows * thread // threads, rows * (thread + 1) // threads
-        mine = [a + start * step for a, step in zip(addresses, steps, strict=True)]
-        if by_thread is not None:
-            mine[-1] = by_thread[thread].data_ptr()
-        function(*kind, stop - start, *fixed, *mine)
-
-    run_in_threads(work, threads)
+    return (x.dtype == torch.float64, inverse, sum_ladj), columns.packed + settings.packed
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -21,6 +21,8 @@
 
 #include "loops.h"
 
+#include "perceptron.h"
+
 #undef SUFFIX
 #undef IS_DOUBLE
 #undef VECTOR_BYTES

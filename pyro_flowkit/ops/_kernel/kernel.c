@@ -6,7 +6,7 @@
 #include <string.h>
 
 /* rows whose log-dets are summed, and which stay in the cache, at a time */
-#define BLOCK_ROWS 128
+#define BLOCK_ROWS 96
 
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(PYRO_FLOWKIT_SCALAR)
 #define HAS_VECTORS 1
@@ -40,11 +40,14 @@
 #else
 #define UNROLL
 #endif
+#define OFFSET(pointer, n) ((pointer) ? (pointer) + (n) : NULL)
 #define TEXT(...) #__VA_ARGS__
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
 enum { WIDTHS, HEIGHTS };
+/* what to do with a finished sum of a matrix product */
+enum { ADD_SUM, SET_SUM, SET_WHERE_POSITIVE, ADD_BIAS, ADD_BIAS_RELU };
 /* rows of the table of a spline whose parameters are shared */
 enum { KNOT_X, KNOT_Y, REST_X, REST_Y, WIDTH, HEIGHT, SLOPE, TABLE_ROWS };
 /* derivatives with respect to a bin, summed over the inputs that fell into it; in double whatever REAL is */
@@ -79,7 +82,9 @@ END_TARGET
 #endif
 
 #define INSTANCE(suffix) \
-    {#suffix, run_float_##suffix, run_backward_float_##suffix, run_double_##suffix, run_backward_double_##suffix}
+    {#suffix,                                                                                                        \
+     couple_float_##suffix,  couple_backward_float_##suffix,  run_float_##suffix,  run_backward_float_##suffix,      \
+     couple_double_##suffix, couple_backward_double_##suffix, run_double_##suffix, run_backward_double_##suffix}
 
 static const instance instances[] = {
     INSTANCE(portable),
@@ -94,4 +99,10 @@ const instance *kernel_instances(int *count) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *count = 2;
 #endif
     return instances;
+}
+
+int64_t kernel_kept_per_row(const perceptron *q) {
+    int64_t sum = 0;
+    for (int i = 0; i <= q->num_layers; i++) sum += (q->sizes[i] + 7) / 8 * 8; /* no instance has wider vectors */
+    return sum;
 }

@@ -71,6 +71,66 @@ static PyObject *py_run_backward(PyObject *module, PyObject *const *args, Py_ssi
     return call(args, count, 8, 1);
 }
 
+enum { FIRST_ARG = FIRST_ADDRESS, PASSED_ARG, CONTEXT_DIM_ARG, LIMIT_ARG, LAYERS_ARG, FIRST_COUPLING_ADDRESS };
+
+/* layers: addresses of weight and bias of every layer, after the sizes of the first inputs and of every layer's outputs */
+static int read_perceptron(PyObject *const *args, perceptron *q, const void **weights, const void **biases) {
+    PyObject *layers = args[LAYERS_ARG];
+    const Py_ssize_t count = PyTuple_Size(layers);
+    if (count < 0) return -1;
+    q->num_layers = (int)((count - 1) / 3);
+    if (count != 3 * q->num_layers + 1 || q->num_layers < 1 || q->num_layers > MAX_LAYERS) {
+        PyErr_Format(PyExc_ValueError, "expected 1 to %d layers, got a tuple of %zd", MAX_LAYERS, count);
+        return -1;
+    }
+    for (int i = 0; i <= q->num_layers; i++) q->sizes[i] = (int32_t)PyLong_AsLong(PyTuple_GetItem(layers, i));
+    for (int i = 0; i < q->num_layers; i++) {
+        weights[i] = PyLong_AsVoidPtr(PyTuple_GetItem(layers, q->num_layers + 1 + 2 * i));
+        biases[i] = PyLong_AsVoidPtr(PyTuple_GetItem(layers, q->num_layers + 2 + 2 * i));
+    }
+    q->first = PyLong_AsLongLong(args[FIRST_ARG]);
+    q->num_passed = PyLong_AsLongLong(args[PASSED_ARG]);
+    q->context_dim = PyLong_AsLongLong(args[CONTEXT_DIM_ARG]);
+    q->limit = PyFloat_AsDouble(args[LIMIT_ARG]);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *call_coupling(PyObject *const *args, Py_ssize_t count, int addresses, int backward) {
+    problem p;
+    perceptron q;
+    const void *weights[MAX_LAYERS], *biases[MAX_LAYERS];
+    void *a[9] = {0};
+    int failed;
+    if (count != FIRST_COUPLING_ADDRESS + addresses)
+        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", FIRST_COUPLING_ADDRESS + addresses, count);
+    const int is_double = (int)PyLong_AsLong(args[IS_DOUBLE_ARG]);
+    if (read_problem(args, &p) || read_perceptron(args, &q, weights, biases)) return NULL;
+    for (int i = 0; i < addresses; i++) a[i] = PyLong_AsVoidPtr(args[FIRST_COUPLING_ADDRESS + i]);
+    if (PyErr_Occurred()) return NULL;
+
+    PyThreadState *saved = p.rows * p.num_own > MANY_SPLINES / 4 ? PyEval_SaveThread() : NULL;
+#define CALL(type)                                                                                                   \
+    (backward ? chosen->type##_couple_backward(&p, &q, a[0], a[1], (const type *const *)weights, a[2], a[3], a[4],    \
+                                               a[5], a[6], a[7], a[8])                                               \
+              : chosen->type##_couple(&p, &q, a[0], a[1], a[2], (const type *const *)weights,                         \
+                                      (const type *const *)biases, a[3], a[4], a[5]))
+    failed = is_double ? CALL(double) : CALL(float);
+#undef CALL
+    if (saved) PyEval_RestoreThread(saved);
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_couple(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    return call_coupling(args, count, 6, 0);
+}
+
+static PyObject *py_couple_backward(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    return call_coupling(args, count, 9, 1);
+}
+
 static PyObject *py_instruction_sets(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     PyObject *names = PyList_New(0);
@@ -102,6 +162,8 @@ static PyObject *py_choose(PyObject *module, PyObject *name) {
 static PyMethodDef methods[] = {
     {"run", (PyCFunction)(void (*)(void))py_run, METH_FASTCALL, "Values and log-dets."},
     {"run_backward", (PyCFunction)(void (*)(void))py_run_backward, METH_FASTCALL, "Derivatives."},
+    {"couple", (PyCFunction)(void (*)(void))py_couple, METH_FASTCALL, "Values and log-dets of a coupling."},
+    {"couple_backward", (PyCFunction)(void (*)(void))py_couple_backward, METH_FASTCALL, "Their derivatives."},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, "Names of the instances that run here, best last."},
     {"choose", py_choose, METH_O, "Take the instance of this name; returns the name of the one before."},
     {NULL, NULL, 0, NULL},

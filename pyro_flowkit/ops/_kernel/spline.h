@@ -28,7 +28,7 @@ typedef struct {
 /* where an input falls: its point within the box, its in-bin coordinates t and u = 1 - t */
 typedef struct {
     vec point, t, u;
-    mask outside;
+    mask outside, lost; /* lost: too large to have a phase, which circular tails need */
 } N(place);
 
 /* Derivatives with respect to the input, to the knots, sides and slopes of the bin; the sides' are at fixed t and g,
@@ -50,12 +50,13 @@ static inline N(place) N(enter_box)(vec input, const N(settings) *s) {
     N(place) p;
     const vec bound = splat(s->bound);
     p.outside = N(absolute)(input) > bound;
+    p.lost = p.outside ^ p.outside;
     p.point = input;
     if (s->tails == CIRCULAR) { /* by whole turns; what is too large to have a phase goes to 0 */
         vec turns = N(nearest)(input / (R(2.0) * s->bound));
         vec wrapped = input - R(2.0) * s->bound * turns;
-        vec lost = select(input == input, splat(0), input);
-        p.point = select(N(absolute)(turns) < splat(TWO_TO_MANTISSA), wrapped, lost);
+        p.lost = N(absolute)(turns) >= splat(TWO_TO_MANTISSA);
+        p.point = select(p.lost, splat(0), wrapped);
     }
     p.point = N(larger)(-bound, N(smaller)(bound, p.point));
     p.t = p.u = p.point;
@@ -120,7 +121,7 @@ static inline void N(evaluate)(const N(place) *p, const N(bin) *b, int inverse, 
 static inline N(gradient) N(differentiate)(const N(place) *p, const N(bin) *b, const N(settings) *settings,
                                            int inverse, vec grad_value, vec grad_ladj) {
     const int linear_or_none = settings->tails != CIRCULAR;
-    vec through = grad_value; /* what the tails hand to the input */
+    const vec through = grad_value; /* what the tails hand to the input */
     if (linear_or_none) {
         grad_value = select(p->outside, splat(0), grad_value);
         grad_ladj = select(p->outside, splat(0), grad_ladj);
@@ -154,6 +155,7 @@ static inline N(gradient) N(differentiate)(const N(place) *p, const N(bin) *b, c
     d.slope1 = grad_ladj * (t * t * over_m - R(2.0) * tuq) - grad_value * b->height * tuq * g;
     d.input = inverse ? -grad_value : grad_point;
     if (settings->tails == LINEAR) d.input = select(p->outside, through, d.input);
+    else if (settings->tails == CIRCULAR) d.input = select(p->lost, through, d.input);
     return d;
 }
 
