@@ -1,4 +1,4 @@
-"""Every test starts from the same seed and an empty param store, on one thread."""
+"""Every test starts from the same seed and an empty param store, on one thread, with distributions validated."""
 
 import pyro
 import pytest
@@ -9,7 +9,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def fresh_pyro():
+    validated = torch.distributions.Distribution._validate_args
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+    # torch.compile turns validation off for the whole process
+    torch.distributions.Distribution.set_default_validate_args(validated)
