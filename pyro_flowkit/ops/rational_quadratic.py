@@ -6,7 +6,7 @@ Reference:
 
 import functools
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from pyro_flowkit.ops.settings import (
 
 # More rows of parameters than this are not worth a table each.
 _MAX_SHARED = 1024
+
+_ONE_COLUMN = Columns(1, (0,))
 
 
 def rational_quadratic_forward(
@@ -55,7 +57,7 @@ def rational_quadratic_forward(
     Raises:
         ValueError: for settings that make no spline, or parameters of another size.
     """
-    settings = SplineSettings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
+    settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
     return _elementwise(inputs, params, settings, inverse=False)
 
 
@@ -71,7 +73,7 @@ def rational_quadratic_inverse(
     min_slope: float = MIN_SLOPE,
 ) -> tuple[Tensor, Tensor]:
     """Invert :func:`rational_quadratic_forward`: same arguments; returns x and log dx/dy (nats)."""
-    settings = SplineSettings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
+    settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
     return _elementwise(inputs, params, settings, inverse=True)
 
 
@@ -162,6 +164,15 @@ def _columns_reference(
     return together, total.expand(batch_shape)
 
 
+_known_settings = functools.lru_cache(maxsize=128)(SplineSettings)
+
+
+def _settings(*arguments: Any) -> SplineSettings:
+    if torch.compiler.is_compiling():  # which warns of a cache
+        return SplineSettings(*arguments)
+    return _known_settings(*arguments)
+
+
 def _elementwise(
     inputs: Tensor, params: Tensor, settings: SplineSettings, *, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -169,18 +180,22 @@ def _elementwise(
     if not fused.applies(inputs, params):
         return reference.evaluate(inputs, params, settings, inverse=inverse)
     dtype, working = inputs.dtype, _working(inputs, params)
-    shape = torch.broadcast_shapes(inputs.shape, params.shape[:-1])
-    x, raw = inputs.expand(shape).to(working), params.to(working)
-    own_shape = raw.shape[:-1]
+    x, raw = inputs.to(working), params.to(working)
+    shape, own_shape = x.shape, raw.shape[:-1]
+    if shape != own_shape:
+        shape = torch.broadcast_shapes(shape, own_shape)
+        x = x.expand(shape)
     count = math.prod(own_shape)
     shared = len(own_shape) < len(shape) and own_shape == shape[len(shape) - len(own_shape) :]
+    own: Tensor | None = None
+    common: Tensor | None = None
     if shared and 0 < count <= _MAX_SHARED:  # one row of parameters for many inputs
         columns = Columns(count, (), tuple(range(count)))
-        x, own, common = x.reshape(-1, count), None, raw.reshape(-1)
+        x, common = x.reshape(-1, count), raw.reshape(-1)
     else:
-        columns = Columns(1, (0,))
-        x, common = x.reshape(-1, 1), None
-        own = raw.expand(*shape, settings.num_params).reshape(-1, settings.num_params)
+        columns = _ONE_COLUMN
+        raw = raw if own_shape == shape else raw.expand(*shape, settings.num_params)
+        x, own = x.reshape(-1, 1), raw.reshape(-1, settings.num_params)
 
     def in_pytorch(x: Tensor, own: Tensor | None, common: Tensor | None) -> tuple[Tensor, Tensor]:
         raw = cast(Tensor, own if common is None else common)
