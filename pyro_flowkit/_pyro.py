@@ -79,28 +79,27 @@ class StoreModule(PyroModule):
             if lend:
                 self._state_local_params()
             return
-        store = pyro.get_param_store()
-        tensors = dict(_float_tensors(self))
-        if not self._claim_name(tensors, lend):
+        if not self._claim_name(lend):
             return
-        for key, tensor in tensors.items():
-            name = f"{self._pyro_name}.{key}"
-            stored = store._params.get(name)
+        params = pyro.get_param_store()._params
+        for name, tensor in _float_tensors(self, f"{self._pyro_name}."):
+            stored = params.get(name)
             if stored is None or not _is_entry_of(stored, tensor):
                 if stored is not None and not _was_lent_by(self, name, stored):
                     if stored.shape != tensor.shape:  # loaded since the name was claimed
-                        raise ValueError(_misfit(self._pyro_name, tensors))
+                        raise ValueError(_misfit(self._pyro_name, dict(_float_tensors(self))))
                     with torch.no_grad():
                         tensor.copy_(stored)
                 if lend:
                     _lend(self, name, tensor)
             if lend and tensor.requires_grad:
-                pyro.param(name)
+                _state(name, tensor, constraint=constraints.real, name=name)
 
-    def _claim_name(self, tensors: dict[str, Tensor], lend: bool) -> bool:
+    def _claim_name(self, lend: bool) -> bool:
         """Find the module's name in the store; False if all there is to read there is another module's."""
         if self._store_name == self._pyro_name and _lenders.get(self._pyro_name) is self:
             return True
+        tensors = dict(_float_tensors(self))
         candidates = _candidates(self._pyro_name)
         name = next(n for n in candidates if not _is_lent_by_another(n, self, collect=lend))
         if not lend and name != self._pyro_name:
@@ -134,19 +133,33 @@ class StoreModule(PyroModule):
         for key, parameter in self.named_parameters():
             if parameter.requires_grad:
                 name = f"{self._pyro_name}.{key}"
-                pyro.poutine.runtime.effectful(type="param")(lambda *_, p=parameter, **__: p)(
-                    name, parameter, constraint=constraints.real, name=name
-                )
+                _state(name, parameter, constraint=constraints.real, name=name)
 
     def __getstate__(self) -> dict[str, Any]:
         forget_unconstrained(self)
         return super().__getstate__()
 
 
-def _float_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            yield key, tensor
+@pyro.poutine.runtime.effectful(type="param")
+def _state(name: str, parameter: Tensor, *, constraint: constraints.Constraint) -> Tensor:
+    """``pyro.param``, for a parameter whose store entry is known to be the parameter itself."""
+    if "unconstrained" not in parameter.__dict__:
+        parameter.__dict__["unconstrained"] = weakref.ref(parameter)  # as the store does
+    return parameter
+
+
+def _float_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What ``module.state_dict(keep_vars=True)`` holds in floating point, at a fraction of its cost."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_floating_point():
+            yield prefix + name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_floating_point():
+            if name not in module._non_persistent_buffers_set:
+                yield prefix + name, buffer
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _float_tensors(child, f"{prefix}{name}.")
 
 
 def _candidates(name: str) -> Iterator[str]:

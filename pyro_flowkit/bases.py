@@ -12,6 +12,7 @@ from pyro_flowkit.nn import MLP
 
 MIN_SCALE = 1e-4
 INITIAL_DF = 10.0
+LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def make_base(
@@ -41,6 +42,13 @@ def make_base(
     )
 
 
+class _StandardNormal(dist.Normal):
+    """A normal of location 0 and scale 1, whose density takes three operations instead of nine."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -0.5 * value.square() - LOG_SQRT_2PI
+
+
 class NormalBase(nn.Module):
     """Standard normal; follows the device and dtype of the module."""
 
@@ -50,7 +58,7 @@ class NormalBase(nn.Module):
         self.register_buffer("scale", torch.ones(input_dim), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(1)
+        return _StandardNormal(self.loc, self.scale, validate_args=False).to_event(1)
 
 
 class StudentTBase(nn.Module):

@@ -28,11 +28,12 @@ class GuidePosterior(FlowDistribution):
             return super().score_parts(value)
         log_prob = self.log_prob(value)
         point = value.detach().requires_grad_()
-        fixed = self._log_prob_with_fixed_parameters(point)
-        (derivative,) = torch.autograd.grad(fixed.sum(), point)
-        roughness = cast(Affine, self.transforms[-1]).pull_back(derivative).square().mean()
-        if not bool(roughness < MAX_ROUGHNESS):
+        with self._fixed() as (base, [*flow, affine]):
+            unscaled, _ = cast(Affine, affine).inverse_and_ladj(point)
+            fixed = self._pull(unscaled, base, flow)
+        derivative, u = torch.autograd.grad(fixed, [point, unscaled], torch.ones_like(fixed))
+        if not bool(u.square().mean() < MAX_ROUGHNESS):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
-        # the value and the derivative of log q with fixed parameters, without a second pass through its graph
-        entropy_term = fixed.detach() + ((value - point.detach()) * derivative).sum(-1)
+        # the value of log q, and its derivative with fixed parameters, without a second pass through its graph
+        entropy_term = log_prob.detach() + ((value - value.detach()) * derivative).sum(-1)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)

@@ -12,6 +12,7 @@ References:
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_flowkit.transforms.base import FlowTransformModule
@@ -33,26 +34,30 @@ class LULinear(FlowTransformModule):
         self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
         self.bias = nn.Parameter(torch.zeros(input_dim))
 
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        log_diagonal = _at_least_float32(self.log_diagonal)
-        eye = torch.eye(self.input_dim, dtype=log_diagonal.dtype, device=log_diagonal.device)
-        lower = _at_least_float32(self.lower).tril(-1) + eye
-        upper = _at_least_float32(self.upper).triu(1) + torch.diag_embed(log_diagonal.exp())
-        return lower, upper, log_diagonal.sum(-1)
+    def _upper(self, dtype: torch.dtype) -> Tensor:
+        diagonal = self.log_diagonal.to(dtype).exp()
+        return self.upper.to(dtype).triu(1) + torch.diag_embed(diagonal)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
-        lower, upper, ladj = self._factors()
-        y = x.to(_working(x, lower)) @ (lower @ upper).mT.to(_working(x, lower)) + self.bias
-        return y.to(x.dtype), ladj.to(x.dtype).expand(x.shape[:-1])
+        bias = self.bias
+        working = _working(x, bias)
+        upper = self._upper(working)
+        weight = torch.addmm(upper, self.lower.to(working).tril(-1), upper)
+        y = F.linear(x.to(working), weight, bias.to(working))
+        return y.to(x.dtype), self._ladj(working).to(x.dtype).expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
-        lower, upper, ladj = self._factors()
-        working = _working(y, lower)
-        x = _solve(lower.to(working), y.to(working) - self.bias, upper=False, unitriangular=True)
-        x = _solve(upper.to(working), x, upper=True)
-        return x.to(y.dtype), (-ladj).to(y.dtype).expand(y.shape[:-1])
+        bias = self.bias
+        working = _working(y, bias)
+        x = y.to(working) - bias.to(working)
+        x = _solve(self.lower.to(working), x, upper=False, unitriangular=True)
+        x = _solve(self._upper(working), x, upper=True)
+        return x.to(y.dtype), (-self._ladj(working)).to(y.dtype).expand(y.shape[:-1])
+
+    def _ladj(self, dtype: torch.dtype) -> Tensor:
+        return self.log_diagonal.to(dtype).sum(-1)
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"
@@ -97,35 +102,26 @@ class Affine(FlowTransformModule):
         """Logarithm of the diagonal of the scale, shape ``(D,)``."""
         return self.rate * self.raw_log_scale
 
-    def _unit_lower(self, raw_lower: Tensor, dtype: torch.dtype) -> Tensor:
-        eye = torch.eye(self.input_dim, dtype=dtype, device=raw_lower.device)
-        return eye + (self.rate * raw_lower.to(dtype)).tril(-1)
-
-    @torch.no_grad()
-    def pull_back(self, derivative: Tensor) -> Tensor:
-        """``S^T d`` for a derivative with respect to y, shape ``(*batch, D)``: the derivative with respect to x."""
-        derivative = derivative * self.log_scale.exp()
-        if self.raw_lower is None:
-            return derivative
-        return derivative @ self._unit_lower(self.raw_lower, derivative.dtype)
-
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         working = _working(x, self.raw_loc)
+        log_scale = self.log_scale.to(working)
         y = x.to(working)
         if self.raw_lower is not None:
-            y = y @ self._unit_lower(self.raw_lower, working).mT
-        y = self.loc.to(working) + self.log_scale.to(working).exp() * y
-        return y.to(x.dtype), self.log_scale.sum(-1).to(x.dtype).expand(x.shape[:-1])
+            y = torch.add(y, F.linear(y, self.raw_lower.to(working).tril(-1)), alpha=self.rate)
+        y = torch.add(y * log_scale.exp(), self.raw_loc.to(working), alpha=self.rate)
+        return y.to(x.dtype), log_scale.sum(-1).to(x.dtype).expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
         working = _working(y, self.raw_loc)
-        x = (y.to(working) - self.loc.to(working)) * (-self.log_scale.to(working)).exp()
+        inverse_log_scale = -self.log_scale.to(working)
+        x = torch.sub(y.to(working), self.raw_loc.to(working), alpha=self.rate)
+        x = x * inverse_log_scale.exp()
         if self.raw_lower is not None:
-            lower = self._unit_lower(self.raw_lower, working)
+            lower = self.rate * self.raw_lower.to(working)
             x = _solve(lower, x, upper=False, unitriangular=True)
-        return x.to(y.dtype), (-self.log_scale.sum(-1)).to(y.dtype).expand(y.shape[:-1])
+        return x.to(y.dtype), inverse_log_scale.sum(-1).to(y.dtype).expand(y.shape[:-1])
 
     def extra_repr(self) -> str:
         kind = "diagonal" if self.raw_lower is None else "full"
@@ -179,17 +175,17 @@ class Standardization(FlowTransformModule):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         working = _working(x, self.loc)
-        y = self.loc.to(working) + x.to(working) @ self.scale_tril.mT.to(working)
-        return y.to(x.dtype), self._ladj().to(x.dtype).expand(x.shape[:-1])
+        y = F.linear(x.to(working), self.scale_tril.to(working), self.loc.to(working))
+        return y.to(x.dtype), self._ladj(working).to(x.dtype).expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
         working = _working(y, self.loc)
         x = _solve(self.scale_tril.to(working), y.to(working) - self.loc.to(working), upper=False)
-        return x.to(y.dtype), (-self._ladj()).to(y.dtype).expand(y.shape[:-1])
+        return x.to(y.dtype), (-self._ladj(working)).to(y.dtype).expand(y.shape[:-1])
 
-    def _ladj(self) -> Tensor:
-        return _at_least_float32(self.scale_tril).diagonal().log().sum(-1)
+    def _ladj(self, dtype: torch.dtype) -> Tensor:
+        return self.scale_tril.to(dtype).diagonal().log().sum(-1)
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"
@@ -200,19 +196,15 @@ def lu_linear(input_dim: int) -> LULinear:
     return LULinear(input_dim)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _working(x: Tensor, parameter: Tensor) -> torch.dtype:
     """The dtype to compute in: that of the wider of the two, and at least float32."""
     return torch.promote_types(torch.promote_types(x.dtype, parameter.dtype), torch.float32)
 
 
 def _solve(triangle: Tensor, x: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
-    """Solve ``triangle @ z = x`` for vectors ``x`` of shape ``(*batch, D)``."""
-    flat = x.reshape(-1, x.shape[-1])
+    """Solve ``triangle @ z = x`` for vectors ``x`` of shape ``(*batch, D)``; only the triangle itself is read."""
+    columns = x.reshape(-1, x.shape[-1]).mT
     solution = torch.linalg.solve_triangular(
-        triangle.mT, flat, upper=not upper, left=False, unitriangular=unitriangular
+        triangle, columns, upper=upper, unitriangular=unitriangular
     )
-    return solution.reshape(x.shape)
+    return solution.mT.reshape(x.shape)
