@@ -18,7 +18,10 @@ class BuildKernel(build_ext):
 kernel = Extension(
     "pyro_flowkit.ops._fused",
     sources=[f"{SOURCES}/kernel.c", f"{SOURCES}/module.c"],
-    depends=[f"{SOURCES}/{name}.h" for name in ("kernel", "instance", "vector", "spline", "loops", "perceptron")],
+    depends=[
+        f"{SOURCES}/{name}.h"
+        for name in ("kernel", "instance", "vector", "spline", "loops", "perceptron")
+    ],
     define_macros=[("Py_LIMITED_API", "0x030B0000")],
     py_limited_api=True,
     optional=True,  # without a compiler the package runs on the PyTorch reference

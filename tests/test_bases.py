@@ -27,6 +27,20 @@ def test_normal_base_follows_dtype_and_is_not_in_the_state() -> None:
     assert list(base.state_dict()) == []
 
 
+def test_normal_base_is_a_standard_normal() -> None:
+    d = make_base("normal", 3, 0, [4])()
+    expected = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    x = torch.randn(5, 3, requires_grad=True)
+    assert torch.allclose(d.log_prob(x), expected.log_prob(x), atol=1e-6)
+    assert torch.allclose(d.expand([5]).log_prob(x), expected.log_prob(x), atol=1e-6)
+    (derivative,) = torch.autograd.grad(d.log_prob(x).sum(), x)
+    assert torch.allclose(derivative, -x)
+    torch.manual_seed(0)
+    drawn = d.rsample((4,))
+    torch.manual_seed(0)
+    assert torch.equal(drawn, expected.rsample((4,)))
+
+
 def test_student_t_starts_at_ten_degrees_of_freedom() -> None:
     d = make_base("student_t", 2, 0, [4])()
     x = torch.randn(5, 2)

@@ -249,6 +249,22 @@ def test_transforms_of_others_mix_in() -> None:
     )
 
 
+def test_events_of_two_dimensions() -> None:
+    coupling = perturb_(T.spline_coupling(3, count_bins=4), 0.1).double()
+    half = torch.distributions.AffineTransform(0.0, 0.5)
+    rows = dist.Normal(torch.zeros(4, 3, dtype=torch.float64), 1.0)
+    for base, parts in (
+        (rows.to_event(2), [coupling]),
+        (rows.to_event(1), [half, coupling, torch.distributions.CorrCholeskyTransform()]),
+    ):
+        d = FlowDistribution(base, parts)
+        x, log_prob = d.rsample_and_log_prob((5,))
+        expected = dist.TransformedDistribution(base, parts).log_prob(x.detach())
+        assert log_prob.shape == expected.shape == (5, *d.batch_shape)
+        assert torch.allclose(log_prob, expected, atol=1e-8)
+        assert torch.allclose(d.log_prob(x.detach()), expected, atol=1e-8)
+
+
 def test_support_is_that_of_a_real_vector() -> None:
     support = make_flow()().support
     assert support.event_dim == 1

@@ -2,11 +2,10 @@
 
 Fresh memory is slow: the C library hands what a step frees back to the system, and the next step pays for every page
 again, more than for the arithmetic on it. A buffer here is free again as soon as no tensor that was made from it is
-alive, which the graph of a step sees to.
+alive, whatever aliases there are: its storage counts them.
 """
 
 import threading
-import weakref
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 LIMIT_BYTES = 256 * 2**20
 
 _lock = threading.Lock()
-_buffers: list[tuple[Tensor, "weakref.ref[Tensor]"]] = []
+# each with the address by which PyTorch knows its storage
+_buffers: list[tuple[Tensor, int]] = []
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -23,20 +23,18 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     size = rows * columns
     with _lock:
         held = 0
-        for i, (buffer, user) in enumerate(_buffers):
+        for buffer, storage in _buffers:
             fits = buffer.dtype == dtype and size <= buffer.numel() <= 2 * size
-            if fits and user() is None:
-                return _lend(i, buffer, rows, columns)
+            if fits and _is_free(storage):
+                return buffer[:size].view(rows, columns)
             held += buffer.nbytes
-        buffer = torch.empty(size, dtype=dtype)
+        buffer = torch.empty(size, dtype=dtype, device="cpu")
         if held + buffer.nbytes > LIMIT_BYTES:
-            _buffers[:] = [entry for entry in _buffers if entry[1]() is not None]
-            return buffer.view(rows, columns)
-        _buffers.append((buffer, weakref.ref(buffer)))
-        return _lend(len(_buffers) - 1, buffer, rows, columns)
+            _buffers[:] = [entry for entry in _buffers if not _is_free(entry[1])]
+        else:
+            _buffers.append((buffer, buffer.untyped_storage()._cdata))
+        return buffer.view(rows, columns)
 
 
-def _lend(i: int, buffer: Tensor, rows: int, columns: int) -> Tensor:
-    user = buffer[: rows * columns].view(rows, columns)
-    _buffers[i] = (buffer, weakref.ref(user))
-    return user
+def _is_free(storage: int) -> bool:
+    return torch._C._storage_Use_Count(storage) == 1

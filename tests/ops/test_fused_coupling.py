@@ -1,9 +1,12 @@
 """A coupling whose conditioner runs in the kernel too: the numbers of the same coupling in PyTorch's operations."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from pyro_flowkit.ops import use_reference
 from pyro_flowkit.testing import perturb_
@@ -127,6 +130,67 @@ def test_weights_changed_in_place_before_the_backward_are_noticed(fused_kernel):
         coupling.conditioner.output.weight.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ladj.sum().backward()
+
+
+def through(couplings, x):
+    total = torch.zeros(x.shape[:-1], dtype=x.dtype)
+    for coupling in couplings:
+        x, ladj = coupling.call_and_ladj(x)
+        total = total + ladj
+    return x.square().sum() + total.sum()
+
+
+def test_forward_passes_do_not_share_what_they_keep(fused_kernel):
+    couplings = [make("first"), make("last"), make("middle")]
+    leaves = [p for coupling in couplings for p in coupling.parameters()]
+    (x,) = inputs_for(50, 0)
+    with use_reference():
+        want = torch.autograd.grad(through(couplings, x), leaves)
+
+    first, other = through(couplings, x), through(couplings, 0.5 * x)
+    torch.autograd.grad(other, leaves)
+    through(couplings, 0.7 * x)  # dropped without a backward pass
+    assert_same(torch.autograd.grad(first, leaves, retain_graph=True), want, tolerance=1e-9)
+    through(couplings, 0.3 * x)
+    assert_same(torch.autograd.grad(first, leaves), want, tolerance=1e-9)
+
+
+KEEPERS = {
+    "original": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
+    "alias": lambda: saved_tensors_hooks(lambda t: t.detach(), lambda t: t),
+    "view": lambda: saved_tensors_hooks(lambda t: (t.shape, t.view(-1)), lambda t: t[1].view(t[0])),
+    "storage": lambda: saved_tensors_hooks(
+        lambda t: (t.untyped_storage(), t.new_empty(0), t.storage_offset(), t.shape, t.stride()),
+        lambda kept: kept[1].set_(kept[0], *kept[2:]),
+    ),
+    "copy": save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("keeper", [*KEEPERS, "checkpoint"])
+def test_what_is_kept_lives_as_long_as_anybody_holds_it(fused_kernel, keeper):
+    couplings = [make("first"), make("last"), make("middle")]
+    leaves = [p for coupling in couplings for p in coupling.parameters()]
+    (x,) = inputs_for(50, 0)
+    want = torch.autograd.grad(through(couplings, x), leaves)
+    with KEEPERS[keeper]() if keeper in KEEPERS else contextlib.nullcontext():
+        if keeper == "checkpoint":
+            loss = checkpoint(through, couplings, x, use_reentrant=False)
+        else:
+            loss = through(couplings, x)
+    assert_same(torch.autograd.grad(loss, leaves), want, tolerance=1e-12)
+
+
+def test_the_default_device_has_no_say_in_where_cpu_tensors_are_computed(fused_kernel):
+    coupling = make("first")
+    x = inputs_for(1234, 0)[0].requires_grad_()
+    with torch.device("meta"):
+        y, ladj = coupling.call_and_ladj(x)
+    (got,) = torch.autograd.grad(y.square().sum() + ladj.sum(), x)
+    with use_reference():
+        y, ladj = coupling.call_and_ladj(x)
+        (want,) = torch.autograd.grad(y.square().sum() + ladj.sum(), x)
+    assert_same([got], [want], tolerance=1e-9)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -80,11 +80,8 @@ def test_batches_broadcast_against_each_other(batch, params_batch, inverse):
         x = points(5 * math.prod(batch)).view(*batch, 5)
         own = random_params(*params_batch, len(columns.own), count_bins=5, tails="linear")
 
-        def run(x, own, *rest, columns=columns, settings=settings):
-            return spline_columns(x, own, *rest or (None,), columns, settings, inverse=inverse)
-
-        tensors = (x, own.flatten(-2)) if shared is None else (x, own.flatten(-2), shared)
-        value, ladj = check(run, tensors)
+        options = {"columns": columns, "settings": settings, "inverse": inverse}
+        value, ladj = check(spline_columns, (x, own.flatten(-2), shared), **options)
         assert value.shape == (*expected, 5) and ladj.shape == expected
     x = points(math.prod(batch)).view(batch)
     params = random_params(*params_batch, count_bins=5, tails="linear")
