@@ -14,26 +14,36 @@ from torch import Tensor
 LIMIT_BYTES = 256 * 2**20
 
 _lock = threading.Lock()
-# each with the address by which PyTorch knows its storage
-_buffers: list[tuple[Tensor, int]] = []
+# by size and type, each with the address by which PyTorch knows its storage
+_buffers: dict[tuple[int, torch.dtype], list[tuple[Tensor, int]]] = {}
+_held_bytes = 0
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor of shape ``(rows, columns)``."""
+    global _held_bytes
     size = rows * columns
     with _lock:
-        held = 0
-        for buffer, storage in _buffers:
-            fits = buffer.dtype == dtype and size <= buffer.numel() <= 2 * size
-            if fits and _is_free(storage):
-                return buffer[:size].view(rows, columns)
-            held += buffer.nbytes
+        alike = _buffers.setdefault((size, dtype), [])
+        for buffer, storage in alike:
+            if _is_free(storage):
+                return buffer.view(rows, columns)
         buffer = torch.empty(size, dtype=dtype, device="cpu")
-        if held + buffer.nbytes > LIMIT_BYTES:
-            _buffers[:] = [entry for entry in _buffers if not _is_free(entry[1])]
+        if _held_bytes + buffer.nbytes > LIMIT_BYTES:
+            _drop_free()
         else:
-            _buffers.append((buffer, buffer.untyped_storage()._cdata))
+            alike.append((buffer, buffer.untyped_storage()._cdata))
+            _held_bytes += buffer.nbytes
         return buffer.view(rows, columns)
+
+
+def _drop_free() -> None:
+    global _held_bytes
+    for key, entries in list(_buffers.items()):
+        _buffers[key] = [entry for entry in entries if not _is_free(entry[1])]
+        if not _buffers[key]:
+            del _buffers[key]
+    _held_bytes = sum(buffer.nbytes for entries in _buffers.values() for buffer, _ in entries)
 
 
 def _is_free(storage: int) -> bool:
