@@ -5,6 +5,7 @@ again, more than for the arithmetic on it. A buffer here is free again as soon a
 alive, whatever aliases there are: its storage counts them.
 """
 
+import sys
 import threading
 
 import torch
@@ -14,9 +15,26 @@ from torch import Tensor
 LIMIT_BYTES = 256 * 2**20
 
 _lock = threading.Lock()
-# by size and type, each with the address by which PyTorch knows its storage
-_buffers: dict[tuple[int, torch.dtype], list[tuple[Tensor, int]]] = {}
 _held_bytes = 0
+
+
+class _Buffer:
+    """A piece of memory, which knows how many owners its storage has while nobody uses it."""
+
+    def __init__(self, size: int, dtype: torch.dtype):
+        self.tensor = torch.empty(size, dtype=dtype, device="cpu")
+        self.storage = self.tensor.untyped_storage()
+        self.idle = self._count_owners()
+
+    def _count_owners(self) -> tuple[int, int]:
+        """Of the memory in PyTorch, and of the object that stands for it in Python."""
+        return torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
+
+    def is_free(self) -> bool:
+        return self._count_owners() == self.idle
+
+
+_buffers: dict[tuple[int, torch.dtype], list[_Buffer]] = {}
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -25,26 +43,22 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     size = rows * columns
     with _lock:
         alike = _buffers.setdefault((size, dtype), [])
-        for buffer, storage in alike:
-            if _is_free(storage):
-                return buffer.view(rows, columns)
-        buffer = torch.empty(size, dtype=dtype, device="cpu")
-        if _held_bytes + buffer.nbytes > LIMIT_BYTES:
+        for buffer in alike:
+            if buffer.is_free():
+                return buffer.tensor.view(rows, columns)
+        buffer = _Buffer(size, dtype)
+        if _held_bytes + buffer.tensor.nbytes > LIMIT_BYTES:
             _drop_free()
         else:
-            alike.append((buffer, buffer.untyped_storage()._cdata))
-            _held_bytes += buffer.nbytes
-        return buffer.view(rows, columns)
+            alike.append(buffer)
+            _held_bytes += buffer.tensor.nbytes
+        return buffer.tensor.view(rows, columns)
 
 
 def _drop_free() -> None:
     global _held_bytes
-    for key, entries in list(_buffers.items()):
-        _buffers[key] = [entry for entry in entries if not _is_free(entry[1])]
+    for key, alike in list(_buffers.items()):
+        _buffers[key] = [buffer for buffer in alike if not buffer.is_free()]
         if not _buffers[key]:
             del _buffers[key]
-    _held_bytes = sum(buffer.nbytes for entries in _buffers.values() for buffer, _ in entries)
-
-
-def _is_free(storage: int) -> bool:
-    return torch._C._storage_Use_Count(storage) == 1
+    _held_bytes = sum(buffer.tensor.nbytes for alike in _buffers.values() for buffer in alike)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from pyro_flowkit.ops import use_reference
+from pyro_flowkit.ops import scratch, use_reference
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms import conditional_spline_coupling, spline_coupling
 from tests.ops.kernel_cases import TAILS, assert_same, points
@@ -204,3 +204,13 @@ def test_a_coupling_calls_the_kernel_once_forward_and_once_backward(
     whole = mask == "first" and not residual
     names = ("couple", "couple_backward") if whole else ("run", "run_backward")
     assert kernel_calls == {name: 1 for name in names}
+
+
+def test_what_is_kept_is_used_again_from_step_to_step(fused_kernel):
+    couplings = [make("first"), make("last")]
+    (x,) = inputs_for(37, 0)
+    through(couplings, x).backward()
+    before = sum(len(alike) for alike in scratch._buffers.values())
+    for _ in range(5):
+        through(couplings, x).backward()
+    assert sum(len(alike) for alike in scratch._buffers.values()) == before > 0
