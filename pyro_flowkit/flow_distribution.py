@@ -10,7 +10,7 @@ Reference:
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,13 @@ from pyro.distributions.util import detach, sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from pyro_flowkit.transforms.base import Bijection, ConditionedTransform, stamp
+from pyro_flowkit.transforms.base import (
+    Bijection,
+    ConditionedTransform,
+    modules_in,
+    stamp,
+    tensors_in,
+)
 
 
 class _Draw(NamedTuple):
@@ -227,9 +233,7 @@ def _tensors_in(*parts: Any) -> list[Tensor]:
         elif isinstance(part, _OWNERS) and id(part) not in seen:
             seen.add(id(part))
             if isinstance(part, nn.Module):
-                for module in _modules_in(part):
-                    waiting.extend(module._parameters.values())
-                    waiting.extend(module._buffers.values())
+                tensors += tensors_in(part)
             else:
                 waiting.extend(vars(part).values())
     return tensors
@@ -237,18 +241,6 @@ def _tensors_in(*parts: Any) -> list[Tensor]:
 
 _LISTS = (list, tuple)
 _OWNERS = (nn.Module, torch.distributions.Distribution, Transform)
-
-
-def _modules_in(root: nn.Module) -> Iterable[nn.Module]:
-    """The same as ``root.modules()``, which spends most of its time on names."""
-    found: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [root]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            waiting.extend(module._modules.values())
-    return found
 
 
 def _with_fixed_context(transform: Transform) -> Transform:
@@ -264,7 +256,7 @@ def _fixed_parameters(transforms: list[Transform]) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     try:
         for owner in owners:
-            for module in _modules_in(owner) if isinstance(owner, nn.Module) else ():
+            for module in modules_in(owner) if isinstance(owner, nn.Module) else ():
                 parameters: dict[str, Any] = module._parameters
                 for name, parameter in parameters.items():
                     if parameter is not None and parameter.requires_grad:

@@ -28,7 +28,9 @@ from pyro_flowkit.transforms.coupling import (
     spline_coupling,
 )
 from pyro_flowkit.transforms.linear import LULinear, Standardization
-from pyro_flowkit.transforms.permute import Permute, permute
+from pyro_flowkit.transforms.permute import Permute
+
+MAX_ORDERED_DIM = 128
 
 
 class SplineFlow(StoreModule):
@@ -51,7 +53,8 @@ class SplineFlow(StoreModule):
         count_bins: bins of each spline.
         bound: the splines live on ``[-bound, bound]``; see :meth:`standardize` for raw data.
         tails: "linear" or "circular".
-        mixing: layer between couplings: "lu", "permute" (the last layer undoes the permutations) or None.
+        mixing: layers between couplings: "lu" (a learned matrix and a permutation), "permute" or None; the last layer
+            undoes the permutations.
         base: "normal", "student_t" (learned degrees of freedom), "conditional_normal" (location and scale are functions
             of the context), or a Pyro distribution with event shape ``(D,)``.
         coupling: True; the only kind there is so far.
@@ -182,37 +185,49 @@ class SplineFlow(StoreModule):
         return self
 
 
-def _shuffle(input_dim: int, seed: int, *, within_halves: bool) -> Permute:
-    """A random permutation, which may keep the first and the second half apart.
-
-    The masks alternate; left to chance, permutations undo that, and some outputs never see some inputs. Three couplings
-    in a row with only shuffles within the halves between them let every output depend on every input.
-    """
-    if not within_halves:
-        return permute(input_dim, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    middle = input_dim // 2
-    first = torch.randperm(middle, generator=generator)
-    second = middle + torch.randperm(input_dim - middle, generator=generator)
-    return Permute(torch.cat([first, second]))
-
-
 def _mix(
     couplings: list[nn.Module], input_dim: int, mixing: str | None, seed: int
 ) -> list[nn.Module]:
+    """The couplings with mixing layers between them, and the inverse of all permutations at the end."""
+    if mixing is None:
+        return couplings
+    identity = now = torch.arange(input_dim)
     layers: list[nn.Module] = []
-    order = torch.arange(input_dim)
-    for i, coupling in enumerate(couplings):
+    for i, order in enumerate(_orders(input_dim, len(couplings), seed)):
         if i > 0 and mixing == "lu":
             layers.append(LULinear(input_dim))
-        elif i > 0 and mixing == "permute":
-            shuffle = _shuffle(input_dim, seed + i, within_halves=i >= len(couplings) - 2)
-            order = order[shuffle.permutation]
-            layers.append(shuffle)
-        layers.append(coupling)
-    if mixing == "permute" and len(couplings) > 1:
-        layers.append(Permute(order.argsort()))
+        if not torch.equal(order, now):
+            layers.append(Permute(now.argsort()[order]))
+        layers.append(couplings[i])
+        now = order
+    if not torch.equal(now, identity):
+        layers.append(Permute(now.argsort()))
     return layers
+
+
+def _orders(input_dim: int, count: int, seed: int) -> list[Tensor]:
+    """The order of the dimensions that each coupling sees; it transforms one half given the other, in turns.
+
+    Two couplings in a row share a split, so that every output comes to depend on every input; three have only one. Each
+    further split is, of a hundred random ones, that which parts most dimensions that no split has parted so far: alone,
+    alternating halves would never transform a dimension given its own half, and what is never direct is learned slowly,
+    through the mixing layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    middle = input_dim // 2
+    tries = 100 if input_dim <= MAX_ORDERED_DIM else 1
+    splits = [torch.arange(input_dim)]
+    parted = torch.zeros(input_dim, input_dim, dtype=torch.bool)
+
+    def part(order: Tensor) -> Tensor:
+        side = order.argsort() < middle
+        return parted | (side[:, None] != side)
+
+    while input_dim > 2 and count > 3 and 2 * len(splits) < count:
+        parted = part(splits[-1])
+        candidates = [torch.randperm(input_dim, generator=generator) for _ in range(tries)]
+        splits.append(max(candidates, key=lambda order: int(part(order).sum())))
+    return [splits[min(i // 2, len(splits) - 1)] for i in range(count)]
 
 
 def _validate_flow(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flowkit.ops.layout import Layout
+
 Activation = Callable[[Tensor], Tensor]
 
 MAX_DEFAULT_WIDTH = 128
@@ -68,7 +70,45 @@ class Constant(nn.Module):
         return self.value
 
 
-class MLP(nn.Module):
+class _Network(nn.Module):
+    """What the two networks share: ``packed``, the weights and biases of all their layers in one parameter.
+
+    An optimizer that treats tensors one by one, as Pyro's do, takes as long for a bias as for a matrix.
+    """
+
+    packed: nn.Parameter
+
+    def __init__(
+        self,
+        input_dim: int,
+        shapes: Sequence[tuple[int, int]],
+        activation: Activation | type[nn.Module] | None,
+        dropout: float,
+    ):
+        super().__init__()
+        self.input_dim = input_dim
+        self.activation = _instance(activation)
+        self.dropout = _validated_dropout(dropout)
+        self.layout = Layout(tuple(shapes))
+        layers = [nn.Linear(columns, rows) for rows, columns in shapes]
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+        parameters = [p.detach().flatten() for layer in layers for p in layer.parameters()]
+        self.packed = nn.Parameter(torch.cat(parameters))
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight ``(outputs, inputs)`` and bias ``(outputs,)`` of every layer, the layer of the output last.
+
+        They are views of ``packed``: what is written into them, under ``torch.no_grad()``, is written into the network.
+        """
+        return self.layout.unpack(self.packed)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{columns} -> {rows}" for rows, columns in self.layout.shapes)
+        return f"layers: {shapes}; dropout={self.dropout:g}"
+
+
+class MLP(_Network):
     """A multilayer perceptron on the inputs and the context, side by side. Arguments as in :func:`make_conditioner`."""
 
     def __init__(
@@ -81,39 +121,28 @@ class MLP(nn.Module):
         activation: Activation | type[nn.Module] | None = None,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        hidden_dims = _validated_widths(hidden_dims)
-        self.input_dim = input_dim
-        self.activation = _instance(activation)
-        self.dropout = _validated_dropout(dropout)
-        dims = [input_dim + context_dim, *hidden_dims]
-        self.hidden = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)
-        )
-        self.output = _zero_linear(dims[-1], output_dim)
+        sizes = [input_dim + context_dim, *_validated_widths(hidden_dims), output_dim]
+        super().__init__(input_dim, list(zip(sizes[1:], sizes, strict=False)), activation, dropout)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        h = _join(inputs if self.input_dim else None, context, self.output.weight.dtype)
-        for layer in self.hidden:
-            h = _drop(self.activation(layer(h)), self.dropout, self.training)
-        return self.output(h)
+        *hidden, output = self.layers()
+        h = _join(inputs if self.input_dim else None, context, self.packed.dtype)
+        for layer in hidden:
+            h = _drop(self.activation(F.linear(h, *layer)), self.dropout, self.training)
+        return F.linear(h, *output)
 
-    def plain_layers(self) -> list[Tensor] | None:
-        """Weight and bias of every layer, one after the other, if that and ReLU is all that a call of this network is:
-        no dropout, no hooks, no layer or method that somebody replaced; None otherwise."""
-        layers = (*self.hidden, self.output)
+    def is_plain(self) -> bool:
+        """Whether its layers and ReLU are all that a call of this network is: no dropout, no hooks, no method that
+        somebody replaced."""
         if type(self.activation) is not nn.ReLU or (self.dropout and self.training):
-            return None
-        if type(self).forward is not _MLP_FORWARD or "forward" in self.__dict__:
-            return None
-        if _is_hooked(self) or any(
-            type(layer) is not nn.Linear or _is_hooked(layer) for layer in layers
-        ):
-            return None
-        return [parameter for layer in layers for parameter in layer._parameters.values()]
+            return False
+        own = self.__dict__
+        if (type(self).forward, type(self).layers) != _PLAIN or "forward" in own or "layers" in own:
+            return False
+        return not (_is_hooked(self) or _is_hooked(self.activation))
 
 
-_MLP_FORWARD = MLP.forward
+_PLAIN = (MLP.forward, MLP.layers)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -125,9 +154,12 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-class ResidualNetwork(nn.Module):
+class ResidualNetwork(_Network):
     """Pre-activation residual blocks of two layers, with the context gating each block (He et al. 2016; Durkan et al.
     2019, appendix B). ``hidden_dims`` gives one block per entry; all entries must be equal.
+
+    :meth:`layers` has the layer of the inputs, the first layer of every block, the second of every block, with a
+    context the gate of every block, and the layer of the output.
     """
 
     def __init__(
@@ -140,33 +172,30 @@ class ResidualNetwork(nn.Module):
         activation: Activation | type[nn.Module] | None = None,
         dropout: float = 0.0,
     ):
-        super().__init__()
         hidden_dims = _validated_widths(hidden_dims)
         if len(set(hidden_dims)) != 1:
             raise ValueError(
                 f"Expected a residual network's hidden_dims to be one width, repeated, got {hidden_dims}."
             )
-        width = hidden_dims[0]
-        self.input_dim = input_dim
-        self.activation = _instance(activation)
-        self.dropout = _validated_dropout(dropout)
-        self.input = nn.Linear(input_dim + context_dim, width)
-        self.first = nn.ModuleList(nn.Linear(width, width) for _ in hidden_dims)
-        self.second = nn.ModuleList(nn.Linear(width, width) for _ in hidden_dims)
-        gates = hidden_dims if context_dim else []
-        self.gates = nn.ModuleList(nn.Linear(context_dim, width) for _ in gates)
-        self.output = _zero_linear(width, output_dim)
+        width, count = hidden_dims[0], len(hidden_dims)
+        shapes = [(width, input_dim + context_dim)] + 2 * count * [(width, width)]
+        if context_dim:
+            shapes += count * [(width, context_dim)]
+        super().__init__(input_dim, [*shapes, (output_dim, width)], activation, dropout)
+        self.count_blocks = count
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        dtype = self.output.weight.dtype
-        h = self.input(_join(inputs if self.input_dim else None, context, dtype))
-        for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
-            step = first(self.activation(h))
-            step = second(_drop(self.activation(step), self.dropout, self.training))
+        dtype, count = self.packed.dtype, self.count_blocks
+        first_of_all, *blocks, output = self.layers()
+        h = F.linear(_join(inputs if self.input_dim else None, context, dtype), *first_of_all)
+        for i in range(count):
+            step = F.linear(self.activation(h), *blocks[i])
+            step = _drop(self.activation(step), self.dropout, self.training)
+            step = F.linear(step, *blocks[count + i])
             if context is not None:
-                step = step * torch.sigmoid(self.gates[i](context.to(dtype)))
+                step = step * torch.sigmoid(F.linear(context.to(dtype), *blocks[2 * count + i]))
             h = h + step
-        return self.output(self.activation(h))
+        return F.linear(self.activation(h), *output)
 
 
 def _join(inputs: Tensor | None, context: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -180,13 +209,6 @@ def _join(inputs: Tensor | None, context: Tensor | None, dtype: torch.dtype) -> 
 def _drop(h: Tensor, probability: float, training: bool) -> Tensor:
     # jit's dropout draws random numbers even for a probability of 0
     return F.dropout(h, probability, training) if probability else h
-
-
-def _zero_linear(input_dim: int, output_dim: int) -> nn.Linear:
-    layer = nn.Linear(input_dim, output_dim)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def _instance(activation: Activation | type[nn.Module] | None) -> Activation:

@@ -142,7 +142,7 @@ def test_memory_is_dropped_when_a_parameter_is_written_to(which: str) -> None:
     flow = tiny(base="student_t")
     d = flow()
     parameter = {
-        "conditioner": flow.layers[0].conditioner.output.bias,
+        "conditioner": flow.layers[0].conditioner.packed,
         "lu": flow.layers[1].bias,
         "standardization": flow.standardization.loc,
         "base": flow.base.log_df,
@@ -170,12 +170,12 @@ def test_memory_is_dropped_when_a_base_parameter_is_written_to() -> None:
 
 def test_memory_is_dropped_when_a_parameter_is_replaced() -> None:
     flow = SplineFlow(2, num_transforms=1, hidden_dims=[4], mixing=None)
-    output = flow.layers[0].conditioner.output
-    output.bias = torch.nn.Parameter(torch.zeros_like(output.bias))
+    conditioner = flow.layers[0].conditioner
+    conditioner.packed = torch.nn.Parameter(torch.zeros_like(conditioner.packed))
     d = flow()
     with torch.no_grad():
         x = d.sample((4,))
-        output.bias = torch.nn.Parameter(torch.randn(output.bias.shape))
+        conditioner.packed = torch.nn.Parameter(torch.randn(conditioner.packed.shape))
         assert torch.allclose(d.log_prob(x), d.log_prob(x.clone()), atol=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_unversioned_write_then_flow_again_is_fresh() -> None:
     with torch.no_grad():
         x = flow().sample((4,))
         old = flow().log_prob(x)
-        flow.layers[0].conditioner.output.bias.data.add_(0.7)
+        flow.layers[0].conditioner.packed.data.add_(0.7)
         new = flow().log_prob(x)
         assert not torch.allclose(old, new, atol=1e-3)
         assert torch.allclose(new, flow().log_prob(x.clone()), atol=1e-5)

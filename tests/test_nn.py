@@ -1,5 +1,7 @@
 """Conditioners: zero at first, broadcasting contexts, and errors that say what was expected."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,9 @@ NETWORKS = [MLP, ResidualNetwork]
 
 
 def randomised(network):
-    nn.init.normal_(network.output.weight)
+    weight, _ = network.layers()[-1]
+    with torch.no_grad():
+        weight.normal_()
     return network
 
 
@@ -50,6 +54,69 @@ def test_a_context_alone_is_enough_and_keeps_its_own_batch(network):
 def test_the_network_runs_in_the_dtype_of_its_weights(network):
     conditioner = randomised(network(3, 5, [8], context_dim=2)).double()
     assert conditioner(torch.randn(4, 3), torch.randn(2)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_all_layers_are_in_one_parameter_and_can_be_seen_and_written(network, context_dim):
+    conditioner = network(3, 5, [8, 8], context_dim=context_dim)
+    (packed,) = conditioner.parameters()
+    layers = conditioner.layers()
+    assert [weight.shape[0] for weight, _ in layers] == [bias.numel() for _, bias in layers]
+    assert packed.numel() == sum(weight.numel() + bias.numel() for weight, bias in layers)
+    everything = torch.cat([part.flatten() for layer in layers for part in layer])
+    assert torch.equal(everything, packed)
+    with torch.no_grad():
+        layers[-1][1].fill_(7.0)
+    context = torch.randn(4, 2) if context_dim else None
+    assert torch.equal(conditioner(torch.randn(4, 3), context), torch.full((4, 5), 7.0))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_hidden_layers_start_as_those_of_pytorch(network):
+    conditioner = network(300, 5, [400, 400])
+    for weight, bias in conditioner.layers()[:-1]:
+        limit = weight.shape[1] ** -0.5
+        for part in (weight, bias):
+            assert part.abs().max() <= limit
+            assert part.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_conversion_keeps_layers_and_output(network, dtype):
+    conditioner = randomised(network(3, 5, [7, 7], context_dim=2))
+    inputs, context = torch.randn(4, 3), torch.randn(4, 2)
+    want = conditioner(inputs, context)
+    converted = copy.deepcopy(conditioner).to(dtype)
+    got = converted(inputs, context)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
+    assert all(part.dtype == dtype for layer in converted.layers() for part in layer)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_many_networks_of_one_shape_run_in_one_call(network):
+    networks = [randomised(network(3, 2, [5, 5])) for _ in range(4)]
+    parameters, buffers = torch.func.stack_module_state(networks)
+    x = torch.randn(6, 3)
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(networks[0], (parameters, buffers), (x,))
+
+    got = torch.func.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(got, torch.stack([each(x) for each in networks]))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_second_derivatives_with_respect_to_the_parameters(network):
+    conditioner = randomised(network(2, 2, [3, 3], activation=torch.tanh)).double()
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, packed):
+        return torch.func.functional_call(conditioner, {"packed": packed}, (x,))
+
+    assert torch.autograd.gradgradcheck(run, (x, conditioner.packed))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

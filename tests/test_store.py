@@ -164,9 +164,9 @@ def test_leftover_of_a_dead_flow_of_another_shape_is_dropped_with_a_warning() ->
     with pytest.warns(UserWarning, match="another shape"):
         other()
     train(other)
-    weight = other.layers[0].conditioner.hidden[0].weight
-    name = "SplineFlow.layers.0.conditioner.hidden.0.weight"
-    assert pyro.get_param_store()._params[name] is weight
+    packed = other.layers[0].conditioner.packed
+    name = "SplineFlow.layers.0.conditioner.packed"
+    assert pyro.get_param_store()._params[name] is packed
 
 
 def test_clearing_the_store_leaves_the_flow_as_it_is() -> None:
@@ -249,14 +249,14 @@ def test_module_store_round_trip(tmp_path) -> None:
 def test_frozen_parameters_are_stored_and_not_trained(tmp_path) -> None:
     flow = perturb_(make_flow(), 0.2)
     flow.layers[0].requires_grad_(False)
-    frozen = flow.layers[0].conditioner.output.bias
+    frozen = flow.layers[0].conditioner.packed
     before = frozen.clone()
     train(flow)
     assert torch.equal(frozen, before) and not frozen.requires_grad and frozen.grad is None
     reload(tmp_path)
     fresh = make_flow()
     fresh()
-    assert torch.equal(fresh.layers[0].conditioner.output.bias, before)
+    assert torch.equal(fresh.layers[0].conditioner.packed, before)
 
 
 def test_standardization_after_the_first_call_reaches_the_store(tmp_path) -> None:

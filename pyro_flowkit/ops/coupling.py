@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flowkit.ops import fused
+from pyro_flowkit.ops.backend import backend
 from pyro_flowkit.ops.columns import Columns
-from pyro_flowkit.ops.eager import differentiate
-from pyro_flowkit.ops.launch import launch, total
+from pyro_flowkit.ops.eager import differentiate, is_plain_eager
+from pyro_flowkit.ops.launch import count_rows, launch, per_thread, total
+from pyro_flowkit.ops.layout import Layout
 from pyro_flowkit.ops.rational_quadratic import spline_columns
 from pyro_flowkit.ops.scratch import scratch
 from pyro_flowkit.ops.settings import SplineSettings
@@ -31,26 +32,31 @@ _MAX_LAYERS = 8
 
 
 def applies(
-    x: Tensor, context: Tensor | None, layers: Sequence[Tensor], shared_params: Tensor | None
+    x: Tensor,
+    context: Tensor | None,
+    packed: Tensor,
+    shared_params: Tensor | None,
+    layout: Layout,
 ) -> bool:
     """Whether :func:`spline_coupling` may compute with these tensors, here and now."""
-    tensors = (x, context, shared_params, *layers)
-    if torch.compiler.is_compiling() or not fused.applies(*tensors):
+    tensors, dtype = (x, context, packed, shared_params), x.dtype
+    if backend() != "fused" or not is_plain_eager(*tensors):
         return False
-    if len(layers) > 2 * _MAX_LAYERS or torch.is_autocast_enabled("cpu"):
+    if len(layout.shapes) > _MAX_LAYERS or torch.is_autocast_enabled("cpu"):
         return False
-    if x.dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64):
         return False
     if context is not None and context.shape[:-1] != x.shape[:-1]:
         return False
-    return all(tensor is None or tensor.dtype == x.dtype for tensor in tensors)
+    return all(t is None or (t.is_cpu and t.dtype == dtype) for t in tensors)
 
 
 def spline_coupling(
     x: Tensor,
     context: Tensor | None,
-    layers: Sequence[Tensor],
+    packed: Tensor,
     shared_params: Tensor | None,
+    layout: Layout,
     passed: tuple[int, int],
     columns: Columns,
     settings: SplineSettings,
@@ -62,44 +68,40 @@ def spline_coupling(
     Args:
         x: shape ``(*batch, columns.dim)``.
         context: shape ``(*batch, context_dim)``, or None.
-        layers: weight and bias of every layer, one after the other.
+        packed: weights and biases of the perceptron, as ``layout`` says.
         shared_params: raw parameters of ``columns.shared``, or None.
+        layout: of the perceptron.
         passed: first column that the perceptron reads, and the column after the last.
         columns, settings, inverse: as for :func:`~pyro_flowkit.ops.spline_columns`.
 
     Returns:
         Values ``(*batch, columns.dim)`` and log-dets ``(*batch,)`` (nats).
     """
-    batch_shape = x.shape[:-1]
-    if len(batch_shape) != 1:
-        x = x.reshape(-1, columns.dim)
-        context = None if context is None else context.reshape(-1, context.shape[-1])
-    plan = (passed, columns, settings, inverse)
+    plan = (layout, passed, columns, settings, inverse)
     tensors = tuple(
-        None if t is None else t.contiguous() for t in (x, context, shared_params, *layers)
+        None if t is None else t.contiguous() for t in (x, context, packed, shared_params)
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        value, ladj = cast(tuple[Tensor, Tensor], _Coupling.apply(plan, *tensors))
-    else:
-        value, ladj = _forward(plan, tensors, None, _count_threads(plan, tensors))
-    if len(batch_shape) != 1:
-        return value.reshape(*batch_shape, columns.dim), ladj.reshape(batch_shape)
-    return value, ladj
+        return cast(tuple[Tensor, Tensor], _Coupling.apply(plan, *tensors))
+    return _forward(plan, cast(_Tensors, tensors), None, _count_threads(plan, count_rows(x)))
 
 
-_Plan = tuple[tuple[int, int], Columns, SplineSettings, bool]
+_Plan = tuple[Layout, tuple[int, int], Columns, SplineSettings, bool]
+# x, context, packed, shared_params
+_Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class _Coupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         x = cast(Tensor, tensors[0])
-        kept = scratch(x.shape[0], _kept_per_row(tensors), x.dtype)
+        rows = count_rows(x)
+        kept = scratch(rows, _kept_per_row(plan[0]), x.dtype)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        ctx.threads = _count_threads(plan, tensors)  # the layout of what is kept depends on it
+        ctx.threads = _count_threads(plan, rows)  # how what is kept lies in memory depends on it
         ctx.save_for_backward(*tensors, kept)
-        return _forward(plan, tensors, kept, ctx.threads)
+        return _forward(plan, cast(_Tensors, tensors), kept, ctx.threads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -107,72 +109,59 @@ class _Coupling(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def again(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-                return _composed(ctx.plan, *tensors)
+                return _composed(ctx.plan, *cast(_Tensors, tensors))
 
             return (None, *differentiate(again, tensors, grads))
-        layers_wanted = any(ctx.needs_input_grad[4:])
-        return (None, *_backward(ctx.plan, tensors, kept, grads, layers_wanted, ctx.threads))
+        packed_wanted = ctx.needs_input_grad[3]
+        return (None, *_backward(ctx.plan, tensors, kept, grads, packed_wanted, ctx.threads))
 
 
-def _composed(plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+def _composed(
+    plan: _Plan, x: Tensor, context: Tensor | None, packed: Tensor, shared_params: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The same in PyTorch's own operations."""
-    (first, stop), columns, settings, inverse = plan
-    x, context, shared_params, layers = _named(tensors)
-    h = F.hardtanh(x[:, first:stop], -CONDITIONER_LIMIT, CONDITIONER_LIMIT)
+    layout, (first, stop), columns, settings, inverse = plan
+    h = F.hardtanh(x[..., first:stop], -CONDITIONER_LIMIT, CONDITIONER_LIMIT)
     if context is not None:
         h = torch.cat([h, context], dim=-1)
-    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
-        h = F.relu(F.linear(h, weight, bias))
-    params = F.linear(h, layers[-2], layers[-1])
+    *hidden, output = layout.unpack(packed)
+    for layer in hidden:
+        h = F.relu(F.linear(h, *layer))
+    params = F.linear(h, *output)
     return spline_columns(x, params, shared_params, columns, settings, inverse=inverse)
 
 
-def _named(
-    tensors: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]]:
-    x, context, shared_params, *layers = tensors
-    return cast(Tensor, x), context, shared_params, cast(Sequence[Tensor], layers)
-
-
-def _sizes(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Inputs of the first layer, then outputs of every layer."""
-    weights = cast(Sequence[Tensor], tensors[3::2])
-    return [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
-
-
-def _kept_per_row(tensors: Sequence[Tensor | None]) -> int:
+def _kept_per_row(layout: Layout) -> int:
     """What the kernel keeps of a row: the numbers of every layer, in whole vectors."""
-    return sum(-(-size // _LANES) * _LANES for size in _sizes(tensors))
+    return sum(-(-size // _LANES) * _LANES for size in layout.sizes)
 
 
-def _header(
-    plan: _Plan, tensors: Sequence[Tensor | None]
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _header(plan: _Plan, tensors: _Tensors) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The kernel's arguments before and after the number of rows, up to the addresses of tensors with rows."""
-    (first, stop), columns, settings, inverse = plan
-    x, context, _, layers = _named(tensors)
+    layout, (first, stop), columns, settings, inverse = plan
+    x, context, packed, _ = tensors
     before = (x.dtype == torch.float64, inverse, True)
-    network = (*_sizes(tensors), *(parameter.data_ptr() for parameter in layers))
-    context_dim = 0 if context is None else context.shape[1]
+    start, step = packed.data_ptr(), packed.element_size()
+    network = (*layout.sizes, *[start + offset * step for offset in layout.offsets])
+    context_dim = 0 if context is None else context.shape[-1]
     passed = (first, stop - first, context_dim, CONDITIONER_LIMIT, network)
     return before, (*columns.packed, *settings.packed, *passed)
 
 
-def _count_threads(plan: _Plan, tensors: Sequence[Tensor | None]) -> int:
+def _count_threads(plan: _Plan, rows: int) -> int:
     """As many threads as the splines and the products (about a hundred to the time of a spline) are worth."""
-    x, _, _, layers = _named(tensors)
-    products = sum(weight.numel() for weight in layers[::2])
-    return count_threads(x.shape[0] * (plan[1].dim + products // 400))
+    return count_threads(rows * (plan[2].dim + plan[0].num_weights // 400))
 
 
 def _forward(
-    plan: _Plan, tensors: Sequence[Tensor | None], kept: Tensor | None, threads: int
+    plan: _Plan, tensors: _Tensors, kept: Tensor | None, threads: int
 ) -> tuple[Tensor, Tensor]:
-    x, context, shared_params, _ = _named(tensors)
-    value, ladj = torch.empty_like(x), x.new_empty(x.shape[0])
+    x, context, _, shared_params = tensors
+    value, ladj = torch.empty_like(x), x.new_empty(x.shape[:-1])
     launch(
         "couple",
         _header(plan, tensors),
+        count_rows(x),
         (x, context, shared_params, value, ladj, kept),
         (True, True, False, True, True, True),
         threads,
@@ -182,22 +171,22 @@ def _forward(
 
 def _backward(
     plan: _Plan,
-    tensors: Sequence[Tensor | None],
+    tensors: _Tensors,
     kept: Tensor,
     grads: Sequence[Tensor | None],
-    layers_wanted: bool,
+    packed_wanted: bool,
     threads: int,
-) -> list[Tensor | None]:
-    x, context, shared_params, layers = _named(tensors)
+) -> tuple[Tensor | None, ...]:
+    x, context, packed, shared_params = tensors
     grad_value, grad_ladj = (None if grad is None else grad.contiguous() for grad in grads)
-    sizes = [layer.numel() for layer in layers]
     grad_x = torch.empty_like(x)
     grad_context = None if context is None else torch.empty_like(context)
-    grad_shared = None if shared_params is None else x.new_empty(threads, shared_params.numel())
-    grad_layers = x.new_empty(threads, sum(sizes)) if layers_wanted else None
+    grad_packed = per_thread(x, packed.numel(), threads) if packed_wanted else None
+    grad_shared = None if shared_params is None else per_thread(x, shared_params.numel(), threads)
     launch(
         "couple_backward",
         _header(plan, tensors),
+        count_rows(x),
         (
             x,
             shared_params,
@@ -207,13 +196,10 @@ def _backward(
             grad_x,
             grad_context,
             grad_shared,
-            grad_layers,
+            grad_packed,
         ),
         (True, False, True, True, True, True, True, None, None),
         threads,
     )
-    found: list[Tensor | None] = [None] * len(layers)
-    if grad_layers is not None:
-        parts = total(grad_layers).split(sizes)
-        found = [p.view(w.shape) if w.dim() == 2 else p for p, w in zip(parts, layers, strict=True)]
-    return [grad_x, grad_context, None if grad_shared is None else total(grad_shared), *found]
+    parts = (grad_packed, grad_shared)
+    return grad_x, grad_context, *(None if part is None else total(part) for part in parts)

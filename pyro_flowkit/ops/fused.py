@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_flowkit.ops.backend import backend
 from pyro_flowkit.ops.columns import Columns
 from pyro_flowkit.ops.eager import differentiate, is_plain_eager, is_transformed
-from pyro_flowkit.ops.launch import launch, total
+from pyro_flowkit.ops.launch import count_rows, launch, per_thread, total
 from pyro_flowkit.ops.settings import SplineSettings
 from pyro_flowkit.ops.threads import count_threads
 
@@ -49,14 +49,14 @@ def run(
     """Values and log-dets by the kernel; all tensors are of one dtype, float32 or float64.
 
     Args:
-        x: shape ``(rows, dim)``.
-        params: shape ``(rows, len(columns.own) * num_params)``, or None where no column has its own.
+        x: shape ``(*batch, dim)``.
+        params: shape ``(*batch, len(columns.own) * num_params)``, or None where no column has its own.
         shared_params: shape ``(len(columns.shared) * num_params,)``, or None.
         reference: the same function of the three tensors in PyTorch, for second derivatives.
-        sum_ladj: sum the log-dets of each row.
+        sum_ladj: sum the log-dets of each vector.
 
     Returns:
-        Values ``(rows, dim)`` and log-dets, ``(rows,)`` or ``(rows, dim)``.
+        Values ``(*batch, dim)`` and log-dets, ``(*batch,)`` or ``(*batch, dim)``.
     """
     plan = (columns, settings, inverse, sum_ladj)
     if torch.compiler.is_compiling():
@@ -101,10 +101,11 @@ def forward(x: Tensor, params: Tensor | None, shared_params: Tensor | None, plan
     """What :func:`run` returns, without autograd."""
     x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
     value = torch.empty_like(x)
-    ladj = x.new_empty(x.shape[0]) if plan[3] else torch.empty_like(x)
+    ladj = x.new_empty(x.shape[:-1]) if plan[3] else torch.empty_like(x)
+    rows = count_rows(x)
     tensors = (x, params, shared_params, value, ladj)
     by_row = (True, True, False, True, True)
-    launch("run", _header(x, plan), tensors, by_row, _count_threads(x, plan))
+    launch("run", _header(x, plan), rows, tensors, by_row, _count_threads(rows, plan))
     return value, ladj
 
 
@@ -119,19 +120,20 @@ def backward(
     """Derivatives with respect to the three tensors; None for an incoming derivative stands for zeros."""
     x, params, shared_params = x.contiguous(), _contiguous(params), _contiguous(shared_params)
     grad_value, grad_ladj = _contiguous(grad_value), _contiguous(grad_ladj)
-    threads = _count_threads(x, plan)
+    rows = count_rows(x)
+    threads = _count_threads(rows, plan)
     grad_x = torch.empty_like(x)
     grad_params = None if params is None else torch.empty_like(params)
-    parts = None if shared_params is None else x.new_empty(threads, shared_params.numel())
+    parts = None if shared_params is None else per_thread(x, shared_params.numel(), threads)
     tensors = (x, params, shared_params, grad_value, grad_ladj, grad_x, grad_params, parts)
     by_row = (True, True, False, True, True, True, True, None)
-    launch("run_backward", _header(x, plan), tensors, by_row, threads)
+    launch("run_backward", _header(x, plan), rows, tensors, by_row, threads)
     grad_shared = None if parts is None else total(parts)
     return grad_x, grad_params, grad_shared
 
 
-def _count_threads(x: Tensor, plan: Plan) -> int:
-    return count_threads(x.shape[0] * (len(plan[0].own) + len(plan[0].shared)))
+def _count_threads(rows: int, plan: Plan) -> int:
+    return count_threads(rows * (len(plan[0].own) + len(plan[0].shared)))
 
 
 def _header(x: Tensor, plan: Plan) -> tuple[tuple[bool, bool, bool], tuple[Any, ...]]:
@@ -191,7 +193,7 @@ def _spline_operator(
 
 @_spline_operator.register_fake
 def _(x, params, shared_params, sizes, own, shared, numbers, inverse, sum_ladj):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1] if sum_ladj else x.shape)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1] if sum_ladj else x.shape)
 
 
 @torch.library.custom_op("pyro_flowkit::spline_backward", mutates_args=(), device_types="cpu")

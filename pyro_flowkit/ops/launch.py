@@ -1,5 +1,6 @@
 """Calls of the kernel: addresses instead of tensors, and large calls shared out among threads by rows."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyro_flowkit.ops.threads import run_in_threads
 def launch(
     name: str,
     header: tuple[tuple[Any, ...], tuple[Any, ...]],
+    rows: int,
     tensors: Sequence[Tensor | None],
     by_row: Sequence[bool | None],
     threads: int,
@@ -21,19 +23,22 @@ def launch(
     Args:
         name: of the function.
         header: its arguments before and after the number of rows, up to the addresses.
-        tensors: contiguous; the first has the rows that are shared out. None stands for a tensor that is not there.
-        by_row: for each of them, True if it has those rows too, False if every thread needs all of it, None if it has
-            one row for every thread.
+        rows: how many; they are shared out among the threads.
+        tensors: contiguous. None stands for a tensor that is not there.
+        by_row: for each of them, True if it has those rows, False if every thread needs all of it, None if it comes
+            from :func:`per_thread`.
         threads: how many.
     """
     before, after = header
     function = getattr(kernel, name)
-    rows = tensors[0].shape[0]  # type: ignore[union-attr]
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     if threads == 1:
         function(*before, rows, *after, *addresses)
         return
-    steps = [0 if t is None else t[0].numel() * t.element_size() for t in tensors]
+    parts = {True: rows, False: 1, None: threads}
+    steps = [
+        0 if t is None else t.nbytes // parts[by] for t, by in zip(tensors, by_row, strict=True)
+    ]
 
     def work(thread: int) -> None:
         start, stop = rows * thread // threads, rows * (thread + 1) // threads
@@ -44,6 +49,16 @@ def launch(
     run_in_threads(work, threads)
 
 
+def count_rows(x: Tensor) -> int:
+    """Number of vectors in a tensor of shape ``(*batch, dim)``."""
+    return x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
+
+
+def per_thread(like: Tensor, size: int, threads: int) -> Tensor:
+    """An uninitialised vector of this size for every thread."""
+    return like.new_empty(size) if threads == 1 else like.new_empty(threads, size)
+
+
 def total(parts: Tensor) -> Tensor:
-    """The sum over the threads."""
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    """The sum over the threads of what :func:`per_thread` gave."""
+    return parts if parts.dim() == 1 else parts.sum(0)

@@ -123,10 +123,6 @@ def spline_columns(
         batch_shape = torch.broadcast_shapes(batch_shape, params.shape[:-1])
         params = params.expand(*batch_shape, params.shape[-1])
         x = x.expand(*batch_shape, columns.dim)
-    if len(batch_shape) != 1:
-        rows = math.prod(batch_shape)
-        x = x.reshape(rows, columns.dim)
-        params = None if params is None else params.reshape(rows, params.shape[-1])
     value, ladj = fused.run(
         x.to(working),
         None if params is None else params.to(working),
@@ -136,8 +132,6 @@ def spline_columns(
         functools.partial(_columns_reference, columns=columns, settings=settings, inverse=inverse),
         inverse=inverse,
     )
-    if len(batch_shape) != 1:
-        value, ladj = value.reshape(*batch_shape, columns.dim), ladj.reshape(batch_shape)
     return value.to(dtype), ladj.to(dtype)
 
 

@@ -12,6 +12,7 @@ Ours: ``spline``, ``conditional_spline``, ``spline_coupling``, ``conditional_spl
 import pyro.distributions.transforms as _pyro_transforms
 from pyro.distributions.transforms import *  # noqa: F403
 
+from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.base import (
     Bijection,
     ConditionalFlowTransformModule,
@@ -26,7 +27,7 @@ from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
     spline_coupling,
 )
-from pyro_flowkit.transforms.linear import Affine, LULinear, Standardization, lu_linear
+from pyro_flowkit.transforms.linear import LULinear, Standardization, lu_linear
 from pyro_flowkit.transforms.permute import Permute, permute
 from pyro_flowkit.transforms.spline import (
     ConditionalSpline,

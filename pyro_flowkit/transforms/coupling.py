@@ -87,14 +87,20 @@ class _Coupling(nn.Module):
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         split, conditioner, settings = self._split, self.conditioner, self.settings
-        if split.passed_range is not None and settings.tails != "circular":
-            layers = conditioner.plain_layers() if isinstance(conditioner, MLP) else None
-            if layers is not None and coupling.applies(x, context, layers, shared_params):
+        if (
+            split.passed_range is not None
+            and settings.tails != "circular"
+            and isinstance(conditioner, MLP)
+            and conditioner.is_plain()
+        ):
+            packed, layout = conditioner.packed, conditioner.layout
+            if coupling.applies(x, context, packed, shared_params, layout):
                 return coupling.spline_coupling(
                     x,
                     context,
-                    layers,
+                    packed,
                     shared_params,
+                    layout,
                     split.passed_range,
                     columns,
                     settings,

@@ -43,7 +43,7 @@ def test_06_guide_list_of_two_parts_trains() -> None:
     }
     before = [p.detach().clone() for p in guide.parameters()]
     step(guide, DATA)
-    assert len(before) > 20
+    assert len(before) > 10
     assert all(not torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
     assert guide[1].plates is guide.plates
     assert set(guide.median(DATA)) == {"loc", "scale", "weights", "local"}
@@ -180,7 +180,7 @@ def test_08_module_local_params_train_with_a_torch_optimizer() -> None:
             optimizer.zero_grad()
             loss_fn(DATA).backward()
             optimizer.step()
-        assert len(before) > 10
+        assert len(before) > 5
         assert all(not torch.equal(p, before[n]) for n, p in guide.named_parameters())
         assert len(pyro.get_param_store()) == 0
 

@@ -61,7 +61,8 @@ def test_second_guide_of_a_living_first_takes_a_suffix_warns_and_both_train() ->
     with pytest.warns(UserWarning, match="AutoSplineFlow_1"):
         second.setup()
     at_start = values_of(second)
-    assert torch.equal(at_start["flow.layers.0.conditioner.output.bias"], torch.zeros(1 * 11))
+    weight, bias = second.flow.layers[0].conditioner.layers()[-1]
+    assert not weight.any() and torch.equal(bias, torch.zeros(1 * 11))
     train(two_latents, second)
     of_first, of_second = values_of(first), values_of(second)
     assert len(moved(at_start, second)) == len(at_start)
@@ -314,11 +315,11 @@ def test_posterior_far_from_the_origin_is_reached(path_gradient: bool) -> None:
     )
     elbo = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=0)
     optimizer = pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.995}
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.997}
     )
     svi = SVI(far_model, guide, optimizer, elbo)
     first = svi.evaluate_loss()
-    for _ in range(500):
+    for _ in range(1000):
         svi.step()
         optimizer.step()
     assert first > 100
@@ -382,7 +383,7 @@ def test_model_whose_prior_is_a_flow_works_with_autoguides(guide_type, elbo) -> 
     assert torch.tensor(losses).isfinite().all()
     before = values_of(model)
     train(model, guide, 1)
-    assert len(moved(before, model)) > 10, "the prior trains along with the guide"
+    assert len(moved(before, model)) > 5, "the prior trains along with the guide"
 
 
 def test_frozen_parameter_inside_a_pyro_module_stays_frozen() -> None:

@@ -6,8 +6,10 @@ import copy
 import pytest
 import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
+from pyro_flowkit.nn import MLP
 from pyro_flowkit.ops import scratch, use_reference
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms import conditional_spline_coupling, spline_coupling
@@ -127,7 +129,7 @@ def test_weights_changed_in_place_before_the_backward_are_noticed(fused_kernel):
     coupling = make("first")
     _, ladj = coupling.call_and_ladj(*inputs_for(9, 0))
     with torch.no_grad():
-        coupling.conditioner.output.weight.add_(1.0)
+        coupling.conditioner.packed.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ladj.sum().backward()
 
@@ -204,6 +206,48 @@ def test_a_coupling_calls_the_kernel_once_forward_and_once_backward(
     whole = mask == "first" and not residual
     names = ("couple", "couple_backward") if whole else ("run", "run_backward")
     assert kernel_calls == {name: 1 for name in names}
+
+
+class Doubled(MLP):
+    def layers(self):
+        return [(2.0 * weight, bias) for weight, bias in super().layers()]
+
+
+def with_other_layers(network):
+    network.__class__ = Doubled
+
+
+def with_hook(network):
+    network.register_forward_hook(lambda module, args, output: output + 1.0)
+
+
+def with_hook_on_the_activation(network):
+    network.activation.register_forward_hook(lambda module, args, output: output + 1.0)
+
+
+def with_other_forward(network):
+    forward = network.forward
+    network.forward = lambda *args: forward(*args) + 1.0
+
+
+@pytest.mark.parametrize(
+    "change", [with_other_layers, with_hook, with_hook_on_the_activation, with_other_forward]
+)
+def test_a_network_that_somebody_changed_is_run_as_it_is(fused_kernel, change):
+    coupling = make("first")
+    inputs = inputs_for(9, 0)
+    before, _ = run(coupling, inputs)
+    change(coupling.conditioner)
+    got, grads = run(coupling, inputs)
+    want, want_grads = run(coupling, inputs, reference=True)
+    assert_same(got + grads, want + want_grads, tolerance=1e-10)
+    assert (got[0] - before[0]).abs().max() > 1e-3
+
+
+def test_a_parametrised_network_equals_the_reference(fused_kernel):
+    coupling = make("first")
+    register_parametrization(coupling.conditioner, "packed", torch.nn.Tanh(), unsafe=True)
+    check(coupling, inputs_for(9, 0), inverse=False)
 
 
 def test_what_is_kept_is_used_again_from_step_to_step(fused_kernel):

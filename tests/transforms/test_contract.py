@@ -7,6 +7,13 @@ import pyro_flowkit.transforms as T
 from pyro_flowkit.testing import CHECKS, SPLINE_CHECKS, check_transform
 
 
+def restarted() -> T.Affine:
+    affine = T.Affine(torch.zeros(3), 1.0)
+    scale = torch.tensor([[0.5, 0.0, 0.0], [1.0, 2.0, 0.0], [-0.3, 0.2, 0.8]])
+    affine.restart(torch.tensor([1.0, -2.0, 0.5]), scale)
+    return affine
+
+
 def standardization(kind):
     transform = T.Standardization(3)
     data = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
@@ -46,7 +53,10 @@ SPLINE_LAYERS = {
         lambda: T.spline_coupling(2, tails=None),
         {"bound": 3.0, "tails": None},
     ),
-    "conditional_spline_coupling": (lambda: T.conditional_spline_coupling(3, 2), {"bound": 3.0}),
+    "conditional_spline_coupling": (  # a wider network makes large noise in its weights larger still
+        lambda: T.conditional_spline_coupling(3, 2, hidden_dims=[8]),
+        {"bound": 3.0},
+    ),
     "conditional_spline_coupling, 1-d": (
         lambda: T.conditional_spline_coupling(1, 2),
         {"bound": 3.0},
@@ -74,6 +84,8 @@ OTHERS = {
     "permute": (lambda: T.permute(5), {}),
     "Affine, full": (lambda: T.Affine(torch.tensor([1.0, -2.0, 0.5]), 0.7, rate=1.0), {}),
     "Affine, diagonal": (lambda: T.Affine(torch.zeros(2), 1.0, "diagonal", rate=2.0), {}),
+    "Affine, low rank": (lambda: T.Affine(torch.zeros(10), 1.0, "low_rank", rate=1.0), {}),
+    "Affine, restarted": (restarted, {}),
     "Standardization, diagonal": (lambda: standardization("diagonal"), {}),
     "Standardization, full": (lambda: standardization("full"), {}),
 }
@@ -83,6 +95,7 @@ NOT_IDENTITY = {
     "compose, conditional",
     "permute",
     "Affine, full",
+    "Affine, restarted",
     "Standardization, diagonal",
     "Standardization, full",
 }

@@ -36,6 +36,43 @@ def test_a_full_affine_map_reaches_any_covariance():
     assert (matrix.tril(-1).abs().sum(-1)[1:] > 0).all()
 
 
+def test_lu_linear_is_the_product_of_the_factors_in_its_parameter():
+    transform = perturb_(T.lu_linear(4)).double()
+    lu = transform.lu.detach()
+    lower = lu.tril(-1) + torch.eye(4)
+    upper = lu.triu(1) + lu.diagonal().exp().diag()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    y, ladj = transform.call_and_ladj(x)
+    torch.testing.assert_close(y, x @ (lower @ upper).mT + transform.bias)
+    torch.testing.assert_close(ladj, torch.linalg.slogdet(lower @ upper).logabsdet.expand(3))
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+def test_a_restarted_affine_map_is_the_one_given_and_moves_in_its_units(kind):
+    transform = perturb_(T.Affine(torch.zeros(3), 1.0, kind), 0.05)
+    loc, diagonal = torch.tensor([3.0, -1.0, 2e3]), torch.tensor([1e-3, 1.0, 1e3])
+    scale = diagonal.diag() if kind == "full" else diagonal
+    transform.restart(loc, scale)
+    torch.testing.assert_close(transform.loc.detach(), loc)
+    torch.testing.assert_close(transform.scale.detach(), diagonal.diag())
+    optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
+    (transform(torch.zeros(3)) / diagonal).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close((transform.loc - loc).detach(), -0.1 * diagonal, rtol=1e-2, atol=0)
+
+
+def test_a_low_rank_affine_map_correlates_and_knows_its_inverse():
+    transform = perturb_(T.Affine(torch.zeros(20), 1.0, "low_rank"), 0.01).double()
+    scale = transform.scale
+    off_diagonal = scale - scale.diagonal().diag()
+    assert torch.linalg.matrix_rank(scale - transform._diagonal(scale.dtype).diag()) == 8
+    assert off_diagonal.abs().max() > 1e-3
+    x = torch.randn(5, 20, dtype=torch.float64)
+    y, ladj = transform.call_and_ladj(x)
+    torch.testing.assert_close(transform.inverse_and_ladj(y)[0], x)
+    torch.testing.assert_close(ladj, torch.linalg.slogdet(scale)[1].expand(5))
+
+
 def test_lu_linear_is_a_full_matrix():
     transform = perturb_(T.lu_linear(4)).double()
     matrix = torch.autograd.functional.jacobian(transform, torch.zeros(4, dtype=torch.float64))
