@@ -25,7 +25,7 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
-from pyro.nn.module import _is_module_local_param_enabled
+from pyro.nn.module import _Context, _is_module_local_param_enabled
 from torch import Tensor, nn
 
 from pyro_flowkit.transforms.base import forget_unconstrained
@@ -33,6 +33,7 @@ from pyro_flowkit.transforms.base import forget_unconstrained
 # Every private name of Pyro that the package uses, as (owner, attribute); a test looks them up on each supported Pyro.
 PRIVATE_NAMES = (
     ("pyro.nn.module", "_is_module_local_param_enabled"),
+    ("pyro.nn.module", "_Context"),
     ("pyro.nn.PyroModule", "_pyro_set_supermodule"),
     ("pyro.params.param_store.ParamStoreDict.__init__", "_params"),
     ("pyro.params.param_store.ParamStoreDict.__init__", "_param_to_name"),
@@ -45,17 +46,23 @@ PRIVATE_NAMES = (
     ("pyro.infer.autoguide.guides.AutoContinuous", "_loc_scale"),
     ("pyro.infer.autoguide.guides.AutoContinuous", "_create_plates"),
     ("pyro.infer.autoguide.guides.AutoGuide.__init__", "_prototype_frames"),
+    ("pyro.infer.ELBO", "_get_trace"),
+    ("pyro.infer.ELBO", "_get_traces"),
 )
 
-_lenders: "weakref.WeakValueDictionary[str, PyroModule]" = weakref.WeakValueDictionary()
+_lenders: "weakref.WeakValueDictionary[str, StoreModule]" = weakref.WeakValueDictionary()
 _lent: dict[str, tuple["weakref.ref[Tensor]", "weakref.ref[PyroModule]"]] = {}
 
 
 class StoreModule(PyroModule):
-    """A ``PyroModule`` whose parameters, however deep, are in Pyro's param store under ``name.path.to.parameter``."""
+    """A ``PyroModule`` whose parameters, however deep, are in Pyro's param store under ``name.path.to.parameter``.
+
+    Children named in ``_keep_own_entries`` see to their entries themselves, under the module's name.
+    """
 
     _pyro_name: str
     _warns_of_other_name = False
+    _keep_own_entries: tuple[str, ...] = ()
 
     def __init__(self, name: str):
         super().__init__(name=name)
@@ -82,12 +89,12 @@ class StoreModule(PyroModule):
         if not self._claim_name(lend):
             return
         params = pyro.get_param_store()._params
-        for name, tensor in _float_tensors(self, f"{self._pyro_name}."):
+        for name, tensor in _own_tensors(self, f"{self._pyro_name}."):
             stored = params.get(name)
             if stored is None or not _is_entry_of(stored, tensor):
                 if stored is not None and not _was_lent_by(self, name, stored):
                     if stored.shape != tensor.shape:  # loaded since the name was claimed
-                        raise ValueError(_misfit(self._pyro_name, dict(_float_tensors(self))))
+                        raise ValueError(_misfit(self._pyro_name, self))
                     with torch.no_grad():
                         tensor.copy_(stored)
                 if lend:
@@ -99,7 +106,6 @@ class StoreModule(PyroModule):
         """Find the module's name in the store; False if all there is to read there is another module's."""
         if self._store_name == self._pyro_name and _lenders.get(self._pyro_name) is self:
             return True
-        tensors = dict(_float_tensors(self))
         candidates = _candidates(self._pyro_name)
         name = next(n for n in candidates if not _is_lent_by_another(n, self, collect=lend))
         if not lend and name != self._pyro_name:
@@ -110,15 +116,15 @@ class StoreModule(PyroModule):
                 f"the name {name}.",
                 stacklevel=4,
             )
-        if not _fits(name, tensors):
-            if not _is_left_over(name):
-                raise ValueError(_misfit(name, tensors))
+        if not _fits(name, self):
+            if not _is_left_over(name, self):
+                raise ValueError(_misfit(name, self))
             warnings.warn(
                 f"The param store held the parameters of an earlier {name} of another shape: they were dropped, and "
                 "this one starts fresh.",
                 stacklevel=4,
             )
-            for stale in list(_entries(name)):
+            for stale in list(_entries(name, self)):
                 del pyro.get_param_store()[stale]
         if lend:
             self._store_name = name
@@ -130,14 +136,34 @@ class StoreModule(PyroModule):
 
     def _state_local_params(self) -> None:
         # As PyroModule does it: handlers see the parameter, the store does not.
-        for key, parameter in self.named_parameters():
+        for name, parameter in _own_tensors(self, f"{self._pyro_name}."):
             if parameter.requires_grad:
-                name = f"{self._pyro_name}.{key}"
                 _state(name, parameter, constraint=constraints.real, name=name)
 
     def __getstate__(self) -> dict[str, Any]:
         forget_unconstrained(self)
         return super().__getstate__()
+
+
+class _Silence(_Context):
+    """The context of a ``PyroModule`` that takes itself for one outside of any call, and states no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.param_state = {"params": {}, "constraints": {}}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+def silence(module: nn.Module) -> None:
+    """Keep every ``PyroModule`` in it from stating parameters by itself: its owner does."""
+    for part in module.modules():
+        if isinstance(part, PyroModule) and not isinstance(part._pyro_context, _Silence):
+            part._pyro_context = _Silence()
 
 
 @pyro.poutine.runtime.effectful(type="param")
@@ -148,8 +174,17 @@ def _state(name: str, parameter: Tensor, *, constraint: constraints.Constraint) 
     return parameter
 
 
-def _float_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """What ``module.state_dict(keep_vars=True)`` holds in floating point, at a fraction of its cost."""
+def _own_tensors(module: StoreModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What ``module.state_dict(keep_vars=True)`` holds in floating point, at a fraction of its cost.
+
+    Without that of children which keep their own entries.
+    """
+    return _float_tensors(module, prefix, module._keep_own_entries)
+
+
+def _float_tensors(
+    module: nn.Module, prefix: str, skipped: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_floating_point():
             yield prefix + name, parameter
@@ -158,7 +193,7 @@ def _float_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, T
             if name not in module._non_persistent_buffers_set:
                 yield prefix + name, buffer
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and name not in skipped:
             yield from _float_tensors(child, f"{prefix}{name}.")
 
 
@@ -167,17 +202,22 @@ def _candidates(name: str) -> Iterator[str]:
     yield from (f"{name}_{i}" for i in itertools.count(1))
 
 
-def _entries(name: str) -> Iterator[str]:
-    return (key for key in pyro.get_param_store()._params if key.startswith(f"{name}."))
+def _entries(name: str, module: StoreModule) -> Iterator[str]:
+    others = tuple(f"{name}.{child}." for child in module._keep_own_entries)
+    return (
+        key
+        for key in pyro.get_param_store()._params
+        if key.startswith(f"{name}.") and not key.startswith(others)
+    )
 
 
-def _is_lent_by_another(name: str, module: PyroModule, *, collect: bool) -> bool:
+def _is_lent_by_another(name: str, module: StoreModule, *, collect: bool) -> bool:
     def lent() -> bool:
         owner = _lenders.get(name)
         if owner is None or owner is module:
             return False
         params = pyro.get_param_store()._params
-        pairs = ((params.get(f"{name}.{key}"), tensor) for key, tensor in _float_tensors(owner))
+        pairs = ((params.get(f"{name}.{key}"), tensor) for key, tensor in _own_tensors(owner))
         return any(stored is not None and _is_entry_of(stored, tensor) for stored, tensor in pairs)
 
     if not (lent() and collect):
@@ -186,21 +226,22 @@ def _is_lent_by_another(name: str, module: PyroModule, *, collect: bool) -> bool
     return lent()
 
 
-def _is_left_over(name: str) -> bool:
+def _is_left_over(name: str, module: StoreModule) -> bool:
     params = pyro.get_param_store()._params
-    return all(key in _lent and _lent[key][0]() is params[key] for key in _entries(name))
+    return all(key in _lent and _lent[key][0]() is params[key] for key in _entries(name, module))
 
 
-def _fits(name: str, tensors: dict[str, Tensor]) -> bool:
+def _fits(name: str, module: StoreModule) -> bool:
     stored = {
         key.removeprefix(f"{name}."): pyro.get_param_store()._params[key].shape
-        for key in _entries(name)
+        for key in _entries(name, module)
     }
-    return not stored or stored == {key: tensor.shape for key, tensor in tensors.items()}
+    return not stored or stored == {key: tensor.shape for key, tensor in _own_tensors(module)}
 
 
-def _misfit(name: str, tensors: dict[str, Tensor]) -> str:
+def _misfit(name: str, module: StoreModule) -> str:
     params = pyro.get_param_store()._params
+    tensors = dict(_own_tensors(module))
     for key, tensor in tensors.items():
         stored = params.get(f"{name}.{key}")
         if stored is None or stored.shape != tensor.shape:
@@ -208,7 +249,9 @@ def _misfit(name: str, tensors: dict[str, Tensor]) -> str:
             problem = f"Expected {name}.{key} of shape {tuple(tensor.shape)}, got {got}"
             break
     else:
-        extra = next(key for key in _entries(name) if key.removeprefix(f"{name}.") not in tensors)
+        extra = next(
+            key for key in _entries(name, module) if key.removeprefix(f"{name}.") not in tensors
+        )
         problem = f"Expected {len(tensors)} entries under {name}, got also {extra}"
     return (
         f"The param store holds {name} with other shapes. {problem}. Build the module with the settings that the store "
