@@ -13,7 +13,8 @@ from unittest import mock
 import torch
 from pyro.poutine import Trace
 
-from benchmarks._svi_models import LR, Problem, loop_step, make_elbo
+from benchmarks._svi_models import LR, loop_step, make_elbo
+from models._targets import Target
 
 PARTS = (
     "guide",
@@ -59,7 +60,7 @@ class Stopwatch:
         self._mark = now
 
 
-def split(problem: Problem, guide: Any, num_particles: int, steps: int) -> dict[str, float]:
+def split(problem: Target, guide: Any, num_particles: int, steps: int) -> dict[str, float]:
     """CPU milliseconds of each part of a step by hand, the mean over the steps.
 
     Pyro's handlers are counted where they run: with the guide, with the model, or as the rest of the ELBO.
@@ -92,7 +93,7 @@ def split(problem: Problem, guide: Any, num_particles: int, steps: int) -> dict[
     return {name: watch.seconds[name] * 1e3 / steps for name in PARTS}
 
 
-def profiles(problem: Problem, guide: Any, num_particles: int, steps: int) -> list[str]:
+def profiles(problem: Target, guide: Any, num_particles: int, steps: int) -> list[str]:
     """The Python functions and the PyTorch operations that take the most time of a step by hand."""
     step = loop_step(problem, guide, num_particles)
     for _ in range(WARM_UP):

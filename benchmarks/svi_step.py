@@ -16,8 +16,9 @@ import pyro
 import torch
 
 from benchmarks._measure import RESULTS, Report, Timing, cpu_times, number, table
-from benchmarks._svi_models import DRIVERS, REFERENCE_GUIDE, SPLINE, Problem, guides, problems
+from benchmarks._svi_models import DRIVERS, REFERENCE_GUIDE, SPLINE, guides, problems
 from benchmarks._svi_split import PARTS, profiles, split
+from models._targets import Target
 
 CALLS = 5
 PROFILED_STEPS = 50
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.save(args.output)
 
 
-def measure(problem: Problem, driver: str, num_particles: int, rounds: int) -> dict[str, Timing]:
+def measure(problem: Target, driver: str, num_particles: int, rounds: int) -> dict[str, Timing]:
     """Timings by guide."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -80,7 +81,7 @@ def _words(particles: int) -> str:
     return "1 particle" if particles == 1 else f"{particles} particles"
 
 
-def _profile(name: str, problem: Problem, num_particles: int) -> list[str]:
+def _profile(name: str, problem: Target, num_particles: int) -> list[str]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     made = guides(problem)

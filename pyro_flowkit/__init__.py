@@ -1,6 +1,6 @@
 """Rational-quadratic spline flows for Pyro: densities, guides, VAE priors and posteriors, and honest bounds."""
 
-from pyro_flowkit import diagnostics, guides, transforms
+from pyro_flowkit import diagnostics, guides, objectives, transforms
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.preprocessing import dequantize, inverse_logit, logit
@@ -16,5 +16,6 @@ __all__ = [
     "guides",
     "inverse_logit",
     "logit",
+    "objectives",
     "transforms",
 ]

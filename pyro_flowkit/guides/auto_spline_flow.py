@@ -15,10 +15,9 @@ References:
     Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing. NeurIPS 2017 (``path_gradient``).
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import pyro.distributions as dist
 import torch
@@ -26,29 +25,48 @@ from pyro import poutine
 from pyro.distributions.util import detach
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
+from pyro_flowkit.guides.gaussian_start import GaussianStart
+from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.lazy import LazyGuide
 from pyro_flowkit.guides.posterior import GuidePosterior
+from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
-from pyro_flowkit.transforms.linear import Affine
 
 DEFAULT_INIT_SCALE = 0.1
+HIDDEN_DIMS = [32, 32]
+# up to this many latents matrices with a row and a column for each are cheap
+MAX_FULL_DIM = 200
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say: plain values."""
+    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say: plain values.
+
+    Attributes:
+        lr: initial learning rate of Adam.
+        affine_lr: the same for the parameters of the affine map, which moves ten times as far in a step of a given
+            rate; it needs less once it has started at the best Gaussian.
+        num_particles: draws of the guide in a step.
+        scheduler: name of the learning rate's schedule.
+        max_steps: optimizer steps.
+        gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
+    """
 
     lr: float = 3e-3
-    num_particles: int = 32
-    scheduler: str = "step"
-    max_steps: int = 3000
+    affine_lr: float = 1e-3
+    num_particles: int = 128
+    scheduler: str = "flat_cosine"
+    max_steps: int = 4000
+    gaussian_start: bool = True
 
 
-class AutoSplineFlow(AutoContinuous, StoreModule):
+class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -56,15 +74,17 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
 
     Args:
         model: a Pyro model. Its structure and latent dimension are fixed by the first call, or by :meth:`setup`.
-        init_loc_fn: per-site initialisation (``pyro.infer.autoguide.initialization``); None is ``init_to_median``.
+        init_loc_fn: per-site initialisation (``pyro.infer.autoguide.initialization``); None is the prior's median or
+            the origin of unconstrained space, whichever has the larger ELBO.
         init_scale: initial standard deviation of every unconstrained latent, a float > 0; None is 0.1.
         num_transforms: number of couplings.
-        hidden_dims: widths of the conditioners' hidden layers; None is ``[10 * D, 10 * D]``, at most 128 each, for D
-            unconstrained latents.
+        hidden_dims: widths of the conditioners' hidden layers; None is ``[32, 32]``.
         count_bins: bins of each spline.
-        bound: the splines live on ``[-bound, bound]``, in units of the affine map's scale.
+        bound: the splines live on ``[-bound, bound]``, in units of the affine map's scale. Heavy tails need the room.
         base: "normal" or "student_t" (learned degrees of freedom, 10 at first).
-        affine: scale of the affine map, "full" or "diagonal".
+        affine: scale of the affine map, "full", "diagonal" or "low_rank" (diagonal times identity plus rank 8); None
+            is "full" for up to 200 latents and "low_rank" for more. Beyond 200 latents permutations take the place of
+            the learned matrices between the couplings.
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO`` (see
             :class:`~pyro_flowkit.FlowDistribution`), except at steps where it would be the noisier one, as it is far
             from the posterior (:mod:`pyro_flowkit.guides.posterior`).
@@ -78,6 +98,11 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
     """
 
     _warns_of_other_name = True
+    latent_dim: int
+    _init_loc: Callable[[], Tensor]
+    _unpack_latent: Callable[[Tensor], Any]
+    _create_plates: Callable[..., Any]
+    _cond_indep_stacks: dict[str, Any]
 
     def __init__(
         self,
@@ -88,26 +113,30 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
         num_transforms: int = 4,
         hidden_dims: Sequence[int] | None = None,
         count_bins: int = 8,
-        bound: float = 5.0,
+        bound: float = 10.0,
         base: Literal["normal", "student_t"] = "normal",
-        affine: Literal["full", "diagonal"] = "full",
+        affine: AffineKind | None = None,
         path_gradient: bool = True,
     ):
         if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
             raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
         if base not in ("normal", "student_t"):
             raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
-        if affine not in ("full", "diagonal"):
-            raise ValueError(f'Expected affine to be "full" or "diagonal", got {affine!r}.')
+        if affine not in (None, "full", "diagonal", "low_rank"):
+            raise ValueError(
+                f'Expected affine to be "full", "diagonal", "low_rank" or None, got {affine!r}.'
+            )
         AutoContinuous.__init__(
             self, model, init_loc_fn=init_to_median if init_loc_fn is None else init_loc_fn
         )
+        self._given = (model, init_loc_fn is not None)
+        self.base_kind = base
         self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
-        self.affine_kind = affine
+        self._affine_kind = affine
         self.path_gradient = path_gradient
         self._flow_settings: dict[str, Any] = {
             "num_transforms": num_transforms,
-            "hidden_dims": hidden_dims,
+            "hidden_dims": HIDDEN_DIMS if hidden_dims is None else hidden_dims,
             "count_bins": count_bins,
             "bound": bound,
             "base": base,
@@ -136,13 +165,35 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
             self.prototype_trace = None  # a guide that was refused is not set up
             raise
         self._lighten_prototype()
-        loc = self._init_loc()
-        flow = SplineFlow(self.latent_dim, **self._flow_settings)
+        loc = self._choose_loc(args, kwargs)
+        large = self.latent_dim > MAX_FULL_DIM
+        kind: AffineKind = self._affine_kind or ("low_rank" if large else "full")
+        flow = SplineFlow(
+            self.latent_dim, mixing="permute" if large else "lu", **self._flow_settings
+        )
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
-        self.affine = Affine(loc, self.init_scale, self.affine_kind)
-        for conversion in self._conversions:
-            self._apply(conversion)
-        self._conversions.clear()
+        self.affine = Affine(loc, self.init_scale, kind)
+        self._convert()
+
+    def _choose_loc(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Where ``init_loc_fn`` says; without one the prior's medians, unless the origin is the better start.
+
+        The median of a vague prior may be far out, or underflow.
+        """
+        loc = self._init_loc()
+        model, is_given = self._given
+        if is_given:
+            return loc
+        density = LatentDensity(model, self, args, kwargs)
+        draws = normal_draws(8, loc, seed=0)
+        scale = torch.full_like(loc, self.init_scale)
+        origin = torch.zeros_like(loc)
+        of_median, of_origin = (Gaussian(at, scale).elbo(density, draws) for at in (loc, origin))
+        if of_median >= of_origin:
+            return loc
+        for site, unconstrained in self._unpack_latent(origin):
+            site["value"] = biject_to(site["fn"].support)(unconstrained)
+        return origin
 
     def _lighten_prototype(self) -> None:
         """Keep shapes, supports and first values; drop the data, the model's parameters and every graph.
@@ -173,6 +224,29 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
     def recipe(self) -> Recipe:
         """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
         return Recipe()
+
+    def start_at_gaussian(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        max_seconds: float = 30.0,
+    ) -> GaussianStart | None:
+        """Move the affine map to the best Gaussian for the model, before training.
+
+        Args:
+            model: the model that the guide will be trained on, usually its own.
+            args: its arguments, with all of the data.
+            kwargs: its keyword arguments.
+            max_seconds: of the search for that Gaussian.
+
+        Returns:
+            What to call after the training, so that it does not end below that Gaussian; None, with nothing done, where
+            the guide is no Gaussian any more, or the model cannot be run for many draws at a time.
+        """
+        self._require_setup()
+        return GaussianStart.of(self, LatentDensity(model, self, args, kwargs), max_seconds)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""
@@ -235,43 +309,12 @@ class AutoSplineFlow(AutoContinuous, StoreModule):
         self.sync_with_store(lend=False)
         return self.get_posterior().fixed_draws()
 
-    def _require_setup(self) -> None:
-        if self.prototype_trace is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no parameters yet: call setup(*args, **kwargs) with the model's arguments, "
-                "or the guide itself, first."
-            )
-
-    # Parameters exist only after setup; to give out none instead would train nothing, silently.
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self._require_setup()
-        return super().named_parameters(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self._require_setup()
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._require_setup()
-        return super().load_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoSplineFlow":
-        if self.prototype_trace is None:
-            self._conversions.append(fn)
-        return super()._apply(fn, recurse)
-
     def __getstate__(self) -> dict[str, Any]:
-        # Unlike Pyro's, leaves the guide itself as it is: only the copy is without model and master.
-        state = StoreModule.__getstate__(self) if self.prototype_trace else self.__dict__.copy()
-        return {**state, "_model": None, "master": None, "_conversions": []}
+        return {**super().__getstate__(), "_given": (None, self._given[1])}
 
-    def __deepcopy__(self, memo: dict) -> "AutoSplineFlow":
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new._model = self._model  # the same model: a copy can be trained on
-        new._conversions = list(self._conversions)
+    def __deepcopy__(self, memo: dict) -> Self:
+        new = super().__deepcopy__(memo)
+        new._given = self._given
         return new
 
 

@@ -14,7 +14,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.transforms.linear import Affine
+from pyro_flowkit.transforms.affine import Affine
 
 MAX_ROUGHNESS = 100.0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -11,6 +12,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 
+from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training.callbacks import FitState
 from pyro_flowkit.training.data import Batches, as_rows, split_rows
 from pyro_flowkit.training.loop import Limits, Loop
@@ -28,6 +30,7 @@ DEFAULT_LR = 3e-3
 DEFAULT_CAP = 20_000
 DEFAULT_PATIENCE = 5
 WINDOW = 100
+GAUSSIAN_SECONDS = 30.0
 
 
 def fit(
@@ -76,7 +79,9 @@ def fit(
     Args:
         model: A flow with `log_prob(*batch, *args)`, or a Pyro model.
         guide: Its guide. Options that are None are read from the fields of `guide.recipe()` where
-            there is one: max_steps, lr, num_particles, scheduler, clip_norm.
+            there is one: max_steps, lr, num_particles, scheduler, clip_norm. An `AutoSplineFlow` that
+            sees all of the data at every step starts at the best Gaussian found without noise, for
+            which up to a quarter of max_seconds is used, and does not end below it.
         data: Tensor with `N` rows, or a tuple of such tensors. Its batches are the leading
             positional arguments of model and guide. Rows are reshuffled every epoch as a function
             of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of that epoch.
@@ -94,9 +99,10 @@ def fit(
         optimizer: A callable `params -> torch.optim.Optimizer`; `lr` is passed on if given. Default
             Adam. Parameters that first appear later join its first group.
         lr: Initial learning rate; default 3e-3.
-        scheduler: "cosine" (to zero), "constant", "step" (a tenth at 50 %, again at 80 %),
-            "plateau", or a callable `optimizer -> LRScheduler`, advanced at every step. Default
-            "cosine" with a limit on steps, epochs or seconds, otherwise "plateau".
+        scheduler: "cosine" (to zero), "flat_cosine" (constant, from 40 % on to zero), "constant",
+            "step" (a tenth at 50 %, again at 80 %), "plateau", or a callable
+            `optimizer -> LRScheduler`, advanced at every step. Default "cosine" with a limit on
+            steps, epochs or seconds, otherwise "plateau".
         clip_norm: Largest norm of the gradient; default no clipping.
         patience: Stop after so many judgements without improvement by 1e-4 nats. A judgement is a
             validation or, without validation data, the mean over a window of steps that must also
@@ -127,7 +133,7 @@ def fit(
     kwargs = dict(kwargs or {})
     args = tuple(args)
     read_recipe = getattr(guide, "recipe", None)
-    recipe = read_recipe() if callable(read_recipe) else None
+    recipe: Any = read_recipe() if callable(read_recipe) else None
 
     rows = () if data is None else as_rows(data)
     held_out = () if val_data is None else as_rows(val_data, "val_data")
@@ -183,11 +189,21 @@ def fit(
     for module in loss.modules:
         module.train()
     loss.prepare(first, batches.size, check_plates)
+    begun = time.perf_counter()
+    start = None
+    if isinstance(guide, AutoSplineFlow) and recipe.gaussian_start and not batches.minibatched:
+        quarter = GAUSSIAN_SECONDS if max_seconds is None else max_seconds / 4
+        start = guide.start_at_gaussian(
+            model, (*first, *args), kwargs, max_seconds=min(GAUSSIAN_SECONDS, quarter)
+        )
     params = loss.parameters()
     if not params:
         raise ValueError("expected at least one trainable parameter in model or guide, got none")
-    recipe_lr = getattr(recipe, "lr", None)
-    built = _optimizer(optimizer, params, lr, recipe_lr or DEFAULT_LR)
+    built = _optimizer(optimizer, params, lr, getattr(recipe, "lr", None) or DEFAULT_LR)
+    if isinstance(guide, AutoSplineFlow) and start and optimizer is None and lr is None:
+        _add_group(built, guide.affine.parameters(), recipe.affine_lr)
+    if limits.max_seconds is not None:
+        limits.max_seconds = max(limits.max_seconds - (time.perf_counter() - begun), 0.0)
 
     loop = Loop(
         loss,
@@ -204,7 +220,11 @@ def fit(
         state=FitState(model=model, guide=guide, optimizer=built),
         bar=Bar(progress, limits.max_steps, bool(rows)),
     )
-    return loop.run()
+    result = loop.run()
+    if start is not None and isinstance(loss, Variational):
+        if isinstance(loss.objective, Trace_ELBO | TraceGraph_ELBO) and not start.keep_better():
+            result.best_step = 0
+    return result
 
 
 def _no_guide(*args: Any, **kwargs: Any) -> None:
@@ -250,8 +270,10 @@ def _objective(
                 "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
                 "that log-density, so the result would not be the ELBO"
             )
-        if getattr(part, "path_gradient", False) and not isinstance(
-            objective, Trace_ELBO | TraceGraph_ELBO
+        if (
+            getattr(part, "path_gradient", False)
+            and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
+            and not getattr(objective, "own_gradient", False)
         ):
             warnings.warn(
                 f"path_gradient of {type(part).__name__} has no effect under "
@@ -278,6 +300,14 @@ def _optimizer(
             f"got {type(built).__name__}"
         )
     return built
+
+
+def _add_group(optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], lr: float) -> None:
+    """Moves parameters into a group with a learning rate of its own."""
+    chosen = {id(parameter): parameter for parameter in params}
+    group = optimizer.param_groups[0]
+    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+    optimizer.add_param_group({"params": list(chosen.values()), "lr": lr})
 
 
 def _check_options(

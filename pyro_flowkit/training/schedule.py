@@ -3,9 +3,10 @@
 A schedule multiplies every group's initial learning rate by f(u), with u in [0, 1) the larger of
 (steps done / steps allowed) and (seconds passed / seconds allowed):
 
-    constant   f(u) = 1
-    cosine     f(u) = (1 + cos(pi u)) / 2
-    step       f(u) = 1, then 1/10 from u = 0.5, then 1/100 from u = 0.8
+    constant     f(u) = 1
+    cosine       f(u) = (1 + cos(pi u)) / 2
+    flat_cosine  f(u) = 1, from u = 0.4 on (1 + cos(pi (u - 0.4) / 0.6)) / 2
+    step         f(u) = 1, then 1/10 from u = 0.5, then 1/100 from u = 0.8
 
 "plateau" has no budget: it divides the rate by ten whenever the objective stops improving, twice.
 """
@@ -20,6 +21,7 @@ import torch
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda used: 1.0,
     "cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * used)),
+    "flat_cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * max(0.0, used - 0.4) / 0.6)),
     "step": lambda used: 1.0 if used < 0.5 else 0.1 if used < 0.8 else 0.01,
 }
 
@@ -29,7 +31,7 @@ class Schedule:
 
     Args:
         optimizer: The optimizer, with its initial learning rates.
-        scheduler: "constant", "cosine", "step", "plateau", or a callable that takes the optimizer
+        scheduler: "constant", "cosine", "flat_cosine", "step", "plateau", or a callable that takes the optimizer
             and returns a `torch.optim.lr_scheduler.LRScheduler`, stepped once per optimizer step.
 
     Raises:

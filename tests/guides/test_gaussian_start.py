@@ -1,0 +1,186 @@
+"""Where a guide's training starts: the best Gaussian, found without noise, and never left for something worse."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_flowkit import fit
+from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian, normal_draws
+from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.testing import perturb_
+
+TINY = {"num_transforms": 2, "hidden_dims": [8], "count_bins": 4}
+EYE = torch.eye(3, dtype=torch.float64)
+
+
+def badly_scaled(points: Tensor) -> Tensor:
+    """A Gaussian far from the origin with scales from 1e-4 to 1e3, strongly correlated."""
+    scale = torch.tensor([[1e-4, 0.0, 0.0], [5.0, 0.1, 0.0], [900.0, -400.0, 1e3]]).double()
+    loc = torch.tensor([3.0, -200.0, 5e3]).double()
+    return dist.MultivariateNormal(loc, scale_tril=scale).log_prob(points)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_best_gaussian_finds_a_badly_scaled_one(kind) -> None:
+    zeros = torch.zeros(3, dtype=torch.float64)
+    start = Gaussian(zeros, 0.1 * (EYE if kind == "full" else EYE.diagonal()))
+    found = best_gaussian(badly_scaled, start)
+    elbo = found.elbo(badly_scaled, normal_draws(512, zeros, seed=9))
+    if kind == "full":
+        assert abs(elbo) < 0.01, "log Z is 0, and the posterior is Gaussian"
+    else:
+        # the best mean field of a Gaussian has the diagonal of its precision
+        precision = -torch.autograd.functional.hessian(lambda x: badly_scaled(x[None])[0], zeros)
+        exact = 0.5 * (torch.linalg.slogdet(precision)[1] - precision.diagonal().log().sum())
+        assert elbo == pytest.approx(float(exact), abs=0.02)
+
+
+def test_a_mode_that_misleads_is_not_accepted() -> None:
+    def spike(points: Tensor) -> Tensor:
+        x = points[:, 0]
+        narrow = dist.Normal(5.0, 1e-4).log_prob(x) + math.log(0.001)
+        return torch.logaddexp(narrow, dist.Normal(0.0, 1.0).log_prob(x) + math.log(0.999))
+
+    start = Gaussian(torch.tensor([4.99995]).double(), torch.tensor([0.5]).double())
+    found = best_gaussian(spike, start)
+    judges = normal_draws(512, start.loc, seed=9)
+    assert found.elbo(spike, judges) > -0.1, "the spike holds a thousandth of the mass"
+
+
+def test_density_that_overflows_is_not_an_error() -> None:
+    def steep(points: Tensor) -> Tensor:
+        return torch.where(points[:, 0] > 1.0, math.nan, -0.5 * points[:, 0].square())
+
+    start = Gaussian(torch.zeros(1).double(), torch.full((1,), 0.1).double())
+    found = best_gaussian(steep, start)
+    assert math.isfinite(found.elbo(steep, normal_draws(64, start.loc, seed=9)))
+
+
+def plates(x: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("columns", 2, dim=-2):
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(mu, tau))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    pyro.deterministic("twice", 2 * mu)
+
+
+def mixes_particles(x: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(float(mu), 1.0), obs=x.sum())
+
+
+@pytest.mark.parametrize(("model", "vectorized"), [(plates, True), (mixes_particles, False)])
+def test_latent_density_is_the_models_log_joint(model, vectorized) -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    guide = AutoSplineFlow(model, **TINY).setup(x)
+    density = LatentDensity(model, guide, (x,))
+    assert density.is_vectorized == vectorized
+    latent = torch.randn(4, guide.latent_dim)
+    expected = []
+    for row in latent:
+        values, ladj = {}, 0.0
+        for site, unconstrained in guide._unpack_latent(row):
+            transform = biject_to(site["fn"].support)
+            values[site["name"]] = transform(unconstrained)
+            ladj += transform.log_abs_det_jacobian(unconstrained, values[site["name"]]).sum()
+        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(x)
+        expected.append(trace.log_prob_sum() + ladj)
+    torch.testing.assert_close(density(latent), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_latent_density_names_a_latent_without_guide() -> None:
+    def part(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    def whole(x: Tensor) -> None:
+        part(x)
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    guide = AutoSplineFlow(part, **TINY).setup(torch.zeros(1))
+    with pytest.raises(ValueError, match="every latent of the model, got none for 'other'"):
+        LatentDensity(whole, guide, (torch.zeros(1),))(torch.zeros(2, 1))
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    b = pyro.sample("b", dist.Normal(x.new_zeros(x.shape[-1]), 1e3).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal((b * x).sum(-1), 0.5), obs=y)
+
+
+def elbo_of(model, guide, *args) -> float:
+    latent, log_prob = guide.get_posterior().rsample_and_log_prob((4000,))
+    with torch.no_grad():
+        return float((LatentDensity(model, guide, args)(latent) - log_prob).mean())
+
+
+def test_fit_reaches_a_badly_scaled_gaussian_posterior() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 4, dtype=torch.float64) * torch.tensor([1.0, 3e3, 0.01, 50.0])
+    x = x + torch.tensor([1.0, 2e4, 0.0, 1e3])
+    y = x @ torch.tensor([5.0, 0.02, -3.0, 0.3], dtype=torch.float64) + 0.5 * torch.randn(40)
+    hessian = x.mT @ x / 0.25 + torch.eye(4) / 1e6
+    mode = torch.linalg.solve(hessian, x.mT @ y / 0.25)
+    at_mode = poutine.trace(poutine.condition(regression, data={"b": mode})).get_trace(x, y)
+    volume = 2 * math.log(2 * math.pi) - 0.5 * torch.linalg.slogdet(hessian)[1]
+    exact = float(at_mode.log_prob_sum() + volume)
+    guide = AutoSplineFlow(regression, **TINY)
+    fit(regression, guide, args=(x, y), max_steps=100, seed=0, progress=False)
+    assert elbo_of(regression, guide, x, y) > exact - 0.05
+
+
+def correlated() -> None:
+    scale = torch.tensor([[1.0, 0.0], [0.9, 0.3]])
+    pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale))
+
+
+def test_a_flow_that_ends_below_its_gaussian_is_taken_back_and_said() -> None:
+    guide = AutoSplineFlow(correlated, **TINY).setup()
+    start = guide.start_at_gaussian(correlated)
+    assert start is not None and start.keep_better(), "nothing was trained yet"
+    assert elbo_of(correlated, guide) == pytest.approx(0.0, abs=1e-3)
+    perturb_(guide.flow, 1.0)
+    assert elbo_of(correlated, guide) < -0.1
+    with pytest.warns(UserWarning, match="nats below the best Gaussian"):
+        assert not start.keep_better()
+    assert elbo_of(correlated, guide) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_trained_guide_is_not_started_again() -> None:
+    guide = AutoSplineFlow(correlated, **TINY).setup()
+    perturb_(guide.flow, 0.3)
+    before = guide.affine.loc.clone()
+    assert guide.start_at_gaussian(correlated) is None
+    assert torch.equal(guide.affine.loc, before)
+
+
+def test_a_vague_prior_does_not_decide_where_the_guide_starts() -> None:
+    def vague(x: Tensor) -> None:
+        tau = pyro.sample("tau", dist.Gamma(0.01 * x.new_ones(()), 0.01 * x.new_ones(())))
+        with pyro.plate("rows", len(x)):
+            b = pyro.sample("b", dist.Normal(x.new_zeros(()), tau.rsqrt()))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    x = torch.linspace(-2, 2, 20, dtype=torch.float64)
+    for seed in range(3):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        guide = AutoSplineFlow(vague, **TINY).setup(x)
+        assert elbo_of(vague, guide, x) > -500, "the prior's median of tau is about 1e-30"
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+@pytest.mark.parametrize("base", ["normal", "student_t"])
+def test_every_kind_of_affine_map_starts_at_a_gaussian(kind, base) -> None:
+    guide = AutoSplineFlow(correlated, affine=kind, base=base, **TINY).setup()
+    before = elbo_of(correlated, guide)
+    assert guide.start_at_gaussian(correlated) is not None
+    assert elbo_of(correlated, guide) > before + 0.5
