@@ -150,7 +150,7 @@ class _Silence(_Context):
 
     def __init__(self) -> None:
         super().__init__()
-        self.param_state = {"params": {}, "constraints": {}}
+        self.param_state: dict[str, dict] = {"params": {}, "constraints": {}}
 
     def __enter__(self) -> None:
         pass
