@@ -209,13 +209,13 @@ def _is_empty(value: Tensor) -> bool:
 
 
 @contextmanager
-def _fixed_seed(device: torch.device) -> Iterator[None]:
-    """Draw from seed 0 for a while; the random states of the CPU and of this device come back as they were."""
+def _fixed_seed(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """Draw from a seed for a while; the random states of the CPU and of this device come back as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every device
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
         if device.type == "cuda":
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
+                torch.cuda.manual_seed(seed)
         yield
 
 

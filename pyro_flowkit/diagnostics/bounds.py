@@ -32,7 +32,7 @@ from pyro_flowkit.diagnostics.schema import (
     STANDARD_ERROR,
     schema_attrs,
 )
-from pyro_flowkit.ops.psis import MIN_DRAWS, psis
+from pyro_flowkit.ops.psis import MIN_DRAWS, log_mean_error, pareto_k_threshold, psis
 
 DEFAULT_PARTICLES = (1, 10, 100, 1000)
 
@@ -52,14 +52,6 @@ KINDS = {
     "exact_log_evidence": EXACT,
     "gap": ESTIMATE,
 }
-
-
-def pareto_k_threshold(num_samples: int) -> float:
-    """The pareto k up to which estimates from ``num_samples`` draws can be trusted.
-
-    ``min(1 - 1 / log10(S), 0.7)``, Vehtari et al. 2024, section 3.2.4.
-    """
-    return min(1.0 - 1.0 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
 
 
 def evidence_bounds(
@@ -151,7 +143,7 @@ def bounds_dataset(
         "iwae": torch.stack([bound for bound, _ in ladder], -1),
         "iwae_se": torch.stack([error for _, error in ladder], -1),
         "log_evidence": log_evidence,
-        "log_evidence_se": _log_mean_error(smoothed, log_evidence),
+        "log_evidence_se": log_mean_error(smoothed, log_evidence),
         "pareto_k": pareto_k,
         "pareto_k_sd": _pareto_k_spread(log_weights),
         "ess": torch.exp(2 * smoothed.logsumexp(-1) - (2 * smoothed).logsumexp(-1)),
@@ -209,19 +201,9 @@ def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[
     if num_blocks > 1:
         error = bounds.std(-1) / math.sqrt(num_blocks)
     if num_blocks < _FEW_BLOCKS and num_particles > 1:
-        inside = _log_mean_error(blocks, bounds).square().mean(-1).div(num_blocks).sqrt()
+        inside = log_mean_error(blocks, bounds).square().mean(-1).div(num_blocks).sqrt()
         error = torch.fmax(error, inside)
     return bound, error.masked_fill(bound == -math.inf, math.inf)
-
-
-def _log_mean_error(log_weights: Tensor, log_mean: Tensor) -> Tensor:
-    """Standard error of ``log mean w`` over the last dimension by the delta method."""
-    count = log_weights.shape[-1]
-    if count == 1:
-        return torch.full_like(log_mean, math.nan)
-    relative = (log_weights - log_mean.unsqueeze(-1)).exp()
-    error = relative.var(-1).div(count).sqrt()
-    return error.masked_fill(log_mean == -math.inf, math.inf)
 
 
 def _pareto_k_spread(log_weights: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from pyro_flowkit.diagnostics.bounds import pareto_k_threshold
 from pyro_flowkit.diagnostics.compare import compare_densities
 from pyro_flowkit.diagnostics.tree import history_arrays
+from pyro_flowkit.ops.psis import pareto_k_threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

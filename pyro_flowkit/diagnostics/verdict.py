@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from pyro_flowkit.diagnostics.bounds import pareto_k_threshold
+from pyro_flowkit.ops.psis import pareto_k_threshold
 
 _GOOD_K = 0.5
 _GOOD_GAP = 0.1

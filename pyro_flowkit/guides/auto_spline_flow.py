@@ -2,11 +2,12 @@
 
 In unconstrained space the guide is
 
-    z ~ base,    latent = loc + S f(z),
+    z ~ base,    latent = loc + S h(f(z)),
 
-where f is a spline flow, the identity at first, and loc and S (full or diagonal) are learned: at step 0 the guide is
-the Gaussian that Pyro's AutoMultivariateNormal and AutoDiagonalNormal start from, and it only leaves the Gaussians
-where that raises the ELBO.
+where f is a spline flow and h scales and moves the latents of each site as a function of those of the sites before it
+(:class:`~pyro_flowkit.transforms.HierarchicalAffine`); both are the identity at first. loc and S (full or diagonal)
+are learned: at step 0 the guide is the Gaussian that Pyro's AutoMultivariateNormal and AutoDiagonalNormal start from,
+and it only leaves the Gaussians where that raises the ELBO.
 
 References:
     Abhinav Agrawal, Daniel Sheldon, Justin Domke. Advances in Black-Box VI: Normalizing Flows, Importance Weighting,
@@ -22,7 +23,6 @@ from typing import Any, Literal, Self, cast
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import detach
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
@@ -33,13 +33,17 @@ from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.lazy import LazyGuide
+from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.posterior import GuidePosterior
+from pyro_flowkit.guides.summaries import Summaries
+from pyro_flowkit.guides.warm_start import gaussian_of
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
+from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
 DEFAULT_INIT_SCALE = 0.1
 HIDDEN_DIMS = [32, 32]
+MAX_BLOCKS = 4
 # up to this many latents matrices with a row and a column for each are cheap
 MAX_FULL_DIM = 200
 
@@ -58,15 +62,15 @@ class Recipe:
         gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
     """
 
-    lr: float = 3e-3
-    affine_lr: float = 1e-3
+    lr: float = 1e-3
+    affine_lr: float = 3e-4
     num_particles: int = 128
     scheduler: str = "flat_cosine"
     max_steps: int = 4000
     gaussian_start: bool = True
 
 
-class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
+class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -85,6 +89,8 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
         affine: scale of the affine map, "full", "diagonal" or "low_rank" (diagonal times identity plus rank 8); None
             is "full" for up to 200 latents and "low_rank" for more. Beyond 200 latents permutations take the place of
             the learned matrices between the couplings.
+        hierarchical: let location and scale of the latents of a site depend on the sites that the model samples before
+            it, as in a hierarchical posterior; without effect for a single site.
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO`` (see
             :class:`~pyro_flowkit.FlowDistribution`), except at steps where it would be the noisier one, as it is far
             from the posterior (:mod:`pyro_flowkit.guides.posterior`).
@@ -103,6 +109,8 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
     _unpack_latent: Callable[[Tensor], Any]
     _create_plates: Callable[..., Any]
     _cond_indep_stacks: dict[str, Any]
+    _unconstrained_shapes: dict[str, torch.Size]
+    hierarchy: HierarchicalAffine | None
 
     def __init__(
         self,
@@ -116,6 +124,7 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
         bound: float = 10.0,
         base: Literal["normal", "student_t"] = "normal",
         affine: AffineKind | None = None,
+        hierarchical: bool = True,
         path_gradient: bool = True,
     ):
         if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
@@ -130,9 +139,11 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
             self, model, init_loc_fn=init_to_median if init_loc_fn is None else init_loc_fn
         )
         self._given = (model, init_loc_fn is not None)
+        self._warm_start: tuple[dict[str, int], Gaussian] | None = None
         self.base_kind = base
         self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
         self._affine_kind = affine
+        self._hierarchical = hierarchical
         self.path_gradient = path_gradient
         self._flow_settings: dict[str, Any] = {
             "num_transforms": num_transforms,
@@ -143,6 +154,29 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
         }
         SplineFlow(1, **self._flow_settings)  # bad settings are said here, not at the first call
         self._conversions: list[Callable[[Tensor], Tensor]] = []
+
+    @classmethod
+    def from_guide(cls, guide: Any, **settings: Any) -> Self:
+        """A guide that starts as the Gaussian which another one has learned.
+
+        Args:
+            guide: a trained AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal or AutoLowRankMultivariateNormal;
+                its model is taken over.
+            settings: those of the constructor, without ``init_loc_fn`` and ``init_scale``. A scale that is "diagonal"
+                or "low_rank" starts at the marginal standard deviations of a Gaussian with correlations.
+
+        Raises:
+            ValueError: for another guide, one that was never called, or settings that the Gaussian decides.
+        """
+        decided = {"init_loc_fn", "init_scale"} & set(settings)
+        if decided:
+            raise ValueError(
+                f"Expected the guide to say where to start, got {sorted(decided)}, too."
+            )
+        warm_start = gaussian_of(guide)
+        new = cls(guide.model, init_loc_fn=init_to_median, **settings)
+        new._warm_start = warm_start
+        return new
 
     def setup(self, *args: Any, **kwargs: Any) -> "AutoSplineFlow":
         """Run the model once on these arguments and build the parameters; nothing happens if that was done before.
@@ -164,7 +198,7 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
         except Exception:
             self.prototype_trace = None  # a guide that was refused is not set up
             raise
-        self._lighten_prototype()
+        lighten(cast(poutine.Trace, self.prototype_trace))
         loc = self._choose_loc(args, kwargs)
         large = self.latent_dim > MAX_FULL_DIM
         kind: AffineKind = self._affine_kind or ("low_rank" if large else "full")
@@ -172,8 +206,22 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
             self.latent_dim, mixing="permute" if large else "lu", **self._flow_settings
         )
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
+        blocks = _blocks([shape.numel() for shape in self._unconstrained_shapes.values()])
+        self.hierarchy = (
+            HierarchicalAffine(blocks).to(loc) if self._hierarchical and len(blocks) > 1 else None
+        )
         self.affine = Affine(loc, self.init_scale, kind)
+        if self._warm_start is not None:
+            self._start_warm(*self._warm_start)
         self._convert()
+
+    def _start_warm(self, sizes: dict[str, int], gaussian: Gaussian) -> None:
+        own = {name: shape.numel() for name, shape in self._unconstrained_shapes.items()}
+        if own != sizes:
+            raise ValueError(
+                f"Expected the latents of the guide to start from, {sizes} (site: unconstrained values), got {own}."
+            )
+        self.affine.restart(gaussian.loc, gaussian.scale)
 
     def _choose_loc(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Where ``init_loc_fn`` says; without one the prior's medians, unless the origin is the better start.
@@ -194,21 +242,6 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
         for site, unconstrained in self._unpack_latent(origin):
             site["value"] = biject_to(site["fn"].support)(unconstrained)
         return origin
-
-    def _lighten_prototype(self) -> None:
-        """Keep shapes, supports and first values; drop the data, the model's parameters and every graph.
-
-        The prototype is copied and pickled with the guide.
-        """
-        nodes = cast(poutine.Trace, self.prototype_trace).nodes
-        nodes["_INPUT"].update(args=(), kwargs={})
-        nodes["_RETURN"]["value"] = None
-        for site in nodes.values():
-            if site["type"] == "sample":
-                fn = site["fn"]
-                support = detach(fn.support)
-                site["fn"] = dist.ImproperUniform(support, fn.batch_shape, fn.event_shape)
-                site["value"] = site["value"].detach()
 
     def _refuse_subsampled_latents(self) -> None:
         for name, stack in self._cond_indep_stacks.items():
@@ -263,51 +296,19 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
     def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
         """The map from z to the unconstrained latents, event_dim 1."""
         self._require_setup()
-        return Compose([*self.flow.layers, self.affine])
+        return Compose(self._layers())
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior:
         """Distribution of the unconstrained latents, event shape ``(latent_dim,)``."""
         self._require_setup()
         return GuidePosterior(
-            self.get_base_dist(),
-            [*self.flow.layers, self.affine],
-            path_gradient=self.path_gradient,
+            self.get_base_dist(), self._layers(), path_gradient=self.path_gradient
         )
 
-    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        draws = self._fixed_latents()
-        return _sorted_quantile(draws, 0.5), draws.std(0)
-
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal median of every latent, ``{site: value}``; from fixed draws, so the same at every call."""
-        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Marginal quantiles of every latent, ``{site: values}`` stacked along a new first dimension.
-
-        They are those of :meth:`FlowDistribution.fixed_draws`, taken in unconstrained space.
-
-        Raises:
-            ValueError: for a quantile outside of [0, 1].
-        """
-        ordered = self._fixed_latents().sort(0).values
-        result: dict[str, list[Tensor]] = {}
-        for quantile in torch.as_tensor(quantiles, dtype=torch.float64).reshape(-1).tolist():
-            latent = _sorted_quantile(ordered, quantile, is_sorted=True)
-            for site, unconstrained in self._unpack_latent(latent):
-                value = biject_to(site["fn"].support)(unconstrained)
-                result.setdefault(site["name"], []).append(value)
-        return {name: torch.stack(values) for name, values in result.items()}
-
-    @torch.no_grad()
-    def _fixed_latents(self) -> Tensor:
-        self._require_setup()
-        self.sync_with_store(lend=False)
-        return self.get_posterior().fixed_draws()
+    def _layers(self) -> list[Any]:
+        """From the base to the unconstrained latents."""
+        hierarchy = [] if self.hierarchy is None else [self.hierarchy]
+        return [*self.flow.layers, *hierarchy, self.affine]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_given": (None, self._given[1])}
@@ -318,11 +319,8 @@ class AutoSplineFlow(LazyGuide, AutoContinuous, StoreModule):
         return new
 
 
-def _sorted_quantile(draws: Tensor, quantile: float, *, is_sorted: bool = False) -> Tensor:
-    """Linear-interpolated quantile along dim 0, without ``torch.quantile``'s limit on the size."""
-    if not 0.0 <= quantile <= 1.0:
-        raise ValueError(f"Expected quantiles in [0, 1], got {quantile!r}.")
-    ordered = draws if is_sorted else draws.sort(0).values
-    position = quantile * (len(ordered) - 1)
-    low = min(int(position), len(ordered) - 2)
-    return torch.lerp(ordered[low], ordered[low + 1], position - low)
+def _blocks(sizes: Sequence[int]) -> list[int]:
+    """Sizes of at most MAX_BLOCKS blocks of adjacent sites: the largest sites begin new ones."""
+    largest = sorted(range(1, len(sizes)), key=lambda i: -sizes[i])[: MAX_BLOCKS - 1]
+    cuts = [0, *sorted(largest), len(sizes)]
+    return [sum(sizes[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]

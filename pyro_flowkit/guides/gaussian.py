@@ -122,7 +122,7 @@ def _improved(
         return -density(now.transform(draws)).mean() - now.entropy()
 
     zeros = start.loc.new_zeros(2 * size + len(rows))
-    return gaussian(_minimized(loss, zeros, max_iterations, deadline))
+    return gaussian(minimized(loss, zeros, max_iterations, deadline))
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def _laplace(density: Density, start: Gaussian, deadline: float) -> Gaussian | N
     def loss(offset: Tensor) -> Tensor:
         return -density((start.loc + offset)[None])[0]
 
-    mode = start.loc + _minimized(loss, torch.zeros_like(start.loc), 500, deadline)
+    mode = start.loc + minimized(loss, torch.zeros_like(start.loc), 500, deadline)
     shrink = torch.cat([0.5 ** torch.arange(20.0), torch.zeros(1)]).to(mode)
     for _ in range(20):  # Newton's steps, as L-BFGS ends early on badly scaled densities
         try:
@@ -164,10 +164,10 @@ def _curvature(density: Density, point: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * (hessian + hessian.mT), gradients[0].detach()
 
 
-def _minimized(
+def minimized(
     loss: Callable[[Tensor], Tensor], start: Tensor, max_iterations: int, deadline: float
 ) -> Tensor:
-    """L-BFGS from ``start``; the best point seen before the deadline."""
+    """L-BFGS from ``start``; the best point seen before the deadline, a value of ``time.monotonic()``."""
     import scipy.optimize  # changes the filters of warnings
 
     best: list[Any] = [math.inf, start]

@@ -1,13 +1,20 @@
-"""The first stage of a guide's training, and its safety net: a Gaussian, found without noise."""
+"""The first stage of a guide's training, and its safety net: a Gaussian, found without noise.
 
+Where the guide has a hierarchical affine map, the linear part of that follows in the same way, from fixed draws by
+L-BFGS: the latents of each site are a Gaussian then whose location and log scale are linear in those before it.
+"""
+
+import time
 import warnings
 from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian, normal_draws
+from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.transforms.affine import Affine
+from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
 if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
@@ -28,13 +35,15 @@ class GaussianStart:
         """Put a fresh guide onto the best Gaussian; None, with nothing done, where that does not work."""
         if not density.is_vectorized or not _is_gaussian(guide):
             return None
-        affine = guide.affine
+        affine, deadline = guide.affine, time.monotonic() + max_seconds
         with torch.no_grad():
             scale = affine.scale if affine.kind == "full" else affine.scale.diagonal().clone()
             start = Gaussian(affine.loc.clone(), scale)
         found = best_gaussian(density, start, max_seconds=max_seconds)
         if found is not start:
             affine.restart(found.loc, found.scale)
+        if guide.hierarchy is not None:
+            _fit_hierarchy(density, guide.hierarchy, affine, deadline)
         return cls(guide, density)
 
     @torch.no_grad()
@@ -56,9 +65,9 @@ class GaussianStart:
             self._load(now)
             return True
         warnings.warn(
-            f"The spline flow of {type(self._guide).__name__} ended {-mean:.3g} nats below the best Gaussian that was "
-            "found, so the guide is that Gaussian now. More particles, more steps or a smaller learning rate may "
-            "help.",
+            f"The spline flow of {type(self._guide).__name__} ended {-mean:.3g} nats below the Gaussian that it "
+            "started from, so the guide is that Gaussian again. More particles, more steps or a smaller learning rate "
+            "may help.",
             stacklevel=3,
         )
         return False
@@ -82,6 +91,52 @@ def _is_gaussian(guide: "AutoSplineFlow") -> bool:
     """Whether the flow is the identity still; one with a base of Student's t counts: the splines have not begun."""
     z = normal_draws(8, guide.affine.loc, seed=0)
     x = z
-    for layer in guide.flow.layers:
+    for layer in guide._layers()[:-1]:
         x = layer(x)
     return torch.allclose(x, z, atol=1e-4)
+
+
+class _Scaling(nn.Module):
+    """The affine maps at the end of a guide, as a function of their parameters."""
+
+    def __init__(self, hierarchy: HierarchicalAffine, affine: Affine):
+        super().__init__()
+        self.hierarchy, self.affine = hierarchy, affine
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        y, first = self.hierarchy.call_and_ladj(z)
+        latent, second = self.affine.call_and_ladj(y)
+        return latent, first + second
+
+
+@torch.no_grad()
+def _fit_hierarchy(
+    density: Density, hierarchy: HierarchicalAffine, affine: Affine, deadline: float
+) -> None:
+    """Fit the linear part of the hierarchical map, and the affine map with it, where that raises the ELBO."""
+    scaling = _Scaling(hierarchy, affine)
+    learned = {
+        name: parameter
+        for name, parameter in scaling.named_parameters()
+        if name.startswith("affine.") or name.endswith(".weight")
+    }
+    start = torch.cat([parameter.flatten() for parameter in learned.values()])
+    size = affine.input_dim
+    draws = normal_draws(max(512, 8 * size), affine.loc, seed=1)
+    judges = normal_draws(max(512, 8 * size), affine.loc, seed=2)
+
+    def unpacked(vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([parameter.numel() for parameter in learned.values()])
+        return {
+            name: part.reshape(parameter.shape)
+            for part, (name, parameter) in zip(parts, learned.items(), strict=True)
+        }
+
+    def loss(vector: Tensor, z: Tensor) -> Tensor:
+        latent, ladj = torch.func.functional_call(scaling, unpacked(vector), (z,))
+        return -(density(latent) + ladj).mean()
+
+    found = minimized(lambda vector: loss(vector, draws), start, 200, deadline)
+    if float(loss(found, judges)) < float(loss(start, judges)):
+        for name, value in unpacked(found).items():
+            learned[name].copy_(value)

@@ -12,10 +12,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
-from torch.distributions import biject_to
+
+from pyro_flowkit.guides.latent_values import unpack
 
 _PARTICLES = "latent_density_particles"
 
@@ -57,12 +57,9 @@ class LatentDensity:
 
     def _together(self, latent: Tensor) -> Tensor:
         size = latent.shape[0]
-        values, ladj = self._constrain(
-            latent.reshape(size, *(1,) * self._nesting, latent.shape[-1]), self._nesting
-        )
+        values, total = unpack(self._guide, latent, nesting=self._nesting)
         with poutine.block(), pyro.plate(_PARTICLES, size, dim=-1 - self._nesting):
             trace = self._trace(values)
-        total = ladj.reshape(size)
         for site in _observed(trace):
             log_prob = site["log_prob"]
             if log_prob.dim() <= self._nesting or log_prob.shape[-1 - self._nesting] != size:
@@ -71,22 +68,10 @@ class LatentDensity:
         return total
 
     def _alone(self, latent: Tensor) -> Tensor:
-        values, total = self._constrain(latent, 0)
+        values, total = unpack(self._guide, latent)
         for site in _observed(self._trace(values)):
             total = total + site["log_prob"].sum()
         return total
-
-    def _constrain(self, latent: Tensor, nesting: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Values by site, and the log-dets of all sites, summed over all but what is left of the plates."""
-        values: dict[str, Tensor] = {}
-        total = latent.new_zeros(latent.shape[: latent.dim() - 1 - nesting])
-        for site, unconstrained in self._guide._unpack_latent(latent):
-            transform = biject_to(site["fn"].support)
-            value = transform(unconstrained)
-            ladj = transform.log_abs_det_jacobian(unconstrained, value)
-            total = total + sum_rightmost(ladj, ladj.dim() - total.dim())
-            values[site["name"]] = value
-        return values, total
 
     def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
         # far out, a scale may under- or overflow: that is a density that is no number, not an error
@@ -112,7 +97,7 @@ class LatentDensity:
 
     def _count_plates(self, latent: Tensor) -> int:
         """How many batch dimensions the model's plates take."""
-        sites = _observed(self._trace(self._constrain(latent, 0)[0]))
+        sites = _observed(self._trace(unpack(self._guide, latent)[0]))
         dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
         return -min(dims, default=0)
 

@@ -4,6 +4,9 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.distributions.util import detach
 from torch import Tensor, nn
 
 from pyro_flowkit._pyro import StoreModule
@@ -65,3 +68,18 @@ class LazyGuide(nn.Module):
         new._model = self._model  # the same model: a copy can be trained on
         new._conversions = list(self._conversions)
         return new
+
+
+def lighten(trace: poutine.Trace) -> None:
+    """Keep of a prototype its shapes, supports and first values: it is copied and pickled with the guide.
+
+    The data, the model's parameters and every graph are dropped.
+    """
+    trace.nodes["_INPUT"].update(args=(), kwargs={})
+    trace.nodes["_RETURN"]["value"] = None
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            fn = site["fn"]
+            support = detach(fn.support)
+            site["fn"] = dist.ImproperUniform(support, fn.batch_shape, fn.event_shape)
+            site["value"] = site["value"].detach()

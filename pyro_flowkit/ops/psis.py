@@ -95,6 +95,27 @@ def psis(log_weights: Tensor, *, dim: int | None = None) -> tuple[Tensor, Tensor
     return smoothed.to(log_weights), pareto_k.to(log_weights)
 
 
+def pareto_k_threshold(num_samples: int) -> float:
+    """The pareto k up to which estimates from ``num_samples`` draws can be trusted.
+
+    ``min(1 - 1 / log10(S), 0.7)``, Vehtari et al. 2024, section 3.2.4.
+    """
+    return min(1.0 - 1.0 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
+
+
+def log_mean_error(log_weights: Tensor, log_mean: Tensor) -> Tensor:
+    """Standard error of ``log mean w`` over the last dimension, in nats, by the delta method.
+
+    NaN for a single draw, ``inf`` where all weights are zero.
+    """
+    count = log_weights.shape[-1]
+    if count == 1:
+        return torch.full_like(log_mean, math.nan)
+    relative = (log_weights - log_mean.unsqueeze(-1)).exp()
+    error = relative.var(-1).div(count).sqrt()
+    return error.masked_fill(log_mean == -math.inf, math.inf)
+
+
 def _smooth_(log_weights: Tensor, resolution: float) -> float:
     """Smooths one float64 row in place and returns its pareto k."""
     num_draws = len(log_weights)

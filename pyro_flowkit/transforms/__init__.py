@@ -27,6 +27,7 @@ from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
     spline_coupling,
 )
+from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from pyro_flowkit.transforms.linear import LULinear, Standardization, lu_linear
 from pyro_flowkit.transforms.permute import Permute, permute
 from pyro_flowkit.transforms.spline import (
@@ -46,6 +47,7 @@ __all__ = [
     "ConditionalSplineCoupling",
     "ConditionedTransform",
     "FlowTransformModule",
+    "HierarchicalAffine",
     "InverseTransformModule",
     "LULinear",
     "Permute",

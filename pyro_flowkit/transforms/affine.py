@@ -95,9 +95,13 @@ class Affine(FlowTransformModule):
 
         Args:
             loc: shape ``(D,)``.
-            scale: shape ``(D, D)``, lower triangular with a positive diagonal, for kind "full"; otherwise ``(D,)``,
-                positive.
+            scale: a lower triangle ``(D, D)`` with a positive diagonal, or a positive diagonal ``(D,)``. A map that is
+                not "full" takes the standard deviations, the norms of the triangle's rows.
         """
+        if self.kind == "full":
+            scale = scale if scale.dim() == 2 else scale.diag()
+        else:
+            scale = scale if scale.dim() == 1 else scale.norm(dim=-1)
         self.origin.copy_(loc)
         self.units.copy_(scale)
         self.raw_loc.zero_()

@@ -16,8 +16,11 @@ def test_path_gradient_up_to_a_derivative_measured_in_units_of_the_scale(
     x = d.rsample((50,))
     point = x.detach().requires_grad_()
     (derivative,) = torch.autograd.grad(d.log_prob(point).sum(), point)
-    scale = torch.func.jacrev(guide.affine)(torch.zeros(guide.latent_dim))
-    roughness = (derivative @ scale).square().mean().item()
+    unscaled = guide.hierarchy.inv(guide.affine.inv(x.detach()))
+    jacobian = torch.vmap(torch.func.jacrev(lambda z: guide.affine(guide.hierarchy(z))))(unscaled)
+    ladj = torch.func.grad(lambda z: guide.hierarchy.call_and_ladj(z)[1].sum())(unscaled)
+    u = (derivative.unsqueeze(-2) @ jacobian).squeeze(-2) + ladj
+    roughness = u.square().mean().item()
     assert roughness > 0.1
     for limit, takes_path in ((0.99 * roughness, False), (1.01 * roughness, True)):
         monkeypatch.setattr(posterior, "MAX_ROUGHNESS", limit)

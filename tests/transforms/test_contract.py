@@ -86,6 +86,11 @@ OTHERS = {
     "Affine, diagonal": (lambda: T.Affine(torch.zeros(2), 1.0, "diagonal", rate=2.0), {}),
     "Affine, low rank": (lambda: T.Affine(torch.zeros(10), 1.0, "low_rank", rate=1.0), {}),
     "Affine, restarted": (restarted, {}),
+    "HierarchicalAffine": (lambda: T.HierarchicalAffine([1, 2, 1], hidden_dims=[8]), {}),
+    "HierarchicalAffine, no linear part": (
+        lambda: T.HierarchicalAffine([101, 100], hidden_dims=[4]),
+        {},
+    ),
     "Standardization, diagonal": (lambda: standardization("diagonal"), {}),
     "Standardization, full": (lambda: standardization("full"), {}),
 }
