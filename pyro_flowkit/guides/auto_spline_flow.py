@@ -34,7 +34,7 @@ from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
-from pyro_flowkit.guides.posterior import GuidePosterior
+from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.warm_start import gaussian_of
 from pyro_flowkit.transforms.affine import Affine, AffineKind
@@ -87,7 +87,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         bound: the splines live on ``[-bound, bound]``, in units of the affine map's scale. Heavy tails need the room.
         base: "normal" or "student_t" (learned degrees of freedom, 10 at first).
         affine: scale of the affine map, "full", "diagonal" or "low_rank" (diagonal times identity plus rank 8); None
-            is "full" for up to 200 latents and "low_rank" for more. Beyond 200 latents permutations take the place of
+            is "full" for up to 200 latents and "diagonal" for more. Beyond 200 latents permutations take the place of
             the learned matrices between the couplings.
         hierarchical: let location and scale of the latents of a site depend on the sites that the model samples before
             it, as in a hierarchical posterior; without effect for a single site.
@@ -139,6 +139,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
             self, model, init_loc_fn=init_to_median if init_loc_fn is None else init_loc_fn
         )
         self._given = (model, init_loc_fn is not None)
+        self._noise = GradientNoise()
         self._warm_start: tuple[dict[str, int], Gaussian] | None = None
         self.base_kind = base
         self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
@@ -201,7 +202,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         lighten(cast(poutine.Trace, self.prototype_trace))
         loc = self._choose_loc(args, kwargs)
         large = self.latent_dim > MAX_FULL_DIM
-        kind: AffineKind = self._affine_kind or ("low_rank" if large else "full")
+        kind: AffineKind = self._affine_kind or ("diagonal" if large else "full")
         flow = SplineFlow(
             self.latent_dim, mixing="permute" if large else "lu", **self._flow_settings
         )
@@ -301,9 +302,11 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
     def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior:
         """Distribution of the unconstrained latents, event shape ``(latent_dim,)``."""
         self._require_setup()
-        return GuidePosterior(
+        posterior = GuidePosterior(
             self.get_base_dist(), self._layers(), path_gradient=self.path_gradient
         )
+        posterior.noise = self._noise
+        return posterior
 
     def _layers(self) -> list[Any]:
         """From the base to the unconstrained latents."""

@@ -1,12 +1,21 @@
-"""The distribution of a guide's latents: the path gradient, where it is the less noisy one.
+r"""The distribution of a guide's latents: the path gradient, where it is the less noisy one.
 
-The path gradient drops the score term of the ELBO's gradient, whose mean is zero. At the posterior nothing is left,
-not even noise. Far from it the score term is what cancels the noise of the rest: a flow that was squeezed on the way
-has spikes, the derivative of its log-density is large there, and training gets stuck. With u the derivative of log q
-before the affine maps at the flow's end, in their units, the mean of u^2 is 1 for every Gaussian and grows with the
-spikes; above a limit the step takes the ordinary gradient, whose mean is the same.
+The path gradient drops the score term of the ELBO's gradient, whose mean is zero. What then reaches the parameters
+through a draw x is
+
+    with the path gradient      S^T (d log p(x) / dx - d log q(x) / dx)
+    without it                  S^T d log p(x) / dx,  and the derivative of the entropy, which has little noise
+
+in the units S of the guide's affine map. At the posterior the first is zero, noise and all. Far from it, where log q
+is a poor guess of log p, and above all where a flow was squeezed on the way and has spikes, the second is the smaller
+one. Which one it is follows from the draws themselves, in the backward pass: the mean squares of both are averaged
+over the last steps, and the next step takes the gradient whose mean square is smaller. Spikes are too sudden for that:
+with u the derivative of log q before the affine maps at the flow's end, the mean of u^2 is 1 for every Gaussian, and
+above a limit the step takes the ordinary gradient at once. The means of both gradients are the same.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +27,40 @@ from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
 MAX_ROUGHNESS = 100.0
+MEMORY = 0.9
+
+
+class GradientNoise:
+    """Running mean squares of what reaches the parameters through a draw, with and without the path gradient."""
+
+    def __init__(self) -> None:
+        self.with_path = 1.0
+        self.without_path = 0.0
+
+    @property
+    def favours_path(self) -> bool:
+        return self.with_path < self.without_path
+
+    def update(self, with_path: float, without_path: float) -> None:
+        """Take in the mean squares of a step; those that are no numbers are left out."""
+        if math.isfinite(with_path) and math.isfinite(without_path):
+            self.with_path = MEMORY * self.with_path + (1 - MEMORY) * with_path
+            self.without_path = MEMORY * self.without_path + (1 - MEMORY) * without_path
 
 
 class GuidePosterior(FlowDistribution):
-    """A :class:`FlowDistribution` ending in affine maps, with the path gradient where it is not too noisy."""
+    """A :class:`FlowDistribution` ending in affine maps, with the path gradient where it is the less noisy one.
+
+    Attributes:
+        noise: the guide's, which lives longer than the distribution.
+    """
+
+    noise: GradientNoise
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "GuidePosterior":
+        new = super().expand(batch_shape, _instance)
+        new.noise = self.noise
+        return new
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         usable = self.path_gradient and torch.is_grad_enabled() and self.has_rsample
@@ -38,8 +77,38 @@ class GuidePosterior(FlowDistribution):
                 ladj = ladj + inverse_ladj
             fixed = self._pull(unscaled, base, flow) + ladj
         derivative, u = torch.autograd.grad(fixed, [point, unscaled], torch.ones_like(fixed))
-        if not bool(u.square().mean() < MAX_ROUGHNESS):
-            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
-        # the value of log q, and its derivative with fixed parameters, without a second pass through its graph
-        entropy_term = log_prob.detach() + ((value - value.detach()) * derivative).sum(-1)
+        is_path = self.noise.favours_path and bool(u.square().mean() < MAX_ROUGHNESS)
+        entropy_term = log_prob.clone()
+        if is_path:
+            # the value of log q, and its derivative with fixed parameters, without a second pass through its graph
+            entropy_term = log_prob.detach() + ((value - value.detach()) * derivative).sum(-1)
+        self._watch(value, entropy_term, derivative, is_path)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+
+    def _watch(
+        self, value: Tensor, entropy_term: Tensor, derivative: Tensor, is_path: bool
+    ) -> None:
+        """Learn the noise of both gradients from the backward pass of this step.
+
+        The loss is ``sum_i c_i (log q(x_i) - log p(x_i))``: what arrives at ``entropy_term`` is c, and at the draw c
+        times the difference of the derivatives, or the one of log p alone.
+        """
+        affine: Any = self.transforms[-1]
+        arrived: dict[str, Tensor] = {}
+
+        def finish() -> None:
+            if len(arrived) < 2:
+                return
+            gradient = arrived["value"] / -arrived["entropy_term"].unsqueeze(-1)
+            of_p = gradient + derivative if is_path else gradient
+            scale = affine.scale.detach()
+            squares = [(g @ scale).square().mean() for g in (of_p - derivative, of_p)]
+            self.noise.update(*torch.stack(squares).tolist())
+
+        def note(name: str, gradient: Tensor) -> None:
+            arrived[name] = gradient.detach()
+            finish()
+
+        if value.requires_grad:
+            value.register_hook(lambda gradient: note("value", gradient))
+            entropy_term.register_hook(lambda gradient: note("entropy_term", gradient))

@@ -31,6 +31,7 @@ DEFAULT_CAP = 20_000
 DEFAULT_PATIENCE = 5
 WINDOW = 100
 GAUSSIAN_SECONDS = 30.0
+MAX_SEQUENTIAL = 8
 
 
 def fit(
@@ -89,7 +90,8 @@ def fit(
         kwargs: Keyword arguments.
         objective: An instance of `pyro.infer.ELBO`; default `Trace_ELBO(num_particles)`, vectorised
             where a check on two particles shows that this leaves the ELBO unchanged.
-        num_particles: Particles of the default objective; default 1.
+        num_particles: Particles of the default objective; default 1. Of a recipe's at most 8 are run, with a
+            warning, where the model cannot be vectorised over them.
         max_steps: Number of optimizer steps.
         max_epochs: Number of passes over data.
         max_seconds: Wall-clock limit; the schedule ends with it.
@@ -181,10 +183,9 @@ def fit(
         if isinstance(program, AutoGuide) and program.prototype_trace is None:
             getattr(program, "setup", program)(*first, *args, **kwargs)
         loss = Variational(model, program, args, kwargs, guide is not None)
-        if num_particles is None and objective is None:
-            num_particles = getattr(recipe, "num_particles", None)
+        wished = None if objective is not None else getattr(recipe, "num_particles", None)
         loss.objective = _objective(
-            objective, num_particles, model, program, (*first, *args), kwargs
+            objective, num_particles, wished, model, program, (*first, *args), kwargs
         )
     for module in loss.modules:
         module.train()
@@ -241,15 +242,24 @@ def _window(max_steps: int | None, validated: bool) -> int:
 def _objective(
     objective: ELBO | None,
     num_particles: int | None,
+    wished_particles: int | None,
     model: Callable[..., Any],
     guide: Callable[..., Any],
     args: tuple,
     kwargs: dict[str, Any],
 ) -> ELBO:
     if objective is None:
-        particles = num_particles or 1
+        particles = num_particles or wished_particles or 1
         nesting = vectorized_nesting(model, guide, args, kwargs) if particles > 1 else None
         if nesting is None:
+            if num_particles is None and particles > MAX_SEQUENTIAL:
+                warnings.warn(
+                    f"Expected a model that runs for many particles at a time, in a plate to the left of its own: this "
+                    f"one does not, or not with the same ELBO. A step runs {MAX_SEQUENTIAL} particles one after the "
+                    f"other, instead of {particles} at once, which takes longer and gives a noisier gradient.",
+                    stacklevel=3,
+                )
+                particles = MAX_SEQUENTIAL
             return Trace_ELBO(num_particles=particles)
         return Trace_ELBO(particles, max_plate_nesting=nesting, vectorize_particles=True)
     if not isinstance(objective, ELBO):

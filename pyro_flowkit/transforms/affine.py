@@ -9,7 +9,9 @@ first; :meth:`Affine.restart` puts a Gaussian there that was found otherwise, an
 step then means as much for a posterior that is badly scaled as for any other.
 
 Every raw parameter is multiplied by ``rate``: under Adam, whose steps do not depend on the size of the gradient, the
-layer moves ``rate`` times faster than the rest of the flow.
+layer moves ``rate`` times faster than the rest of the flow. The entries of N, A and B are multiplied by
+``rate / sqrt(D)``: a row has up to D of them, which together would otherwise move sqrt(D) times as far as its
+diagonal, by noise alone.
 """
 
 from typing import Literal
@@ -56,8 +58,9 @@ class Affine(FlowTransformModule):
         if kind not in ("full", "diagonal", "low_rank"):
             raise ValueError(f'Expected "full", "diagonal" or "low_rank", got {kind!r}.')
         self.kind = kind
-        self.rate = rate
         size = self.input_dim
+        self.rate = rate
+        self._matrix_rate = rate / size**0.5
         ones = torch.ones_like(loc.detach())
         self.register_buffer("origin", torch.zeros_like(ones))
         self.register_buffer("units", torch.diag(ones) if kind == "full" else ones)
@@ -70,7 +73,7 @@ class Affine(FlowTransformModule):
             generator = torch.Generator().manual_seed(0)
             right = torch.randn(size, rank, generator=generator, dtype=torch.float64)
             self.raw_left = nn.Parameter(ones.new_zeros(size, rank))
-            self.raw_right = nn.Parameter(torch.linalg.qr(right).Q.to(ones) / rate)
+            self.raw_right = nn.Parameter(torch.linalg.qr(right).Q.to(ones) / self._matrix_rate)
 
     @property
     def loc(self) -> Tensor:
@@ -150,13 +153,14 @@ class Affine(FlowTransformModule):
     def _triangle(self, dtype: torch.dtype) -> Tensor:
         scale = (self.rate * self.raw_log_scale.to(dtype)).exp()
         lower = torch.addcmul(
-            scale.diag(), self.raw_lower.to(dtype).tril(-1), scale[:, None], value=self.rate
+            scale.diag(), self.raw_lower.to(dtype).tril(-1), scale[:, None], value=self._matrix_rate
         )
         return self.units.to(dtype) @ lower
 
     def _low_rank(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and ``I + B^T A``, whose determinant is that of ``I + A B^T`` (Woodbury)."""
-        left, right = self.rate * self.raw_left.to(dtype), self.rate * self.raw_right.to(dtype)
+        left = self._matrix_rate * self.raw_left.to(dtype)
+        right = self._matrix_rate * self.raw_right.to(dtype)
         core = torch.eye(left.shape[-1], dtype=dtype, device=left.device) + right.mT @ left
         return left, right, core
 

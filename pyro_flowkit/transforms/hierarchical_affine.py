@@ -5,7 +5,8 @@ r"""An affine map of each block of a vector whose location and scale are functio
 Hierarchical models have posteriors of this shape: latents whose scale is another latent (funnels), or whose location
 is a curve of others (bananas). With s linear, Neal's funnel is all but exact; splines, which are the identity outside
 of their bounds, stretch a dimension by a factor of hundreds only at great cost. m and s are a linear function plus a
-network, both zero at first; s bends smoothly towards its limits of -15 and 15.
+network, both zero at first; s bends smoothly towards its limits of -15 and 15. Either part is divided by the square
+root of the number of its terms, so that a step of Adam changes a scale by about as much whatever that number is.
 
 It is a stack of the affine couplings of Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio. Density Estimation Using
 Real NVP. ICLR 2017; the blocks are what a caller knows of the structure.
@@ -87,13 +88,14 @@ class _LocationAndScale(nn.Module):
     def __init__(self, input_dim: int, output_dim: int, hidden_dims: Sequence[int]):
         super().__init__()
         self.network = MLP(input_dim, 2 * output_dim, hidden_dims)
+        self._of_network, self._of_line = hidden_dims[-1] ** -0.5, input_dim**-0.5
         kept = input_dim * 2 * output_dim <= MAX_LINEAR_SIZE
         weight = nn.Parameter(torch.zeros(2 * output_dim, input_dim)) if kept else None
         self.register_parameter("weight", weight)
 
     def forward(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.network(before)
+        output = self._of_network * self.network(before)
         if self.weight is not None:
-            output = output + F.linear(before, self.weight)
+            output = output + self._of_line * F.linear(before, self.weight)
         loc, log_scale = output.chunk(2, dim=-1)
         return loc, MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)

@@ -19,9 +19,12 @@ def test_every_guide_trains_and_is_measured(capsys) -> None:
     assert capsys.readouterr().out.count("banana") == len(table)
 
 
-def test_a_loop_of_svi_trains(capsys) -> None:
-    table = posteriors.main(["--fast", "--seeds", "1", "--targets", "funnel", "--loop"])
+def test_a_loop_of_svi_trains_and_its_table_is_saved(tmp_path) -> None:
+    path = tmp_path / "posteriors.md"
+    settings = ["--fast", "--seeds", "1", "--targets", "funnel", "--loop"]
+    table = posteriors.main([*settings, "--output", str(path)])
     assert table["steps"].tolist() == [2]
+    assert "| funnel" in path.read_text() and "a loop of SVI" in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,24 @@ def test_the_recipe_of_the_guide_is_read_and_arguments_win(rows: torch.Tensor) -
     assert result.history["learning_rate"].tolist() == [0.1] * 5
 
 
+def test_a_recipes_particles_are_few_and_said_where_they_run_one_by_one(rows: torch.Tensor) -> None:
+    calls = 0
+
+    def model(x: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mu.item(), SIGMA).expand(x.shape).to_event(1), obs=x)
+
+    guide = AutoSplineFlow(model, num_transforms=1, hidden_dims=[4])
+    with pytest.warns(UserWarning, match="A step runs 8 particles one after the other.* of 128"):
+        fit(model, guide, args=(rows,), max_steps=10, progress=False)
+    assert calls < 10 * 8 + 60
+    calls = 0
+    fit(model, guide, args=(rows,), max_steps=10, num_particles=16, progress=False)
+    assert 10 * 16 <= calls < 10 * 16 + 60, "what the caller asks for is done"
+
+
 def test_wrong_objectives_say_expected_and_got(rows: torch.Tensor) -> None:
     guide = AutoNormal(full_model)
     with pytest.raises(TypeError, match="expected objective to be an instance of pyro.infer.ELBO"):
