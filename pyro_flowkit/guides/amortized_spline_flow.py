@@ -1,0 +1,387 @@
+r"""AmortizedSplineFlow: a guide for local latents, one for each datum of a (subsampled) plate.
+
+With x_i the data, z_i their local latents and t the global ones, in unconstrained space,
+
+    c_i = (encoder(x_i), t),   e ~ base,   z_i = m(c_i) + S(c_i) f(e; c_i),   t ~ global guide,
+
+where f is a conditional spline flow, the identity at first, and t is part of the context only with
+``condition_on_global=True``. What is learned is a function of the data: minibatches may have any size, and the
+posterior of data that were not seen in training is a call of the guide.
+
+References:
+    Diederik P. Kingma, Max Welling. Auto-Encoding Variational Bayes. ICLR 2014.
+
+    Abhinav Agrawal, Justin Domke. Amortized Variational Inference for Simple Hierarchical Models. NeurIPS 2021.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, cast
+
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide import AutoCallable, AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.util import ignore_jit_warnings
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_flowkit._pyro import StoreModule
+from pyro_flowkit.flow_distribution import _fixed_seed
+from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
+from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
+from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE, Recipe
+from pyro_flowkit.guides.data_plate import (
+    PlateCall,
+    choose_plate,
+    plate_call,
+    refuse_other_subsampled,
+)
+from pyro_flowkit.guides.encode import encode, warn_of_untrained
+from pyro_flowkit.guides.global_context import centred
+from pyro_flowkit.guides.global_spline_flow import GlobalSplineFlow, check_covered
+from pyro_flowkit.guides.lazy import LazyGuide, lighten
+from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.transforms.base import check_size
+from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
+
+
+class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
+    """Guide for a model with a latent for every datum::
+
+        def model(x):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", N, subsample_size=len(x)):
+                z = pyro.sample("z", dist.Normal(mu, 1.0))
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+        guide = AmortizedSplineFlow(model, encoder, context_dim=8)
+
+    Args:
+        model: a Pyro model. All its continuous latents inside the data's plate are local, the others are global.
+        encoder: ``encoder(*args, **kwargs)``, with the model's arguments, gives features of shape
+            ``(batch, context_dim)``, a row for each datum: of the batch, or of all data where the model itself draws
+            the rows of its plate. A module is part of the guide, and trained and saved with it; a function may call
+            ``pyro.module``.
+        context_dim: number of features.
+        plate: name of the data's plate; None is the only subsampled plate with latents, or the only plate.
+        create_plates: gives the guide's plates, from the model's arguments; without it they are made as the model
+            makes them.
+        global_guide: guide for the global latents, with the model's arguments: an autoguide for
+            ``poutine.block(model, hide=[...])``, or a function. None is an :class:`AutoSplineFlow` with antithetic
+            particles. Its splines are frozen if the plate is subsampled at setup, which leaves the Gaussian:
+            the noise of minibatches would bend them. ``guide.global_guide.flow.requires_grad_()`` lets them learn.
+        condition_on_global: let the local latents depend on the draws of the global ones.
+        init_loc_fn: per-site initialisation (``pyro.infer.autoguide.initialization``); None is ``init_to_median``.
+            The local latents start at its mean over the rows.
+        init_scale: initial standard deviation of every unconstrained latent, a float > 0; None is 0.1.
+        num_transforms: number of couplings.
+        hidden_dims: widths of the conditioners' hidden layers; None is two of 10 for every local latent and number of
+            the context, at least 32 and at most 128.
+        count_bins: bins of each spline.
+        bound: the splines live on ``[-bound, bound]``, in units of the affine map's scale.
+        base: "normal" or "student_t" (learned degrees of freedom, 10 at first).
+        affine: scale of the affine map, "full" (lower triangular) or "diagonal"; None is "full" up to 32 local latents.
+        path_gradient: the sticking-the-landing gradient under ``Trace_ELBO``, of local and global draws together.
+
+    Plates around a local latent, other than the data's, are part of its datum and must not be subsampled. Device and
+    dtype are those of the model's local latents; ``.to()`` or ``.double()`` before the first call wins. The encoder
+    keeps its own unless that was called.
+
+    Raises:
+        ValueError: for bad settings or an encoder's output of another shape; at setup, for a discrete latent, no or
+            several plates that could be meant, or a global guide that leaves latents out.
+        RuntimeError: from whatever needs parameters before setup.
+    """
+
+    _warns_of_other_name = True
+    _keep_own_entries = ("global_guide",)
+    encoder: nn.Module | None
+    global_guide: Any
+    plates: dict[str, pyro.plate]
+    _prototype_frames: dict[str, Any]
+    flow: SplineFlow
+    affine: ConditionalAffine
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: Callable[..., Tensor],
+        *,
+        context_dim: int,
+        plate: str | None = None,
+        create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None = None,
+        global_guide: Callable[..., Any] | None = None,
+        condition_on_global: bool = False,
+        init_loc_fn: Callable[[dict], Tensor] | None = None,
+        init_scale: float | None = None,
+        num_transforms: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        count_bins: int = 8,
+        bound: float = 5.0,
+        base: Literal["normal", "student_t"] = "normal",
+        affine: Literal["full", "diagonal"] | None = None,
+        path_gradient: bool = True,
+    ):
+        check_size("context_dim", context_dim)
+        if not callable(encoder):
+            raise ValueError(f"Expected encoder to be a module or a function, got {encoder!r}.")
+        if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
+            raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
+        if base not in ("normal", "student_t"):
+            raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
+        if affine not in ("full", "diagonal", None):
+            raise ValueError(f'Expected affine to be "full" or "diagonal", got {affine!r}.')
+        init_loc_fn = init_to_median if init_loc_fn is None else init_loc_fn
+        AutoGuide.__init__(self, InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self._conversions = []
+        self._plain_model = (model,)
+        self._encoder_function = (None if isinstance(encoder, nn.Module) else encoder,)
+        self.encoder = encoder if isinstance(encoder, nn.Module) else None
+        self.context_dim = context_dim
+        self.plate_name = plate
+        self.condition_on_global = condition_on_global
+        self.init_loc_fn = init_loc_fn
+        self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
+        self.affine_kind = affine
+        self.path_gradient = path_gradient
+        self._flow_settings: dict[str, Any] = {
+            "num_transforms": num_transforms,
+            "count_bins": count_bins,
+            "bound": bound,
+            "base": base,
+        }
+        self._hidden_dims = None if hidden_dims is None else list(hidden_dims)
+        SplineFlow(1, **self._flow_settings, hidden_dims=hidden_dims)  # bad settings are said here
+        if global_guide is not None and not isinstance(global_guide, AutoGuide):
+            global_guide = AutoCallable(model, global_guide)
+        self.global_guide = global_guide
+
+    def setup(self, *args: Any, **kwargs: Any) -> "AmortizedSplineFlow":
+        """Run model and encoder once on these arguments and build the parameters, unless that was done before.
+
+        Returns:
+            The guide itself.
+        """
+        if self.prototype_trace is None:
+            try:
+                self._early_conversions = list(self._conversions)
+                self._setup_prototype(*args, **kwargs)
+                with poutine.block():
+                    self._create_plates(*args, **kwargs)
+                    self.sync_with_store()
+                    self._setup_global_guide(args, kwargs)
+                    features = self._encode(args, kwargs)
+                    with self.plates[self._plate] as rows:
+                        self._features_of(rows, features)
+                warn_of_untrained(features, self)
+            except Exception:
+                self.prototype_trace = None  # a guide that was refused is not set up
+                self._conversions = self._early_conversions
+                raise
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        AutoGuide._setup_prototype(self, *args, **kwargs)
+        trace = cast(poutine.Trace, self.prototype_trace)
+        nodes = [node for _, node in trace.iter_stochastic_nodes()]
+        Latents(nodes)  # says which latents cannot be handled
+        frame = choose_plate(nodes, self.plate_name)
+        self._plate, self._dim = frame.name, frame.dim
+        local = [node for node in nodes if _is_inside(node, frame.name)]
+        others = [node for node in nodes if not _is_inside(node, frame.name)]
+        refuse_other_subsampled(
+            local if self.global_guide is not None else [*local, *others], frame.name
+        )
+        self._local, self._global = Latents(local, frame.dim), Latents(others)
+        if self.condition_on_global and not others:
+            raise ValueError("Expected global latents for condition_on_global=True, got none.")
+        self._prototype_call = PlateCall(frame.full_size or frame.size, frame.size)
+        self._first_values = {node["name"]: node["value"].detach() for node in others}
+        self._build(self._local.initial(trace.nodes))
+        lighten(trace)
+
+    def _build(self, loc: Tensor) -> None:
+        size = self._local.size
+        context_dim = self.context_dim
+        if self.condition_on_global:
+            context_dim += self._global.size
+        hidden_dims = self._hidden_dims or [min(128, max(32, 10 * (size + context_dim)))] * 2
+        flow = SplineFlow(size, context_dim, hidden_dims=hidden_dims, **self._flow_settings)
+        self.flow = flow.to(dtype=loc.dtype, device=loc.device)
+        kind = self.affine_kind or ("full" if size <= 32 else "diagonal")
+        self.affine = ConditionalAffine(
+            loc, self.init_scale, context_dim, kind, hidden_dims=hidden_dims
+        )
+        self._convert()
+
+    def _setup_global_guide(self, args: tuple, kwargs: dict) -> None:
+        if self.global_guide is not None:
+            self._lead()
+            check_covered(self.global_guide, self._global, self._plate, args, kwargs)
+        elif self._global.sites:
+            guide: Any = GlobalSplineFlow(
+                poutine.block(self._plain_model[0], expose=self._global.names),
+                init_loc_fn=self.init_loc_fn,
+                init_scale=self.init_scale,
+                path_gradient=self.path_gradient,
+            )
+            guide._conversions = list(self._early_conversions)
+            guide._pyro_name = f"{self._pyro_name}.global_guide"
+            guide._update_master(weakref.ref(self) if self.master is None else self.master)
+            guide.setup(*args, **kwargs)  # before it is a child: Pyro may ask those for parameters
+            call = self._prototype_call
+            guide.flow.requires_grad_(call.rows == call.size)
+            self.global_guide = guide
+
+    def _check_prototype(self, part_trace: poutine.Trace) -> None:
+        """What a master is asked for its parts; :meth:`_setup_global_guide` compares the latents."""
+
+    def _lead(self) -> None:
+        """Be the global guide's master; copying takes that away from Pyro's guides."""
+        master = weakref.ref(self) if self.master is None else self.master
+        if self.global_guide is not None and self.global_guide.master is not master:
+            self.global_guide._update_master(master)
+
+    def recipe(self) -> Recipe:
+        """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
+        return Recipe(lr=3e-3, num_particles=4, scheduler="cosine")
+
+    # Plates
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+        if self.master is not None:
+            return super()._create_plates(*args, **kwargs)
+        plates: Any = () if self.create_plates is None else self.create_plates(*args, **kwargs)
+        self.plates = {p.name: p for p in ([plates] if isinstance(plates, pyro.plate) else plates)}
+        for name, frame in sorted(self._prototype_frames.items()):
+            if name in self.plates:
+                continue
+            if name == self._plate:
+                self.plates[name] = self._plate_call(args, kwargs).plate(name, self._dim)
+            else:
+                self.plates[name] = pyro.plate(name, frame.size, dim=frame.dim)
+        return self.plates
+
+    def _plate_call(self, args: tuple, kwargs: dict) -> PlateCall:
+        model = self._plain_model[0]
+        if model is not None:
+            return plate_call(model, self._plate, self._first_values, args, kwargs)
+        rows = len(self._encode(args, kwargs))  # unpickled, without its model: as in the prototype
+        call = self._prototype_call
+        return PlateCall(max(rows, call.size) if call.rows < call.size else rows, rows)
+
+    # Features
+
+    def _encode(self, args: tuple, kwargs: dict) -> Tensor:
+        """The encoder's features, shape ``(rows, context_dim)``."""
+        encoder: Any = self._encoder_function[0] if self.encoder is None else self.encoder
+        features = encode(encoder, args, kwargs, self.context_dim)
+        return features.to(self.affine.weight)
+
+    def _features_of(self, rows: Any, features: Tensor) -> Tensor:
+        """The features of the rows of a plate, placed at its dim."""
+        plate = self.plates[self._plate]
+        with ignore_jit_warnings():
+            count = int(features.shape[0])
+            if count != plate.subsample_size:
+                if count != plate.size:
+                    sizes = f"{plate.subsample_size}" + (
+                        f", or {plate.size} for all data"
+                        if plate.size != plate.subsample_size
+                        else ""
+                    )
+                    raise ValueError(
+                        f"Expected the encoder to return a row for each datum of plate {self._plate!r}, {sizes}, got "
+                        f"{count}."
+                    )
+                features = features.index_select(0, rows.to(features.device))
+        return features.reshape(-1, *(1 for _ in range(-1 - self._dim)), self.context_dim)
+
+    # Draws
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent; ``{site: value}``, with the model's arguments."""
+        if self.prototype_trace is None:
+            self.setup(*args, **kwargs)
+        self.sync_with_store()
+        self._lead()
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        global_context = None
+        if self.global_guide is not None:
+            result.update(self.global_guide(*args, **kwargs))
+            if self.condition_on_global:
+                global_context = centred(self.global_guide, self._global, result)
+        features = self._encode(args, kwargs)
+        with plates[self._plate] as rows:
+            posterior = self._posterior(self._features_of(rows, features), global_context)
+            latent = pyro.sample(
+                f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True}
+            )
+        for site, unconstrained in self._local.unpack(latent):
+            to = biject_to(site.support)
+            value = to(unconstrained)
+            log_density: Any = 0.0
+            if poutine.get_mask() is not False:
+                log_density = to.inv.log_abs_det_jacobian(value, unconstrained)
+                log_density = sum_rightmost(
+                    log_density, log_density.dim() - value.dim() + site.event_dim
+                )
+            with ExitStack() as stack:
+                for name in site.plates:
+                    stack.enter_context(plates[name])
+                delta = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
+                result[site.name] = pyro.sample(site.name, delta)
+        return result
+
+    def _posterior(self, features: Tensor, global_context: Tensor | None) -> AmortizedPosterior:
+        return condition(
+            self.flow.base(),
+            list(self.flow.layers),
+            self.affine,
+            features,
+            global_context,
+            path_gradient=self.path_gradient,
+        )
+
+    def get_posterior(
+        self, *args: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> AmortizedPosterior:
+        """Distribution of the unconstrained local latents of these data.
+
+        Args:
+            args: the model's arguments.
+            given: values of the global latents, where the local ones are conditioned on them; None is their medians.
+            kwargs: the model's keyword arguments.
+
+        Returns:
+            A flow distribution with a row for each row of the encoder's features and event shape ``(D,)``, D local
+            latents in the order of the model; :meth:`unpack` gives their values.
+        """
+        self._require_setup()
+        self.sync_with_store(lend=False)
+        global_context = None
+        if self.condition_on_global:
+            with poutine.block(), _fixed_seed(self.affine.weight.device):
+                self._create_plates(*args, **kwargs)
+                self._lead()
+                values = self._global_medians(args, kwargs) if given is None else given
+            global_context = centred(self.global_guide, self._global, values)
+        return self._posterior(self._encode(args, kwargs), global_context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_plain_model": (None,)}
+
+    def __deepcopy__(self, memo: dict) -> "AmortizedSplineFlow":
+        new = super().__deepcopy__(memo)
+        new._plain_model = self._plain_model
+        return new
+
+
+def _is_inside(node: dict[str, Any], plate: str) -> bool:
+    return any(frame.name == plate for frame in node["cond_indep_stack"])

@@ -1,0 +1,95 @@
+r"""An affine map whose location and scale are functions of the context: the last layer of an amortised guide.
+
+.. math:: y = m(c) + \mathrm{diag}(s(c)) (I + N(c)) x
+
+with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
+network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
+network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
+Adam they move ``rate`` times faster than the other parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flowkit.nn import MLP
+from pyro_flowkit.transforms.base import ConditionalFlowTransformModule
+
+
+class ConditionalAffine(ConditionalFlowTransformModule):
+    """``y = loc + S x`` with location and scale conditioned on a context; constant at first.
+
+    Args:
+        loc: initial location, shape ``(D,)``.
+        scale: initial scale of every dimension, positive.
+        context_dim: size of the context.
+        kind: "full" (lower triangular) or "diagonal" scale.
+        hidden_dims: widths of the network's hidden layers.
+        rate: how much faster than other parameters the constants move, positive.
+
+    Shapes: ``(*batch, D)`` and a context ``(*batch, context_dim)`` to ``(*batch, D)``, with log-det ``(*batch,)`` in
+    nats.
+    """
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: float,
+        context_dim: int,
+        kind: Literal["full", "diagonal"] = "full",
+        *,
+        hidden_dims: Sequence[int],
+        rate: float = 10.0,
+    ):
+        size = loc.shape[-1]
+        super().__init__(size, context_dim)
+        self.kind = kind if size > 1 else "diagonal"
+        self.rate = rate
+        below = size * (size - 1) // 2 if self.kind == "full" else 0
+        initial = [loc.detach(), torch.full_like(loc.detach(), scale).log(), loc.new_zeros(below)]
+        self.raw_constant = nn.Parameter(torch.cat(initial) / rate)
+        self.weight = nn.Parameter(loc.new_zeros(2 * size + below, context_dim))
+        self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
+        rows, columns = torch.tril_indices(size, size, -1)
+        self.register_buffer("_below", rows * size + columns, persistent=False)
+
+    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_inputs(x, context)
+        loc, log_scale, lower = self._parameters_for(context)
+        y = x.to(loc.dtype)
+        if lower is not None:
+            y = y + (lower @ y.unsqueeze(-1)).squeeze(-1)
+        y = loc + y * log_scale.exp()
+        return y.to(x.dtype), log_scale.sum(-1).to(x.dtype).expand(y.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_inputs(y, context)
+        loc, log_scale, lower = self._parameters_for(context)
+        x = (y.to(loc.dtype) - loc) * (-log_scale).exp()
+        if lower is not None:
+            x = torch.linalg.solve_triangular(
+                lower, x.unsqueeze(-1), upper=False, unitriangular=True
+            ).squeeze(-1)
+        return x.to(y.dtype), (-log_scale.sum(-1)).to(y.dtype).expand(x.shape[:-1])
+
+    def _parameters_for(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Location and logarithm of the scale ``(*batch, D)``, and N ``(*batch, D, D)`` where it is not zero."""
+        context = context.to(self.weight.dtype)
+        constant = self.rate * self.raw_constant
+        output = torch.nn.functional.linear(context, self.weight, constant)
+        output = output + self.network(context)
+        size = self.input_dim
+        loc, log_scale, below = output.tensor_split([size, 2 * size], dim=-1)
+        if self.kind == "diagonal":
+            return loc, log_scale, None
+        flat = below.new_zeros((*below.shape[:-1], size * size))
+        lower = flat.index_copy(-1, self._below, below)
+        return loc, log_scale, lower.unflatten(-1, (size, size))
+
+    def extra_repr(self) -> str:
+        return (
+            f"input_dim={self.input_dim}, context_dim={self.context_dim}, kind={self.kind!r}, "
+            f"rate={self.rate:g}"
+        )
