@@ -56,6 +56,8 @@ class Recipe:
         lr: initial learning rate of Adam.
         affine_lr: the same for the parameters of the affine map, which moves ten times as far in a step of a given
             rate; it needs less once it has started at the best Gaussian.
+        hierarchy_lr: the same for those of the hierarchical affine map, whose outputs are divided by the square root of
+            the number of their terms.
         num_particles: draws of the guide in a step.
         scheduler: name of the learning rate's schedule.
         max_steps: optimizer steps.
@@ -64,6 +66,7 @@ class Recipe:
 
     lr: float = 1e-3
     affine_lr: float = 3e-4
+    hierarchy_lr: float = 2e-3
     num_particles: int = 128
     scheduler: str = "flat_cosine"
     max_steps: int = 4000

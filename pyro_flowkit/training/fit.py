@@ -81,8 +81,9 @@ def fit(
         model: A flow with `log_prob(*batch, *args)`, or a Pyro model.
         guide: Its guide. Options that are None are read from the fields of `guide.recipe()` where
             there is one: max_steps, lr, num_particles, scheduler, clip_norm. An `AutoSplineFlow` that
-            sees all of the data at every step starts at the best Gaussian found without noise, for
-            which up to a quarter of max_seconds is used, and does not end below it.
+            sees all of the data at every step starts at the best Gaussian found without noise, whose
+            location and log scale at each site follow those before it in a line; up to a quarter of
+            max_seconds is used for that. It does not end below it.
         data: Tensor with `N` rows, or a tuple of such tensors. Its batches are the leading
             positional arguments of model and guide. Rows are reshuffled every epoch as a function
             of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of that epoch.
@@ -203,6 +204,8 @@ def fit(
     built = _optimizer(optimizer, params, lr, getattr(recipe, "lr", None) or DEFAULT_LR)
     if isinstance(guide, AutoSplineFlow) and start and optimizer is None and lr is None:
         _add_group(built, guide.affine.parameters(), recipe.affine_lr)
+        if guide.hierarchy is not None:
+            _add_group(built, guide.hierarchy.parameters(), recipe.hierarchy_lr)
     if limits.max_seconds is not None:
         limits.max_seconds = max(limits.max_seconds - (time.perf_counter() - begun), 0.0)
 

@@ -15,6 +15,7 @@ from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.training import Callback
 
 TINY = {"num_transforms": 2, "hidden_dims": [8], "count_bins": 4}
 EYE = torch.eye(3, dtype=torch.float64)
@@ -152,6 +153,31 @@ def test_a_flow_that_ends_below_its_gaussian_is_taken_back_and_said() -> None:
     with pytest.warns(UserWarning, match="nats below the Gaussian that it started from"):
         assert not start.keep_better()
     assert elbo_of(correlated, guide) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_each_part_of_the_guide_has_its_rate_unless_the_caller_gives_one() -> None:
+    def model():
+        v = pyro.sample("v", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(()), v.exp()))
+
+    guide = AutoSplineFlow(model, **TINY)
+    seen = []
+
+    class Look(Callback):
+        def on_step(self, state):
+            seen.append(
+                [(len(group["params"]), group["lr"]) for group in state.optimizer.param_groups]
+            )
+
+    settings = {"max_steps": 2, "scheduler": "constant", "callbacks": [Look()], "progress": False}
+    fit(model, guide, **settings)
+    recipe = guide.recipe()
+    parts = [guide.flow, guide.affine, guide.hierarchy]
+    rates = [recipe.lr, recipe.affine_lr, recipe.hierarchy_lr]
+    expected = [(len(list(part.parameters())), lr) for part, lr in zip(parts, rates, strict=True)]
+    assert seen[0] == expected
+    fit(model, guide, lr=0.01, **settings)
+    assert [lr for _, lr in seen[-1]] == [0.01]
 
 
 def test_a_trained_guide_is_not_started_again() -> None:
