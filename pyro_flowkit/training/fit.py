@@ -83,7 +83,8 @@ def fit(
             there is one: max_steps, lr, num_particles, scheduler, clip_norm. An `AutoSplineFlow` that
             sees all of the data at every step starts at the best Gaussian found without noise, whose
             location and log scale at each site follow those before it in a line; up to a quarter of
-            max_seconds is used for that. It does not end below it.
+            max_seconds is used for that. It ends there, too, with best_step = 0, if the flow gains
+            less than 0.02 nats on it.
         data: Tensor with `N` rows, or a tuple of such tensors. Its batches are the leading
             positional arguments of model and guide. Rows are reshuffled every epoch as a function
             of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of that epoch.
