@@ -50,8 +50,8 @@ class GaussianStart:
     def keep_better(self) -> bool:
         """Go back to the Gaussian unless the flow has gained on it; with a warning if it has lost.
 
-        A gain of less than 0.02 nats is none: where the Gaussian is as good as that, training mostly puts noise into the
-        tails, which the ELBO hardly sees and importance weights (pareto k) do.
+        A gain of less than 0.02 nats is none: where the Gaussian is as good as that, training mostly puts noise into
+        the tails, which the ELBO hardly sees and importance weights (pareto k) do.
 
         Returns:
             Whether the trained guide was kept.

@@ -101,8 +101,7 @@ class GuidePosterior(FlowDistribution):
                 return
             gradient = arrived["value"] / -arrived["entropy_term"].unsqueeze(-1)
             of_p = gradient + derivative if is_path else gradient
-            scale = affine.scale.detach()
-            squares = [(g @ scale).square().mean() for g in (of_p - derivative, of_p)]
+            squares = [affine.in_units(g).square().mean() for g in (of_p - derivative, of_p)]
             self.noise.update(*torch.stack(squares).tolist())
 
         def note(name: str, gradient: Tensor) -> None:

@@ -93,6 +93,15 @@ class Affine(FlowTransformModule):
         return diagonal[:, None] * (torch.eye(self.input_dim).to(left) + left @ right.mT)
 
     @torch.no_grad()
+    def in_units(self, derivative: Tensor) -> Tensor:
+        """A derivative with respect to y, shape ``(*batch, D)``, per unit of the scale: ``S^T`` times it, of which a
+        "low_rank" map takes the diagonal."""
+        dtype = derivative.dtype
+        if self.kind == "full":
+            return derivative @ self._triangle(dtype)
+        return derivative * self._diagonal(dtype)
+
+    @torch.no_grad()
     def restart(self, loc: Tensor, scale: Tensor) -> None:
         """Be the map with this location and scale, and learn in its units from here on.
 
