@@ -5,7 +5,7 @@ users: `SVI`, Adam with a rate that falls, `Trace_ELBO`, or `TraceEnum_ELBO` whe
 the class of the guide differs.
 
     python -m models.drop_in
-    python -m models.drop_in --programs baseball mixture --steps 1000
+    python -m models.drop_in --programs baseball mixture --steps 3000
 
 Every training runs in a process of its own, so that its peak of memory can be told: that of the training above that of
 the imports and the data.
@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--programs", nargs="+", default=[""], metavar="WORD", help="those whose name holds a word"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="of the optimizer")
+    parser.add_argument("--steps", type=int, default=1000, help="of the optimizer")
     parser.add_argument("--lr", type=float, default=LR, help="of the first step")
     parser.add_argument("--particles", type=int, default=16, help="draws of the guide in a step")
     parser.add_argument("--seed", type=int, default=0)
