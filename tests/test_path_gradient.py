@@ -104,7 +104,9 @@ def loss_and_gradient(elbo, path_gradient: bool) -> tuple[float, Tensor]:
     pyro.set_rng_seed(0)
     guide = AutoSplineFlow(two_latents, path_gradient=path_gradient, **TINY).setup()
     perturb_(guide, 0.05)
-    guide._noise.update(0.0, 1e9)  # the path gradient, where it is wanted, from the first step on
+    guide._gradient_noise().update(
+        torch.tensor([0.0, 1e9])
+    )  # the path gradient, where it is wanted, from the first step on
     elbo.loss_and_grads(two_latents, guide)  # jit compiles here, and draws
     guide.zero_grad()
     pyro.set_rng_seed(2)

@@ -73,8 +73,10 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
             makes them.
         global_guide: guide for the global latents, with the model's arguments: an autoguide for
             ``poutine.block(model, hide=[...])``, or a function. None is an :class:`AutoSplineFlow` with antithetic
-            particles. Its splines are frozen if the plate is subsampled at setup, which leaves the Gaussian:
-            the noise of minibatches would bend them. ``guide.global_guide.flow.requires_grad_()`` lets them learn.
+            particles. Its splines learn nothing until its affine map is near the posterior
+            (:mod:`pyro_flowkit.guides.global_spline_flow`), and are frozen if the plate is subsampled at setup, which
+            leaves the Gaussian: the noise of minibatches would bend them.
+            ``guide.global_guide.flow.requires_grad_()`` lets them learn there, too.
         condition_on_global: let the local latents depend on the draws of the global ones.
         init_loc_fn: per-site initialisation (``pyro.infer.autoguide.initialization``); None is ``init_to_median``.
             The local latents start at its mean over the rows.

@@ -30,6 +30,13 @@ from torch.distributions import biject_to
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides.circular import (
+    CircularAffine,
+    Cut,
+    angular_columns,
+    best_cut,
+    periodic_columns,
+)
 from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
@@ -100,6 +107,12 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
 
     Device and dtype are those of the model's latents; ``.to()`` or ``.double()`` before the first call wins.
 
+    Angles (latents with the prior ``VonMises``, ``SineBivariateVonMises`` or ``SineSkewed``, in a model whose density
+    does not change by whole turns of them) live on a circle, not on the real line that Pyro has for them: their values
+    lie within half a turn of a centre, opposite to where there is least of the posterior's mass, or at the value that
+    ``init_loc_fn`` gives, until ``fit`` finds a better one. On the line the ELBO would be no bound
+    (:mod:`pyro_flowkit.guides.circular`).
+
     Raises:
         ValueError: for bad settings; at setup, for a discrete latent, a latent on the sphere, or latents inside a
             subsampled plate, with what to do instead.
@@ -114,6 +127,8 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
     _cond_indep_stacks: dict[str, Any]
     _unconstrained_shapes: dict[str, torch.Size]
     hierarchy: HierarchicalAffine | None
+
+    _noise_squares: Tensor
 
     def __init__(
         self,
@@ -142,7 +157,8 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
             self, model, init_loc_fn=init_to_median if init_loc_fn is None else init_loc_fn
         )
         self._given = (model, init_loc_fn is not None)
-        self._noise = GradientNoise()
+        # how training went, not what was learned: no part of the state_dict, but of checkpoints
+        self.register_buffer("_noise_squares", GradientNoise.at_first(), persistent=False)
         self._warm_start: tuple[dict[str, int], Gaussian] | None = None
         self.base_kind = base
         self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
@@ -202,6 +218,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         except Exception:
             self.prototype_trace = None  # a guide that was refused is not set up
             raise
+        angular = angular_columns(self)
         lighten(cast(poutine.Trace, self.prototype_trace))
         loc = self._choose_loc(args, kwargs)
         large = self.latent_dim > MAX_FULL_DIM
@@ -210,11 +227,17 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
             self.latent_dim, mixing="permute" if large else "lu", **self._flow_settings
         )
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
+        self._noise_squares = self._noise_squares.to(loc)
         blocks = _blocks([shape.numel() for shape in self._unconstrained_shapes.values()])
         self.hierarchy = (
             HierarchicalAffine(blocks).to(loc) if self._hierarchical and len(blocks) > 1 else None
         )
-        self.affine = Affine(loc, self.init_scale, kind)
+        cut = self._cut(angular, loc, args, kwargs) if angular else None
+        self.affine = (
+            CircularAffine(cut, self.init_scale, kind)
+            if cut is not None and cut.columns
+            else Affine(loc, self.init_scale, kind)
+        )
         if self._warm_start is not None:
             self._start_warm(*self._warm_start)
         self._convert()
@@ -226,6 +249,8 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
                 f"Expected the latents of the guide to start from, {sizes} (site: unconstrained values), got {own}."
             )
         self.affine.restart(gaussian.loc, gaussian.scale)
+        if isinstance(self.affine, CircularAffine):
+            self.affine.centre.copy_(gaussian.loc[self.affine.columns])
 
     def _choose_loc(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Where ``init_loc_fn`` says; without one the prior's medians, unless the origin is the better start.
@@ -243,9 +268,25 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         of_median, of_origin = (Gaussian(at, scale).elbo(density, draws) for at in (loc, origin))
         if of_median >= of_origin:
             return loc
-        for site, unconstrained in self._unpack_latent(origin):
-            site["value"] = biject_to(site["fn"].support)(unconstrained)
+        self._start_at(origin)
         return origin
+
+    def _start_at(self, loc: Tensor) -> None:
+        for site, unconstrained in self._unpack_latent(loc):
+            site["value"] = biject_to(site["fn"].support)(unconstrained)
+
+    def _cut(
+        self, angular: list[int], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Cut:
+        """Where to cut the angles among the latents: opposite to a given start, or where there is least mass."""
+        model, is_given = self._given
+        density = LatentDensity(model, self, args, kwargs)
+        columns = periodic_columns(density, loc, angular)
+        if is_given:
+            return Cut(columns, loc[columns], loc)
+        cut = best_cut(density, loc, columns)
+        self._start_at(cut.loc)
+        return cut
 
     def _refuse_subsampled_latents(self) -> None:
         for name, stack in self._cond_indep_stacks.items():
@@ -269,6 +310,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         kwargs: Mapping[str, Any] | None = None,
         *,
         max_seconds: float = 30.0,
+        found: Mapping[str, Tensor] | None = None,
     ) -> GaussianStart | None:
         """Move the affine map to the best Gaussian for the model, before training.
 
@@ -277,13 +319,17 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
             args: its arguments, with all of the data.
             kwargs: its keyword arguments.
             max_seconds: of the search for that Gaussian.
+            found: the `tensors` of an earlier start, to go on from there without a search; the guide is left alone.
 
         Returns:
             What to call after the training, so that it does not end below that Gaussian; None, with nothing done, where
             the guide is no Gaussian any more, or the model cannot be run for many draws at a time.
         """
         self._require_setup()
-        return GaussianStart.of(self, LatentDensity(model, self, args, kwargs), max_seconds)
+        density = LatentDensity(model, self, args, kwargs)
+        if found is not None:
+            return GaussianStart(self, density, found)
+        return GaussianStart.of(self, density, max_seconds)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""
@@ -308,8 +354,11 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         posterior = GuidePosterior(
             self.get_base_dist(), self._layers(), path_gradient=self.path_gradient
         )
-        posterior.noise = self._noise
+        posterior.noise = self._gradient_noise()
         return posterior
+
+    def _gradient_noise(self) -> GradientNoise:
+        return GradientNoise(self._noise_squares)
 
     def _layers(self) -> list[Any]:
         """From the base to the unconstrained latents."""

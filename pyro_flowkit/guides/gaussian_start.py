@@ -6,11 +6,13 @@ L-BFGS: the latents of each site are a Gaussian then whose location and log scal
 
 import time
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flowkit.guides.circular import CircularAffine
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.transforms.affine import Affine
@@ -24,11 +26,21 @@ MIN_GAIN = 0.02  # nats
 
 
 class GaussianStart:
-    """A guide that was put onto the best Gaussian; keeps what is needed to go back there."""
+    """A guide that was put onto the best Gaussian; keeps what is needed to go back there.
 
-    def __init__(self, guide: "AutoSplineFlow", density: LatentDensity):
+    Attributes:
+        tensors: the guide's `state_dict` at that Gaussian.
+    """
+
+    def __init__(
+        self,
+        guide: "AutoSplineFlow",
+        density: LatentDensity,
+        tensors: Mapping[str, Tensor] | None = None,
+    ):
         self._guide, self._density = guide, density
-        self._state = {name: tensor.clone() for name, tensor in guide.state_dict().items()}
+        tensors = guide.state_dict() if tensors is None else tensors
+        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     @classmethod
     def of(cls, guide: "AutoSplineFlow", density: LatentDensity, max_seconds: float) -> Self | None:
@@ -36,10 +48,14 @@ class GaussianStart:
         if not density.is_vectorized or not _is_gaussian(guide):
             return None
         affine, deadline = guide.affine, time.monotonic() + max_seconds
+        flat: Density = density
+        if isinstance(affine, CircularAffine):
+            affine.cut_anew(density)
+            flat = affine.flat_density(density)
         with torch.no_grad():
             scale = affine.scale if affine.kind == "full" else affine.scale.diagonal().clone()
             start = Gaussian(affine.loc.clone(), scale)
-        found = best_gaussian(density, start, max_seconds=max_seconds)
+        found = best_gaussian(flat, start, max_seconds=max_seconds)
         if found is not start:
             affine.restart(found.loc, found.scale)
         if guide.hierarchy is not None:
@@ -58,7 +74,7 @@ class GaussianStart:
         """
         now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
         trained = self._elbos()
-        self._load(self._state)
+        self._load(self.tensors)
         gaussian = self._elbos()
         difference = trained - gaussian
         gain = float(difference.mean())
@@ -85,7 +101,7 @@ class GaussianStart:
         latent, log_prob = posterior._push(z)
         return self._density(latent) - log_prob
 
-    def _load(self, state: dict[str, Tensor]) -> None:
+    def _load(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self._guide.state_dict().items():
             tensor.copy_(state[name])
 

@@ -1,11 +1,22 @@
-"""The guide for the global latents of an amortised model, where minibatches make its gradients noisy.
+"""The guide for the global latents of an amortised model: splines wait for the affine map, and minibatches are noisy.
 
-A minibatch of b out of N data pulls all particles of the global latents into one direction, sqrt(N / b) times as hard
-as their own spread justifies. Two things follow:
+The more data there are, the narrower is the posterior of the global latents, and the farther away is the start, in its
+standard deviations: fifty in ``benchmarks/amortized.py`` with 1,000 data. All particles are pulled into one direction
+then. The affine map has to go there, but splines follow the pull as well: there, thirty steps of Adam squeezed a
+dimension to a thirtieth of its width, and a thousand did not undo it. So they wait:
+
+- While the pull, the mean square of the path gradient in units of the guide's standard deviations, is above a limit,
+  no gradient reaches the splines (not even zeros, which Adam would count as steps). Once it has been below, they learn.
+- Where the path gradient is off, or the objective does not use it, nothing is known of the pull, and they wait for a
+  fixed number of calls. What jit traces cannot change later, so there they do not wait.
+
+A minibatch of b out of N data adds noise: it pulls all particles of the global latents into one direction, sqrt(N / b)
+times as hard as their own spread justifies. Two things follow:
 
 - Particles come in pairs e, -e of the base while gradients are recorded: the common pull cancels in the scale.
-- The splines are frozen at first. Under Adam, whose steps do not shrink with the gradient, such noise bends them
-  further than any signal would, and with many data the posterior of global latents is close to normal.
+- Where the plate is subsampled at setup, the splines are frozen. Under Adam, whose steps do not shrink with the
+  gradient, such noise bends them further than any signal would, and with many data the posterior of global latents is
+  close to normal.
 """
 
 from collections.abc import Callable
@@ -17,16 +28,97 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_flowkit.bases import _StandardNormal
+from pyro_flowkit.flow_distribution import _fixed_parameters
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.guides.posterior import GradientNoise
+from pyro_flowkit.transforms.base import FlowTransformModule
+
+MAX_PULL = 4.0  # mean square; a location that is two standard deviations off
+MIN_STEPS = 20  # what the mean square forgets
+MAX_SILENCE = 100  # calls
 
 
 class GlobalSplineFlow(AutoSplineFlow):
-    """An :class:`AutoSplineFlow` with antithetic particles; see the module's docstring."""
+    """An :class:`AutoSplineFlow` with antithetic particles, whose splines wait; see the module's docstring."""
+
+    _noise_squares: Tensor
+    _arrival_counts: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("_arrival_counts", Arrival.counts_at_first(), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if torch.is_grad_enabled():
+            self._gradient_noise().called()
+        return super().forward(*args, **kwargs)
 
     def get_base_dist(self) -> dist.TorchDistribution:
         base = super().get_base_dist().base_dist
         return AntitheticNormal(base.loc, base.scale, validate_args=False).to_event(1)
+
+    def _gradient_noise(self) -> "Arrival":
+        return Arrival(self._noise_squares, self._arrival_counts)
+
+    def _layers(self) -> list[Any]:
+        layers = super()._layers()
+        if torch.jit.is_tracing() or not torch.is_grad_enabled():
+            return layers
+        if self._gradient_noise().happened:
+            return layers
+        count = len(self.flow.layers)
+        return [*(Still(layer) for layer in layers[:count]), *layers[count:]]
+
+
+class Arrival(GradientNoise):
+    """The noise of gradients, and whether the affine map has come near the posterior.
+
+    Args:
+        squares: the mean squares of gradients.
+        counts: number of steps, calls since the last step, and whether it happened; integers, shape ``(3,)``. A buffer
+            of the guide, as the mean squares are.
+    """
+
+    def __init__(self, squares: Tensor, counts: Tensor):
+        super().__init__(squares)
+        self._counts = counts
+
+    @staticmethod
+    def counts_at_first() -> Tensor:
+        return torch.zeros(3, dtype=torch.long)
+
+    @property
+    def happened(self) -> bool:
+        """Once True it stays so."""
+        return bool(self._counts[2])
+
+    def called(self) -> None:
+        """Take note of a call of the guide in training."""
+        self._counts[1] += 1
+        self._counts[2] |= self._counts[1] > MAX_SILENCE
+
+    def update(self, squares: Tensor) -> None:
+        super().update(squares)
+        self._counts[0] += 1
+        self._counts[1] = 0
+        self._counts[2] |= bool(self._counts[0] >= MIN_STEPS and self.with_path < MAX_PULL)
+
+
+class Still(FlowTransformModule):
+    """A transform whose parameters get no gradients, while its inputs do."""
+
+    def __init__(self, transform: FlowTransformModule):
+        super().__init__(transform.input_dim)
+        self.transform = transform
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with _fixed_parameters([self.transform]):
+            return self.transform.call_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        with _fixed_parameters([self.transform]):
+            return self.transform.inverse_and_ladj(y)
 
 
 class AntitheticNormal(_StandardNormal):

@@ -14,7 +14,6 @@ with u the derivative of log q before the affine maps at the flow's end, the mea
 above a limit the step takes the ordinary gradient at once. The means of both gradients are the same.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,21 +30,39 @@ MEMORY = 0.9
 
 
 class GradientNoise:
-    """Running mean squares of what reaches the parameters through a draw, with and without the path gradient."""
+    """Running mean squares of what reaches the parameters through a draw, with and without the path gradient.
 
-    def __init__(self) -> None:
-        self.with_path = 1.0
-        self.without_path = 0.0
+    Args:
+        squares: where they are kept, the one with the path gradient first; shape ``(2,)``. A buffer of the guide, so
+            that a training that is resumed goes on as if it had never stopped.
+    """
+
+    def __init__(self, squares: Tensor) -> None:
+        self._squares = squares
+
+    @staticmethod
+    def at_first() -> Tensor:
+        """The mean squares before the first step: the ordinary gradient is favoured."""
+        return torch.tensor([1.0, 0.0])
+
+    @property
+    def with_path(self) -> float:
+        return float(self._squares[0])
+
+    @property
+    def without_path(self) -> float:
+        return float(self._squares[1])
 
     @property
     def favours_path(self) -> bool:
-        return self.with_path < self.without_path
+        with_path, without_path = self._squares.tolist()
+        return with_path < without_path
 
-    def update(self, with_path: float, without_path: float) -> None:
+    @torch.no_grad()
+    def update(self, squares: Tensor) -> None:
         """Take in the mean squares of a step; those that are no numbers are left out."""
-        if math.isfinite(with_path) and math.isfinite(without_path):
-            self.with_path = MEMORY * self.with_path + (1 - MEMORY) * with_path
-            self.without_path = MEMORY * self.without_path + (1 - MEMORY) * without_path
+        if bool(squares.isfinite().all()):
+            self._squares.lerp_(squares.to(self._squares), 1 - MEMORY)
 
 
 class GuidePosterior(FlowDistribution):
@@ -102,7 +119,7 @@ class GuidePosterior(FlowDistribution):
             gradient = arrived["value"] / -arrived["entropy_term"].unsqueeze(-1)
             of_p = gradient + derivative if is_path else gradient
             squares = [affine.in_units(g).square().mean() for g in (of_p - derivative, of_p)]
-            self.noise.update(*torch.stack(squares).tolist())
+            self.noise.update(torch.stack(squares))
 
         def note(name: str, gradient: Tensor) -> None:
             arrived[name] = gradient.detach()

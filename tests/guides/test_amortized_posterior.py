@@ -6,13 +6,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import init_to_mean
 from torch import Tensor
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AmortizedSplineFlow
-from pyro_flowkit.guides.global_spline_flow import AntitheticNormal
+from pyro_flowkit.guides.global_spline_flow import MAX_SILENCE, AntitheticNormal
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from tests.guides.amortized_models import DATA, make_guide, model
@@ -131,6 +131,46 @@ def test_global_splines_are_frozen_where_minibatches_make_noise(rows: int) -> No
     assert all(p.requires_grad for p in guide.flow.parameters())
 
 
+def steps_until_splines_move(guide: AmortizedSplineFlow, x: Tensor, most: int) -> int:
+    """Steps of Adam on all of the data; ``most`` if the splines of the global guide stay where they are."""
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
+    before = [p.detach().clone() for p in guide.global_guide.flow.parameters()]
+    for i in range(most):
+        optimizer.zero_grad()
+        elbo.differentiable_loss(hierarchy, guide, x).backward()
+        optimizer.step()
+        pairs = zip(guide.global_guide.flow.parameters(), before, strict=True)
+        if not all(torch.equal(now, then) for now, then in pairs):
+            return i
+    return most
+
+
+def test_global_splines_wait_for_the_affine_map() -> None:
+    guide = make_guide(hierarchy, lambda x: x[:, None], context_dim=1).setup(X)
+    x = X + 10.0
+    assert steps_until_splines_move(guide, x, 20) == 20
+    assert all(p.grad is None for p in guide.global_guide.flow.parameters())
+    assert 20 < steps_until_splines_move(guide, x, 1000) < 1000
+    distance = guide.global_guide.affine.loc - x.mean()
+    assert distance.abs() < 3 * guide.global_guide.affine.scale.squeeze()
+
+
+@pytest.mark.parametrize("path_gradient", [False, True])
+def test_global_splines_do_not_wait_for_news_that_never_comes(path_gradient: bool) -> None:
+    guide = make_guide(
+        hierarchy, lambda x: x[:, None], context_dim=1, path_gradient=path_gradient
+    ).setup(X)
+    if path_gradient:  # which an objective of this kind does not use
+        elbo = RenyiELBO(alpha=0.5, num_particles=2)
+        for _ in range(MAX_SILENCE // 2 + 1):
+            guide.zero_grad()
+            elbo.loss_and_grads(hierarchy, guide, X)
+        assert all(p.grad is not None for p in guide.global_guide.flow.parameters())
+    else:
+        assert steps_until_splines_move(guide, X, 2 * MAX_SILENCE) == MAX_SILENCE
+
+
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_conditional_affine_is_a_bijection_with_its_log_det(kind: str, size: int) -> None:
@@ -197,6 +237,14 @@ def test_minibatches_of_varying_size_train_the_exact_local_posterior() -> None:
 
 
 def test_minibatches_train_the_exact_posterior_of_global_and_local_latents() -> None:
+    train_hierarchy_of_many(batch_size=40, max_steps=200)
+
+
+def test_whole_plate_trains_the_posterior_that_minibatches_do() -> None:
+    train_hierarchy_of_many(batch_size=None, max_steps=250)
+
+
+def train_hierarchy_of_many(**settings) -> None:
     size, noise = 400, 2.0
     z = 1.5 + torch.randn(size)
     x = z + noise * torch.randn(size)
@@ -214,7 +262,7 @@ def test_minibatches_train_the_exact_posterior_of_global_and_local_latents() -> 
         condition_on_global=True,
         init_loc_fn=init_to_mean,
     )
-    fit(noisy, guide, data=x, batch_size=40, max_steps=200, lr=0.02, seed=0, progress=False)
+    fit(noisy, guide, data=x, lr=0.02, seed=0, progress=False, **settings)
     precision = 0.01 + size / (1 + noise**2)
     mean, sd = float(x.sum()) / (1 + noise**2) / precision, precision**-0.5
     low, middle, high = guide.quantiles([0.1587, 0.5, 0.8413], x)["mu"]

@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
+from pyro_flowkit.training import fit
 from tests.tiny import DATA, LATENT_DIM, make_guide, model, ready_guide, step
 
 # 6: in company
@@ -180,7 +181,35 @@ def test_08_module_local_params_train_with_a_torch_optimizer() -> None:
             optimizer.step()
         assert len(before) > 5
         assert all(not torch.equal(p, before[n]) for n, p in guide.named_parameters())
+        stated = poutine.trace(guide).get_trace(DATA).param_nodes
+        assert {name.partition(".")[2] for name in stated} == set(before), "handlers see them"
         assert len(pyro.get_param_store()) == 0
+
+
+def test_08_module_local_params_are_trained_by_fit() -> None:
+    with pyro.settings.context(module_local_params=True):
+        guide = ready_guide()  # no Gaussian any more, so that only the steps move it
+        before = {n: p.detach().clone() for n, p in guide.named_parameters()}
+        fit(model, guide, args=(DATA,), max_steps=3, lr=0.01, num_particles=4, progress=False)
+        assert len(before) > 5
+        assert all(not torch.equal(p, before[n]) for n, p in guide.named_parameters())
+        assert len(pyro.get_param_store()) == 0
+
+
+def test_08_store_brings_back_the_gaussian_that_training_started_from(tmp_path) -> None:
+    """Its location and scale are buffers: a store of parameters alone would lose them."""
+    guide = make_guide().setup(DATA)
+    triangle = torch.eye(LATENT_DIM) + 0.3 * torch.ones(LATENT_DIM, LATENT_DIM).tril(-1)
+    guide.affine.restart(torch.arange(float(LATENT_DIM)), triangle)
+    step(guide, DATA)
+    expected = guide.quantiles([0.2, 0.8])
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    del guide
+    fresh = make_guide().setup(DATA)
+    got = fresh.quantiles([0.2, 0.8])
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 # 9: NeuTra

@@ -221,6 +221,6 @@ def test_a_gain_that_is_none_leaves_the_gaussian() -> None:
     assert start is not None and not start.keep_better(), "nothing was gained"
     assert torch.equal(guide.affine.raw_loc, before)
     with torch.no_grad():
-        start._state["affine.raw_loc"].add_(0.1)  # a start half a nat below
+        start.tensors["affine.raw_loc"].add_(0.1)  # a start half a nat below
     assert start.keep_better()
     assert torch.equal(guide.affine.raw_loc, before)

@@ -27,7 +27,7 @@ def test_path_gradient_up_to_a_derivative_measured_in_units_of_the_scale(
 ) -> None:
     guide = ready_guide(affine=affine)
     d = guide.get_posterior()
-    d.noise.update(0.0, 100.0)
+    d.noise.update(torch.tensor([0.0, 100.0]))
     x = d.rsample((50,))
     point = x.detach().requires_grad_()
     (derivative,) = torch.autograd.grad(d.log_prob(point).sum(), point)
@@ -63,7 +63,7 @@ def test_the_less_noisy_gradient_is_taken() -> None:
 
     guide = make_guide(of=model, init_scale=1.0).setup()
     elbo = Trace_ELBO(num_particles=50, vectorize_particles=True, max_plate_nesting=0)
-    noise = guide._noise
+    noise = guide._gradient_noise()
     with torch.no_grad():
         guide.affine.raw_log_scale.fill_(-0.3)  # a scale of 0.05: log q is steep, log p is not
     for _ in range(20):
@@ -83,7 +83,7 @@ def test_the_less_noisy_gradient_is_taken() -> None:
 
 
 def test_numbers_that_are_none_leave_the_noise_as_it_is() -> None:
-    noise = posterior.GradientNoise()
-    noise.update(float("nan"), 1.0)
-    noise.update(1.0, float("inf"))
+    noise = posterior.GradientNoise(posterior.GradientNoise.at_first())
+    noise.update(torch.tensor([torch.nan, 1.0]))
+    noise.update(torch.tensor([1.0, torch.inf]))
     assert (noise.with_path, noise.without_path) == (1.0, 0.0)
