@@ -6,9 +6,11 @@ r"""Posteriors with a known evidence, small and hard in different ways, for guid
                      r_i ~ Binomial(n_i, logit^-1(a x_i + b_i))
     funnel           v ~ N(0, 3),  x_1..9 ~ N(0, e^(v/2))  (Neal 2003)
     banana           x_1 ~ N(0, 10),  x_2 ~ N(0.03 x_1^2 - 3, 1)  (Haario et al. 1999)
+    terrain          see _terrain.py; a linear regression of 170 simulated countries, almost Gaussian
 
 The evidence of the funnel and the banana is 1 by construction. That of eight schools is a quadrature, that of Seeds
-importance sampling with the error below the last digit given.
+importance sampling with the error below the last digit given. That of the terrain is computed at every call, by a
+quadrature over sigma: given sigma it has a closed form.
 """
 
 from collections.abc import Callable
@@ -18,9 +20,10 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer import Predictive
 from torch import Tensor
 
-from models import eight_schools
+from models import _terrain, eight_schools
 
 SEEDS_N = (39, 62, 81, 51, 39, 6, 74, 72, 51, 79, 13, 16, 30, 28, 45, 4, 12, 41, 30, 51, 7)
 SEEDS_R = (10, 23, 23, 26, 17, 5, 53, 55, 32, 46, 10, 8, 10, 8, 23, 0, 3, 22, 15, 32, 3)
@@ -38,6 +41,7 @@ class Target:
         log_evidence: log Z in nats, exact to the digits given.
         gaussian_elbo: ELBO of the best full-rank Gaussian in unconstrained space (nats), None where it is not known.
         start: values of the latents where a guide that can start somewhere should.
+        exact_draws: so many independent draws of the posterior by site, None where there is no way to them.
     """
 
     model: Callable[..., None]
@@ -45,6 +49,7 @@ class Target:
     log_evidence: float
     gaussian_elbo: float | None
     start: dict[str, Tensor]
+    exact_draws: Callable[[int], dict[str, Tensor]] | None = None
 
 
 def seeds(x: Tensor, n: Tensor, r: Tensor) -> None:
@@ -70,12 +75,19 @@ def banana(zero: Tensor) -> None:
     pyro.sample("x2", dist.Normal(0.03 * x1.square() - 3.0, 1.0 + zero))
 
 
+def _prior_draws(model: Callable[..., None], zero: Tensor, num_samples: int) -> dict[str, Tensor]:
+    """Draws of a model without data."""
+    draws = Predictive(model, num_samples=num_samples, parallel=True)(zero)
+    return {name: value.reshape(num_samples, -1).squeeze(-1) for name, value in draws.items()}
+
+
 def targets(dtype: torch.dtype = torch.float64) -> dict[str, Target]:
     """The posteriors by name."""
     tensor = partial(torch.tensor, dtype=dtype)
     x1, x2 = tensor(SEEDS_X1), tensor(SEEDS_X2)
     x = torch.stack([torch.ones_like(x1), x1, x2, x1 * x2], dim=-1)
     schools, evidence = eight_schools.data(dtype), eight_schools.EXACT_LOG_EVIDENCE
+    countries = _terrain.data(dtype)
     population = {"mu": tensor(4.0), "tau": tensor(3.0)}
     return {
         "eight schools, centred": Target(
@@ -100,9 +112,31 @@ def targets(dtype: torch.dtype = torch.float64) -> dict[str, Target]:
             {"a": tensor([-0.5, 0.0, 1.3, -0.8]), "tau": tensor(10.0), "b": tensor([0.0] * 21)},
         ),
         "funnel": Target(
-            funnel, (tensor(0.0),), 0.0, -1.863, {"v": tensor(0.0), "x": tensor([0.0] * 9)}
+            funnel,
+            (tensor(0.0),),
+            0.0,
+            -1.863,
+            {"v": tensor(0.0), "x": tensor([0.0] * 9)},
+            partial(_prior_draws, funnel, tensor(0.0)),
         ),
         "banana": Target(
-            banana, (tensor(0.0),), 0.0, -0.726, {"x1": tensor(0.0), "x2": tensor(-3.0)}
+            banana,
+            (tensor(0.0),),
+            0.0,
+            -0.726,
+            {"x1": tensor(0.0), "x2": tensor(-3.0)},
+            partial(_prior_draws, banana, tensor(0.0)),
+        ),
+        "terrain": Target(
+            _terrain.terrain,
+            countries,
+            _terrain.log_evidence(*countries),
+            -253.060,
+            {
+                "a": tensor(9.0),
+                **dict.fromkeys(_terrain.COEFFICIENTS[1:], tensor(0.0)),
+                "sigma": tensor(1.0),
+            },
+            partial(_terrain.exact_draws, *countries),
         ),
     }
