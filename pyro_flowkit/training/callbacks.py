@@ -42,7 +42,7 @@ class Callback:
         """Called once, before the first step."""
 
     def on_step(self, state: FitState) -> None:
-        """Called after every step, skipped ones included."""
+        """Called after every step, skipped ones included, and after its validation if there is one."""
 
     def on_validation(self, state: FitState) -> None:
         """Called after every validation; `state.validation` is fresh."""

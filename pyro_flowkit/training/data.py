@@ -1,34 +1,46 @@
-"""In-memory rows: checked, split, and cut into batches by index.
+"""Where the batches of a fit come from: tensors in memory, a DataLoader, or a function of the step.
 
-Indexing a tensor costs microseconds where a DataLoader costs more than many SVI steps. The order of
-the rows is a function of (seed, epoch) alone, so there is no sampler state to save.
+Indexing a tensor costs microseconds where a DataLoader costs more than many SVI steps. The order of rows in memory is a
+function of (seed, epoch) alone, so there is no sampler state to save.
+
+The three kinds of batches have in common
+
+    batches[step]           the batch of a step, counted from 0 over all epochs
+    size                    number of data that they are taken from; None where unknown
+    minibatched             whether a batch is only a part of them
+    steps_per_epoch         None where there are no epochs, or their length is unknown
+    state_dict()            what it takes, beside the step, to go on with the next batch
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
+
+from pyro_flowkit.training.state import random_state, set_random_state
+
+Batch = tuple[torch.Tensor, ...]
+Device = torch.device | None
 
 
-def as_rows(data: Any, name: str = "data") -> tuple[torch.Tensor, ...]:
+def as_rows(data: Any, name: str = "data", device: Device = None) -> Batch:
     """Checks data and returns it as a tuple of tensors with one common length.
 
     Args:
         data: A tensor of shape `(N, ...)` or a non-empty tuple or list of such tensors.
         name: What to call it in error messages.
+        device: Where to put them; None leaves them.
 
     Raises:
         TypeError: If it is neither a tensor nor a tuple of tensors.
         ValueError: If a tensor has no rows or the lengths differ.
     """
-    rows = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-    for tensor in rows:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"expected {name} to be a tensor or a tuple of tensors, got {type(tensor).__name__}"
-            )
+    rows = as_batch(data, name, device)
     if not rows:
         raise ValueError(f"expected {name} to hold at least one tensor, got an empty tuple")
     lengths = [tensor.shape[0] if tensor.dim() else 0 for tensor in rows]
@@ -38,9 +50,22 @@ def as_rows(data: Any, name: str = "data") -> tuple[torch.Tensor, ...]:
     return rows
 
 
-def split_rows(
-    rows: tuple[torch.Tensor, ...], fraction: float, seed: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def as_batch(data: Any, name: str, device: Device = None) -> Batch:
+    """A tensor, or a tuple or list of tensors, as a tuple of tensors on a device.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    tensors = tuple(data) if isinstance(data, tuple | list) else (data,)
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"expected {name} to be a tensor or a tuple of tensors, got {type(tensor).__name__}"
+            )
+    return tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
+
+
+def split_rows(rows: Batch, fraction: float, seed: int) -> tuple[Batch, Batch]:
     """Splits rows at random into a training part and a validation part.
 
     Args:
@@ -65,8 +90,8 @@ def split_rows(
     return train, tuple(tensor[order[:held_out].to(tensor.device)] for tensor in rows)
 
 
-class Batches:
-    """Batches of rows by step number; row order is a function of (seed, epoch).
+class RowBatches:
+    """Batches of rows in memory; their order is a function of (seed, epoch).
 
     Each epoch visits `steps_per_epoch * batch_size` rows in a fresh random order and leaves out the
     remainder, so that every batch has the same shape.
@@ -75,9 +100,15 @@ class Batches:
         rows: Tensors with `N` rows each; the empty tuple means a model without data.
         batch_size: Rows per batch; None or `N` gives all rows, in their own order.
         seed: Non-negative seed.
+        part: `(number, count)`: the part of every minibatch that this process takes.
+
+    Raises:
+        ValueError: If the batch size does not fit the rows or the number of parts.
     """
 
-    def __init__(self, rows: tuple[torch.Tensor, ...], batch_size: int | None, seed: int) -> None:
+    def __init__(
+        self, rows: Batch, batch_size: int | None, seed: int, part: tuple[int, int] = (0, 1)
+    ) -> None:
         self.rows = rows
         self.seed = seed
         self.size = len(rows[0]) if rows else 0
@@ -89,12 +120,18 @@ class Batches:
             )
         self.batch_size = batch_size or self.size
         self.minibatched = self.batch_size < self.size
-        self.steps_per_epoch = self.size // self.batch_size if rows else 1
+        number, count = part
+        if self.minibatched and self.batch_size % count:
+            raise ValueError(
+                f"expected batch_size to be a multiple of the number of processes, {count}, got {self.batch_size}"
+            )
+        self._share = self.batch_size // count
+        self._offset = number * self._share
+        self.steps_per_epoch: int = self.size // self.batch_size if rows else 1
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
-        """The batch of a step, counted from 0 over all epochs."""
+    def __getitem__(self, step: int) -> Batch:
         if not self.minibatched:
             return self.rows
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -103,5 +140,157 @@ class Batches:
                 np.random.default_rng((self.seed, epoch)).permutation(self.size)
             ).to(self.rows[0].device)
             self._epoch = epoch
-        index = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        start = position * self.batch_size + self._offset
+        index = self._order[start : start + self._share]
         return tuple(tensor[index] for tensor in self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class LoaderBatches:
+    """The batches of a DataLoader, epoch after epoch.
+
+    A loader says nothing of where it is. It decides about an epoch's order when it begins, though, by the random
+    numbers of that moment: with these it begins again, and gives the same batches, to be skipped.
+
+    Args:
+        loader: Gives tensors, or tuples or lists of tensors.
+        device: Where to put them; None leaves them.
+    """
+
+    def __init__(self, loader: DataLoader, device: Device = None) -> None:
+        self._loader, self._device = loader, device
+        self.size = _length(loader.dataset)
+        self.steps_per_epoch = _length(loader)
+        self.minibatched = self.steps_per_epoch != 1
+        self._iterator: Iterator[Any] = iter(())
+        self._random: dict[str, Any] | None = None  # when the epoch began
+        self._position = 0  # batches taken in this epoch
+        self._held: tuple[int, Batch] | None = None
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step; steps are asked for in their order, the last one again if need be.
+
+        Raises:
+            ValueError: If the loader has no batches.
+        """
+        if self._held is None or self._held[0] != step:
+            batch = next(self._iterator, None)
+            if batch is None:
+                self._begin()
+                batch = next(self._iterator, None)
+            if batch is None:
+                raise ValueError("expected a DataLoader with at least one batch, got none")
+            self._position += 1
+            self._held = step, as_batch(batch, "every batch of the DataLoader", self._device)
+        return self._held[1]
+
+    def _begin(self) -> None:
+        self._random, self._position = random_state(), 0
+        self._iterator = iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": self._random, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where an earlier fit was; the states of the random number generators change.
+
+        Raises:
+            ValueError: If the loader has fewer batches than were taken.
+        """
+        self._held = None
+        self._iterator = iter(())
+        if state["random"] is None:
+            return
+        set_random_state(state["random"])
+        self._begin()
+        self._position = sum(1 for _ in islice(self._iterator, state["position"]))
+        if self._position < state["position"]:
+            raise ValueError(
+                f"expected a DataLoader with at least {state['position']} batches as in the checkpoint, got "
+                f"{self._position}"
+            )
+
+
+class FunctionBatches:
+    """Batches that a function of the step makes.
+
+    Args:
+        function: From the step, counted from 0, to a tensor or a tuple of tensors.
+        device: Where to put them; None leaves them.
+    """
+
+    size = None
+    steps_per_epoch = None
+    minibatched = True
+
+    def __init__(self, function: Callable[[int], Any], device: Device = None) -> None:
+        self._function, self._device = function, device
+
+    def __getitem__(self, step: int) -> Batch:
+        return as_batch(self._function(step), f"data({step})", self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+Batches = RowBatches | LoaderBatches | FunctionBatches
+
+
+def open_batches(
+    data: Any,
+    val_data: Any,
+    val_fraction: float,
+    batch_size: int | None,
+    seed: int,
+    device: Device,
+    part: tuple[int, int],
+) -> tuple[Batches, Any]:
+    """The batches to train on, and what is held out: a tuple of tensors, a DataLoader, or nothing.
+
+    Args:
+        data, val_data, val_fraction, batch_size: As `fit` has them.
+        seed: Of the order of rows, and of the split.
+        device: Where to put the batches of a DataLoader or a function; None leaves them.
+        part: `(number, count)`: the part of every minibatch of rows that this process takes.
+
+    Raises:
+        TypeError: If data are of the wrong kind.
+        ValueError: If they do not fit each other.
+    """
+    if (val_data is not None or val_fraction) and data is None:
+        raise ValueError("expected data for val_data or val_fraction, got data=None")
+    if val_data is not None and val_fraction:
+        raise ValueError("expected either val_data or val_fraction, got both")
+    held_out: Any = ()
+    if val_data is not None:
+        held_out = val_data if isinstance(val_data, DataLoader) else as_rows(val_data, "val_data")
+    if isinstance(data, DataLoader) or (callable(data) and not isinstance(data, torch.Tensor)):
+        if batch_size is not None or val_fraction:
+            raise ValueError(
+                f"expected data in tensors for batch_size and val_fraction, got {type(data).__name__}, "
+                f"batch_size={batch_size} and val_fraction={val_fraction}"
+            )
+        if isinstance(data, DataLoader):
+            return LoaderBatches(data, device), held_out
+        return FunctionBatches(data, device), held_out
+    rows = () if data is None else as_rows(data)
+    if isinstance(held_out, tuple) and held_out and len(held_out) != len(rows):
+        raise ValueError(f"expected val_data of {len(rows)} tensors like data, got {len(held_out)}")
+    if val_fraction:
+        rows, held_out = split_rows(rows, val_fraction, seed)
+    return RowBatches(rows, batch_size, seed, part), held_out
+
+
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:
+        return None

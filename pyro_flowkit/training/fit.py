@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoGuide
 
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.callbacks import FitState
-from pyro_flowkit.training.data import Batches, as_rows, split_rows
+from pyro_flowkit.training.checkpoint import check_same_call, fingerprint, open_checkpoints
+from pyro_flowkit.training.compilation import compile_where_it_pays
+from pyro_flowkit.training.data import RowBatches, open_batches
+from pyro_flowkit.training.device import chosen_device, move_modules, moved
+from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.loop import Limits, Loop
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
-from pyro_flowkit.training.plates import vectorized_nesting
+from pyro_flowkit.training.losses import MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.training.objective import checked_objective, default_objective
+from pyro_flowkit.training.optimizer import add_group, build_optimizer
 from pyro_flowkit.training.progress import Bar
-from pyro_flowkit.training.result import FitResult
-from pyro_flowkit.training.schedule import Schedule
+from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.training.result import FitResult, versions
+from pyro_flowkit.training.schedule import Schedule, kl_weight
+from pyro_flowkit.training.trackers import safely
 from pyro_flowkit.training.validation import Validator
-
-OptimizerFactory = Callable[..., Any]  # params, lr=... -> torch.optim.Optimizer
-SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 DEFAULT_LR = 3e-3
 DEFAULT_CAP = 20_000
 DEFAULT_PATIENCE = 5
 WINDOW = 100
 GAUSSIAN_SECONDS = 30.0
-MAX_SEQUENTIAL = 8
 
 
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,
     *,
-    data: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    data: Any = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     objective: ELBO | None = None,
@@ -47,17 +51,25 @@ def fit(
     max_epochs: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
-    val_data: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    val_data: Any = None,
     val_fraction: float = 0.0,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: Callable[..., Any] | None = None,
     lr: float | None = None,
-    scheduler: str | SchedulerFactory | None = None,
+    scheduler: str | Callable[[torch.optim.Optimizer], Any] | None = None,
     clip_norm: float | None = None,
     patience: int | None = None,
     restore_best: bool = True,
+    average: float | Literal["tail"] | None = None,
     non_finite: str = "skip",
+    kl_schedule: Callable[[int], float] | tuple[float, float] | None = None,
     seed: int | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
     check_plates: bool = True,
+    trackers: Sequence[Any] = (),
+    checkpoint_dir: Any = None,
+    checkpoint_every: float = 600,
+    resume: bool = False,
     callbacks: Sequence[Any] = (),
     progress: bool = True,
 ) -> FitResult:
@@ -77,6 +89,11 @@ def fit(
     validations), drops tenfold, twice, and the fit ends at the third such plateau, or after 20,000
     steps.
 
+    Under `torchrun` the same call is data-parallel: parameters are those of the first process, noise is independent,
+    gradients are averaged. `batch_size` counts the rows of all processes together; without minibatches each sees all
+    data, and adds its own particles. A DataLoader or a function gives each process its own batches. The first process
+    alone writes files and shows the bar.
+
     Args:
         model: A flow with `log_prob(*batch, *args)`, or a Pyro model.
         guide: Its guide. Options that are None are read from the fields of `guide.recipe()` where
@@ -88,6 +105,7 @@ def fit(
         data: Tensor with `N` rows, or a tuple of such tensors. Its batches are the leading
             positional arguments of model and guide. Rows are reshuffled every epoch as a function
             of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of that epoch.
+            Or a `DataLoader` of such batches, or a function from the step (from 0) to a batch.
         args: Further positional arguments.
         kwargs: Keyword arguments.
         objective: An instance of `pyro.infer.ELBO`; default `Trace_ELBO(num_particles)`, vectorised
@@ -98,7 +116,7 @@ def fit(
         max_epochs: Number of passes over data.
         max_seconds: Wall-clock limit; the schedule ends with it.
         batch_size: Rows per step; default all.
-        val_data: Held-out rows, in the form of data.
+        val_data: Held-out rows: a tensor, a tuple of tensors, or a `DataLoader`.
         val_fraction: Share of data to hold out instead; the plate's size is then that of the rest.
         optimizer: A callable `params -> torch.optim.Optimizer`; `lr` is passed on if given. Default
             Adam. Parameters that first appear later join its first group.
@@ -113,48 +131,88 @@ def fit(
             exceed its standard error; there are about 20, at most 100 steps apart.
         restore_best: Return the state with the best validation objective, or without validation
             the last state whose window is not significantly worse than the best window.
+        average: A number in (0, 1), the decay of an exponential moving average of the parameters,
+            or "tail", their mean over the second half of the steps. Validations judge the average,
+            and it is what the fit ends with (with validation and restore_best, the best of them).
         non_finite: "skip" leaves out steps with a non-finite loss or gradient and stops with the
-            best state after 10 in a row; "raise" raises FloatingPointError at the first.
+            best state after 10 in a row; "raise" raises FloatingPointError at the first. Both name
+            the parameter, site or row where the numbers stop being finite.
+        kl_schedule: Weight of the log-probabilities of latent sites, log p(z) - log q(z), in the
+            objective: a function from the step (from 0) to the weight, or `(w, share)`, from w in
+            a line to 1 over that share of the budget, then 1. Until it is 1 the recorded "elbo" is
+            the weighted objective, and no state is taken for the best.
         seed: If given, `pyro.set_rng_seed(seed)` is called at the start; also orders the rows.
+        device: Where to compute: a device, or "auto" for the GPU if there is one. Model, guide, data
+            and the tensors among args and kwargs are moved there. None leaves all where they are.
+        compile: Compile the `log_prob` of a flow with an exact likelihood by `torch.compile`, if a
+            trial shows that a step gains a tenth or more; the result's `notes` say what was done.
         check_plates: Compare the plates with the data on the first batch.
+        trackers: Where the history goes while the fit runs: `CsvTracker`, `TensorBoardTracker`,
+            `MLflowTracker`, or anything with their three methods.
+        checkpoint_dir: A folder for checkpoints: of the state between two steps, of which the two
+            newest are kept. They hold plain tensors, are written whole or not at all, and are
+            written at the end and at an interruption, too.
+        checkpoint_every: Seconds between checkpoints.
+        resume: Go on from the newest readable checkpoint in checkpoint_dir, if there is one. The
+            result is that of an uninterrupted fit, bit for bit, unless it depends on the time
+            (max_seconds). Call with the same arguments and a model and guide built in the same way. A
+            DataLoader is run through up to the batch where the fit had been.
         callbacks: `Callback` objects.
         progress: Show a bar; False is silent.
 
     Returns:
         A `FitResult`. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
-        `stop_reason="interrupted"`.
+        `stop_reason="interrupted"`, once a step is done (at once if pressed again).
 
     Raises:
         TypeError: If data, objective or the scheduler's result is of the wrong kind.
         ValueError: If numbers are out of range, plates do not match the data, a latent site has no
-            guide, no parameter is trainable, or `TraceMeanField_ELBO` meets an `AutoContinuous`.
+            guide, no parameter is trainable, `TraceMeanField_ELBO` meets an `AutoContinuous`, or a
+            checkpoint does not fit the call or is damaged.
         FloatingPointError: With `non_finite="raise"`.
+        LostRankError: If another process of a distributed fit has ended.
     """
-    _check_options(max_steps, max_epochs, max_seconds, lr, clip_norm, patience, non_finite)
+    numbers = {
+        "max_steps": max_steps,
+        "max_epochs": max_epochs,
+        "max_seconds": max_seconds,
+        "lr": lr,
+        "clip_norm": clip_norm,
+        "patience": patience,
+    }
+    _check_options(numbers, checkpoint_every, non_finite)
+    place = chosen_device(device)
+    ranks = Ranks.join(place)
+    checkpoints, earlier = open_checkpoints(checkpoint_dir, resume, ranks)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    row_seed = int(torch.randint(2**31, ())) if seed is None else seed
-    kwargs = dict(kwargs or {})
-    args = tuple(args)
+    drawn = float(torch.randint(2**31, ())) if seed is None else seed
+    row_seed = int(ranks.largest(drawn)[0]) if earlier is None else earlier["row_seed"]
+    move_modules(place, model, guide)
+    args = tuple(moved(tuple(args), place))
+    keywords: dict[str, Any] = moved(dict(kwargs or {}), place)
     read_recipe = getattr(guide, "recipe", None)
     recipe: Any = read_recipe() if callable(read_recipe) else None
 
-    rows = () if data is None else as_rows(data)
-    held_out = () if val_data is None else as_rows(val_data, "val_data")
-    if (held_out or val_fraction) and not rows:
-        raise ValueError("expected data for val_data or val_fraction, got data=None")
-    if held_out and val_fraction:
-        raise ValueError("expected either val_data or val_fraction, got both")
-    if held_out and len(held_out) != len(rows):
-        raise ValueError(f"expected val_data of {len(rows)} tensors like data, got {len(held_out)}")
-    if val_fraction:
-        rows, held_out = split_rows(rows, val_fraction, row_seed)
-    batches = Batches(rows, batch_size, row_seed)
+    batches, held_out = open_batches(
+        moved(data, place),
+        moved(val_data, place),
+        val_fraction,
+        batch_size,
+        row_seed,
+        place,
+        (ranks.number, ranks.count),
+    )
+    has_data = not isinstance(batches, RowBatches) or bool(batches.rows)
     first = batches[0]
 
     # Limits: the caller's, then the recipe's, then a cap with stopping at plateaus.
     limits = Limits(max_steps, max_seconds, patience)
     if max_epochs is not None:
+        if batches.steps_per_epoch is None:
+            raise ValueError(
+                f"expected data with a known number of batches for max_epochs={max_epochs}, got a source without len()"
+            )
         by_epochs = max_epochs * batches.steps_per_epoch
         if max_steps is None or by_epochs < max_steps:
             limits.max_steps, limits.steps_reason = by_epochs, "max_epochs"
@@ -172,68 +230,112 @@ def fit(
 
     loss: MaximumLikelihood | Variational
     if guide is None and isinstance(model, torch.nn.Module) and hasattr(model, "log_prob"):
-        if objective is not None or num_particles is not None:
+        if objective is not None or num_particles is not None or kl_schedule is not None:
             raise ValueError(
-                "expected no objective and no num_particles for maximum likelihood, "
-                f"got {objective!r} and {num_particles!r}"
+                "expected no objective, no num_particles and no kl_schedule for maximum likelihood, "
+                f"got {objective!r}, {num_particles!r} and {kl_schedule!r}"
             )
-        if not rows and not args:
+        if not has_data and not args:
             raise ValueError("expected data for maximum likelihood, got none")
-        loss = MaximumLikelihood(model, args, kwargs)
+        loss = MaximumLikelihood(model, args, keywords)
     else:
-        program = _no_guide if guide is None else guide
+        program = no_guide if guide is None else guide
         if isinstance(program, AutoGuide) and program.prototype_trace is None:
-            getattr(program, "setup", program)(*first, *args, **kwargs)
-        loss = Variational(model, program, args, kwargs, guide is not None)
-        wished = None if objective is not None else getattr(recipe, "num_particles", None)
-        loss.objective = _objective(
-            objective, num_particles, wished, model, program, (*first, *args), kwargs
-        )
+            getattr(program, "setup", program)(*first, *args, **keywords)
+            move_modules(place, program)
+        loss = Variational(model, program, args, keywords, guide is not None)
+        if objective is None:
+            wished = getattr(recipe, "num_particles", None)
+            inputs = (*first, *args)
+            loss.objective = default_objective(
+                num_particles, wished, model, program, inputs, keywords
+            )
+        else:
+            loss.objective = checked_objective(objective, num_particles, program)
+        if kl_schedule is not None and isinstance(objective, JitTrace_ELBO):
+            raise ValueError(
+                "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
+            )
     for module in loss.modules:
         module.train()
     loss.prepare(first, batches.size, check_plates)
     begun = time.perf_counter()
     start = None
     if isinstance(guide, AutoSplineFlow) and recipe.gaussian_start and not batches.minibatched:
-        quarter = GAUSSIAN_SECONDS if max_seconds is None else max_seconds / 4
-        start = guide.start_at_gaussian(
-            model, (*first, *args), kwargs, max_seconds=min(GAUSSIAN_SECONDS, quarter)
-        )
-    params = loss.parameters()
-    if not params:
+        inputs = (*first, *args)
+        if earlier is None:
+            quarter = GAUSSIAN_SECONDS if max_seconds is None else max_seconds / 4
+            seconds = min(GAUSSIAN_SECONDS, quarter)
+            start = guide.start_at_gaussian(model, inputs, keywords, max_seconds=seconds)
+        elif earlier["start"] is not None:
+            start = guide.start_at_gaussian(model, inputs, keywords, found=earlier["start"])
+    if not loss.parameters():
         raise ValueError("expected at least one trainable parameter in model or guide, got none")
-    built = _optimizer(optimizer, params, lr, getattr(recipe, "lr", None) or DEFAULT_LR)
+    if ranks.count > 1:
+        ranks.broadcast(loss.tensors().values())
+        # each process has searched for itself
+        if isinstance(guide, AutoSplineFlow) and start is not None and earlier is None:
+            start = guide.start_at_gaussian(model, inputs, keywords, found=guide.state_dict())
+        if ranks.number > 0:
+            noise = np.random.SeedSequence([row_seed, ranks.number]).generate_state(1)
+            pyro.set_rng_seed(int(noise[0]))
+    built = build_optimizer(
+        optimizer, loss.parameters(), lr, getattr(recipe, "lr", None) or DEFAULT_LR
+    )
+    loss.fresh.clear()
     if isinstance(guide, AutoSplineFlow) and start and optimizer is None and lr is None:
-        _add_group(built, guide.affine.parameters(), recipe.affine_lr)
+        add_group(built, guide.affine.parameters(), recipe.affine_lr)
         if guide.hierarchy is not None:
-            _add_group(built, guide.hierarchy.parameters(), recipe.hierarchy_lr)
-    if limits.max_seconds is not None:
+            add_group(built, guide.hierarchy.parameters(), recipe.hierarchy_lr)
+    if limits.max_seconds is not None and earlier is None:
         limits.max_seconds = max(limits.max_seconds - (time.perf_counter() - begun), 0.0)
+    notes = (compile_where_it_pays(loss, first),) if compile else ()
 
+    state = FitState(model=model, guide=guide, optimizer=built)
+    chunk = batches.batch_size if isinstance(batches, RowBatches) else WINDOW
     loop = Loop(
         loss,
         batches,
         built,
         Schedule(built, scheduler),
         limits,
-        validator=Validator(held_out, batches.batch_size) if held_out else None,
-        window=_window(limits.max_steps, bool(held_out)),
+        ranks=ranks,
+        judge=Judge(
+            loss,
+            Validator(held_out, chunk, place) if held_out else None,
+            _window(limits.max_steps, bool(held_out)),
+            None if average is None else Average(average),
+            ranks,
+        ),
+        kl_weight=None if kl_schedule is None else kl_weight(kl_schedule),
         clip_norm=clip_norm,
         restore_best=restore_best,
         non_finite=non_finite,
         callbacks=tuple(callbacks),
-        state=FitState(model=model, guide=guide, optimizer=built),
-        bar=Bar(progress, limits.max_steps, bool(rows)),
+        trackers=safely(trackers if ranks.leads else ()),
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        extra={
+            "row_seed": row_seed,
+            "call": fingerprint(batches, ranks),
+            "start": None if start is None else start.tensors,
+            "max_seconds": limits.max_seconds,
+            "versions": versions(),
+        },
+        notes=notes,
+        state=state,
+        bar=Bar(progress and ranks.leads, limits.max_steps, has_data),
     )
-    result = loop.run()
+    if earlier is not None:
+        check_same_call(earlier, fingerprint(batches, ranks), seed)
+        limits.max_seconds = earlier["max_seconds"] if max_seconds is not None else None
+        loop.load(earlier)
+    settings = {**fingerprint(batches, ranks), **{k: v for k, v in numbers.items() if v}}
+    result = loop.run(settings)
     if start is not None and isinstance(loss, Variational):
         if isinstance(loss.objective, Trace_ELBO | TraceGraph_ELBO) and not start.keep_better():
             result.best_step = 0
     return result
-
-
-def _no_guide(*args: Any, **kwargs: Any) -> None:
-    """The guide of a model without latents."""
 
 
 def _window(max_steps: int | None, validated: bool) -> int:
@@ -243,106 +345,13 @@ def _window(max_steps: int | None, validated: bool) -> int:
     return max(1 if validated else 10, min(WINDOW, max_steps // 20))
 
 
-def _objective(
-    objective: ELBO | None,
-    num_particles: int | None,
-    wished_particles: int | None,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> ELBO:
-    if objective is None:
-        particles = num_particles or wished_particles or 1
-        nesting = vectorized_nesting(model, guide, args, kwargs) if particles > 1 else None
-        if nesting is None:
-            if num_particles is None and particles > MAX_SEQUENTIAL:
-                warnings.warn(
-                    f"Expected a model that runs for many particles at a time, in a plate to the left of its own: this "
-                    f"one does not, or not with the same ELBO. A step runs {MAX_SEQUENTIAL} particles one after the "
-                    f"other, instead of {particles} at once, which takes longer and gives a noisier gradient.",
-                    stacklevel=3,
-                )
-                particles = MAX_SEQUENTIAL
-            return Trace_ELBO(num_particles=particles)
-        return Trace_ELBO(particles, max_plate_nesting=nesting, vectorize_particles=True)
-    if not isinstance(objective, ELBO):
-        raise TypeError(
-            f"expected objective to be an instance of pyro.infer.ELBO, got {objective!r}"
-        )
-    if num_particles is not None and num_particles != objective.num_particles:
-        raise ValueError(
-            f"expected num_particles of the objective, {objective.num_particles}, "
-            f"got num_particles={num_particles}"
-        )
-    parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
-    for part in parts:
-        if isinstance(objective, TraceMeanField_ELBO) and isinstance(part, AutoContinuous):
-            raise ValueError(
-                f"expected another objective than {type(objective).__name__} for "
-                f"{type(part).__name__}, e.g. Trace_ELBO: an AutoContinuous guide writes its sites "
-                "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
-                "that log-density, so the result would not be the ELBO"
-            )
-        if (
-            getattr(part, "path_gradient", False)
-            and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
-            and not getattr(objective, "own_gradient", False)
-        ):
-            warnings.warn(
-                f"path_gradient of {type(part).__name__} has no effect under "
-                f"{type(objective).__name__}: only Trace_ELBO, JitTrace_ELBO and TraceGraph_ELBO use "
-                "it. The gradient is the ordinary one; path_gradient=False says so too.",
-                stacklevel=3,
-            )
-    return objective
-
-
-def _optimizer(
-    optimizer: OptimizerFactory | None,
-    params: list[torch.Tensor],
-    lr: float | None,
-    default_lr: float,
-) -> torch.optim.Optimizer:
-    if optimizer is None:
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-        return torch.optim.Adam(params, lr=default_lr if lr is None else lr, fused=fused)
-    built = optimizer(params) if lr is None else optimizer(params, lr=lr)
-    if not isinstance(built, torch.optim.Optimizer) or isinstance(built, torch.optim.LBFGS):
-        raise TypeError(
-            "expected optimizer(params) to return a torch.optim.Optimizer that needs no closure, "
-            f"got {type(built).__name__}"
-        )
-    return built
-
-
-def _add_group(optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], lr: float) -> None:
-    """Moves parameters into a group with a learning rate of its own."""
-    chosen = {id(parameter): parameter for parameter in params}
-    group = optimizer.param_groups[0]
-    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-    optimizer.add_param_group({"params": list(chosen.values()), "lr": lr})
-
-
 def _check_options(
-    max_steps: int | None,
-    max_epochs: int | None,
-    max_seconds: float | None,
-    lr: float | None,
-    clip_norm: float | None,
-    patience: int | None,
-    non_finite: str,
+    numbers: Mapping[str, float | None], checkpoint_every: float, non_finite: str
 ) -> None:
-    numbers = {
-        "max_steps": max_steps,
-        "max_epochs": max_epochs,
-        "max_seconds": max_seconds,
-        "lr": lr,
-        "clip_norm": clip_norm,
-        "patience": patience,
-    }
     for name, value in numbers.items():
         if value is not None and not value > 0:
             raise ValueError(f"expected {name} > 0, got {value}")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"expected checkpoint_every >= 0 seconds, got {checkpoint_every}")
     if non_finite not in ("skip", "raise"):
         raise ValueError(f"expected non_finite to be 'skip' or 'raise', got {non_finite!r}")

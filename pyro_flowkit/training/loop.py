@@ -1,7 +1,8 @@
 """The training loop: one pass of step, judge, record, until a reason to stop.
 
 A step is: batch, loss, gradient, finite?, clip, learning rate, update. After every window of steps
-the state is judged (see validation.py), which decides about the best state and about stopping.
+the state is judged (see judge.py), which decides about the best state and about stopping.
+Between two steps everything that the next one depends on can be saved and put back.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +18,25 @@ import numpy as np
 import torch
 
 from pyro_flowkit.training.callbacks import FitState
+from pyro_flowkit.training.checkpoint import Checkpoints
 from pyro_flowkit.training.data import Batches
+from pyro_flowkit.training.faults import Interruption, caused_by_non_finite, worst_site
+from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.optimizer import (
+    load_optimizer_state,
+    load_parameter_state,
+    optimizer_state,
+)
 from pyro_flowkit.training.progress import Bar
+from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.result import FitResult
 from pyro_flowkit.training.schedule import Schedule
-from pyro_flowkit.training.state import Snapshot
-from pyro_flowkit.training.validation import Best, Validator, Window
+from pyro_flowkit.training.state import copied, random_state, set_random_state
 
 NON_FINITE_LIMIT = 10
-HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds")
+HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")
+INTERRUPTIONS = ("interrupted", "terminated")
 
 
 @dataclass
@@ -57,163 +67,268 @@ class Loop:
         schedule: Schedule,
         limits: Limits,
         *,
-        validator: Validator | None,
-        window: int,
+        ranks: Ranks,
+        judge: Judge,
+        kl_weight: Callable[[int, float], float] | None,
         clip_norm: float | None,
         restore_best: bool,
         non_finite: str,
         callbacks: Sequence[Any],
+        trackers: Any,  # as `safely` makes them
+        checkpoints: Checkpoints | None,
+        checkpoint_every: float,
+        extra: dict[str, Any],
+        notes: tuple[str, ...],
         state: FitState,
         bar: Bar,
     ) -> None:
         self._loss, self._batches = loss, batches
         self._optimizer, self._schedule, self._limits = optimizer, schedule, limits
-        self._validator, self._window = validator, Window(window)
+        self._ranks, self._judge, self._kl_weight = ranks, judge, kl_weight
         self._clip_norm, self._restore_best = clip_norm, restore_best
-        self._non_finite, self._callbacks = non_finite, callbacks
-        self._state, self._bar = state, bar
-        self._best = Best(lambda: Snapshot(loss.modules, loss.parameters))
-        self._history: list[tuple[float, ...]] = []
-        self._validation: list[tuple[int, float]] = []
+        self._non_finite, self._callbacks, self._trackers = non_finite, callbacks, trackers
+        self._checkpoints, self._every, self._extra = checkpoints, checkpoint_every, extra
+        self._notes, self._state, self._bar = notes, state, bar
+        self._history: list[list[float]] = []
         self._skipped = self._in_a_row = 0
         self._updated = 0  # the last step that was not skipped
-        self._judged = 0  # the last of those that was at the end of a window
         self._last_failure = ""
+        self._seconds = self._before = 0.0  # that the fit has taken; of them before it was resumed
+        self._saved = -1  # the step of the last checkpoint
+        self._optimizer_awaits: dict[str, Any] = {}
+        self._reason = ""
+        self._is_final = False  # ended for good, not by a limit or a wish
 
-    def run(self) -> FitResult:
-        """Trains until a limit, a plateau, a callback, an interruption or persistent NaN."""
+    def run(self, settings: Mapping[str, Any]) -> FitResult:
+        """Trains until a limit, a plateau, a callback, an interruption or persistent NaN.
+
+        Args:
+            settings: What to tell the trackers of the call.
+        """
+        state = self._state
         self._call("on_start")
-        self._start = time.perf_counter()
-        with warnings.catch_warnings():
+        self._trackers.start({key: str(value) for key, value in settings.items()}, state.step)
+        self._start = self._next_save = time.perf_counter()
+        self._next_save += self._every
+        with warnings.catch_warnings(), self._bar, Interruption() as self._interruption:
             # Non-finite steps are counted and reported here, once, instead of by each warning.
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+inf|-inf)")
             try:
-                reason = self._steps()
-                self._judge(final=True)
-            except KeyboardInterrupt:
-                reason = "interrupted"
-            finally:
-                self._bar.close()
-        kept = self._updated
-        failed = self._in_a_row >= NON_FINITE_LIMIT
-        if (self._restore_best or failed) and self._best.snapshot is not None:
-            self._best.snapshot.restore()
-            kept = self._best.step
-        for module in self._loss.modules:
-            module.eval()
-        self._optimizer.zero_grad(set_to_none=True)
-        if failed:
-            warnings.warn(f"fit stopped early: {reason}", RuntimeWarning, stacklevel=3)
+                if not self._is_final:
+                    self._reason = self._steps()
+                self._save()
+                if self._reason not in INTERRUPTIONS and self._judge.can_judge_last():
+                    self._judged()
+            except KeyboardInterrupt:  # somewhere in a step: no state to go on from
+                self._reason = "interrupted"
+            except BaseException as error:
+                self._trackers.end({"stop_reason": type(error).__name__, "steps": state.step})
+                raise
+        kept = self._finish()
+        result = self._result(kept)
         self._call("on_end")
-        return self._result(reason, kept)
+        summary = {"stop_reason": result.stop_reason, "best_step": kept, "steps": state.step}
+        self._trackers.end(summary)
+        return result
 
     def _steps(self) -> str:
         state, limits = self._state, self._limits
         while True:
-            seconds = time.perf_counter() - self._start
             if limits.max_steps is not None and state.step >= limits.max_steps:
                 return limits.steps_reason
-            if limits.max_seconds is not None and seconds >= limits.max_seconds:
+            if limits.max_seconds is not None and self._seconds >= limits.max_seconds:
                 return "max_seconds"
-            self._schedule.before_step(limits.used(state.step, seconds))
-            self._step()
-            if self._callbacks:
+            if self._checkpoints is not None and self._due():
+                self._save()
+            self._step(limits.used(state.step, self._seconds))
+            self._is_final = self._judge.is_due and self._judged()
+            try:
                 self._call("on_step")
+            except KeyboardInterrupt:
+                return "interrupted"
+            if self._is_final:
+                return limits.patience_reason
             if self._in_a_row >= NON_FINITE_LIMIT:
+                where = worst_site(self._loss, self._batches[state.step - 1])
+                self._is_final = True
                 return (
                     f"non-finite at step {state.step}: {self._last_failure} "
-                    f"({NON_FINITE_LIMIT} steps in a row)"
+                    f"({NON_FINITE_LIMIT} steps in a row){f'; {where}' if where else ''}"
                 )
-            if self._window.full and self._judge():
-                return limits.patience_reason
-            if state.stop is not None:
-                return state.stop
+            stop = state.stop or self._interruption.reason
+            if self._ranks.count > 1 and self._ranks.largest(float(stop is not None))[0]:
+                stop = stop or "stopped by another process"
+            if stop is not None:
+                return stop
 
-    def _step(self) -> None:
-        state = self._state
+    def _step(self, used: float) -> None:
+        state, loss = self._state, self._loss
+        self._schedule.before_step(used)
+        if self._kl_weight is not None and isinstance(loss, Variational):
+            loss.kl_weight = self._kl_weight(state.step, used)
+        parameters = loss.parameters()
         batch = self._batches[state.step]
-        for parameter in self._loss.parameters():
+        for parameter in parameters:
             parameter.grad = None
         failure = ""
         try:
-            loss, new = self._loss.backward(batch)
-            if new:  # parameters that came into being late join the first group
-                self._optimizer.param_groups[0]["params"].extend(new)
+            value = loss.backward(batch)
         except ValueError as error:
-            if state.step == 0 or not _caused_by_non_finite(error):
+            if state.step == 0 or not caused_by_non_finite(error):
                 raise
-            loss, failure = math.nan, "a distribution was given NaN or inf"
-        grads = [p.grad for p in self._loss.parameters() if p.grad is not None]
-        norm_tensor = torch.nn.utils.get_total_norm(grads)
+            value, failure = math.nan, "a distribution was given NaN or inf"
+        seconds = self._before + time.perf_counter() - self._start
+        if self._ranks.count > 1:
+            seconds = self._meet(seconds)
+        if loss.fresh:
+            self._take_fresh()
+        if self._ranks.count > 1:
+            value = self._ranks.average(parameters, value)
+        norm_tensor = torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters if p.grad is not None]
+        )
         norm = math.nan if failure else norm_tensor.item()
-        if not failure and not math.isfinite(loss):
-            failure = f"loss {loss}"
+        if not failure and not math.isfinite(value):
+            failure = f"loss {value}"
         if not failure and not math.isfinite(norm):
             failure = f"gradient norm {norm}"
         state.step += 1
-        state.epoch = (state.step - 1) // self._batches.steps_per_epoch if self._batches.size else 0
-        state.elbo, state.learning_rate = -loss, self._schedule.learning_rate
+        state.epoch = (state.step - 1) // (self._batches.steps_per_epoch or state.step)
+        state.elbo, state.learning_rate = -value, self._schedule.learning_rate
         if failure:
             self._skip(failure)
         else:
             self._in_a_row, self._updated = 0, state.step
             if self._clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self._loss.parameters(), self._clip_norm, norm_tensor
-                )
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm_tensor)
             self._optimizer.step()
             self._schedule.after_step()
-            self._window.add(-loss)
-        seconds = time.perf_counter() - self._start
-        self._history.append((state.step, -loss, state.learning_rate, norm, seconds))
+            self._judge.add(-value, used)
+        self._seconds = seconds
+        record = [state.step, -value, state.learning_rate, norm, seconds, math.nan]
+        self._history.append(record)
         self._bar.step(state, seconds)
+        if self._trackers:
+            self._trackers.log(state.step, dict(zip(HISTORY[1:-1], record[1:-1], strict=True)))
+
+    def _meet(self, seconds: float) -> float:
+        """Agree with the other processes on the time, and that all have the same new parameters."""
+        new = len(self._loss.fresh)
+        seconds, most, least = self._ranks.largest(seconds, new, -new)
+        if most != -least:
+            raise ValueError(
+                f"expected the same parameters on every process, got {new} new ones on this one and up to {most:g} on "
+                f"another at step {self._state.step + 1}"
+            )
+        return seconds
+
+    def _take_fresh(self) -> None:
+        """Parameters that came into being late join the first group."""
+        group, names = self._optimizer.param_groups[0], self._loss.names()
+        self._ranks.broadcast(self._loss.fresh)
+        for parameter in self._loss.fresh:
+            group["params"].append(parameter)
+            saved = self._optimizer_awaits.pop(names[id(parameter)], None)
+            if saved is not None:
+                load_parameter_state(self._optimizer, group, parameter, saved)
+        self._loss.fresh.clear()
 
     def _skip(self, failure: str) -> None:
         if self._non_finite == "raise":
+            where = worst_site(self._loss, self._batches[self._state.step - 1])
             raise FloatingPointError(
                 f"expected a finite loss and gradient at step {self._state.step}, got {failure}"
+                + (f"; {where}" if where else "")
             )
         self._skipped += 1
         self._in_a_row += 1
         self._last_failure = failure
 
-    def _judge(self, final: bool = False) -> bool:
+    def _judged(self) -> bool:
         """Judges the state at the end of a window; True if the fit should stop."""
-        state = self._state
-        if final and not self._judgeable():
-            return False
-        mean, error = self._window.close()
-        self._judged = self._updated
-        if self._validator is not None:
-            mean, error = self._validator(self._loss), 0.0
-            state.validation = mean
-            self._validation.append((state.step, mean))
+        found = self._judge.judge(self._updated)
+        if found is not None:
+            self._state.validation = self._history[-1][-1] = found
             self._call("on_validation")
-        self._best.update(self._updated, mean, error)
-        if self._limits.patience is None or self._best.stalled < self._limits.patience:
-            return False
-        self._best.stalled = 0
-        return self._schedule.on_plateau()
+            self._trackers.log(self._state.step, {"validation": found})
+        return self._judge.has_stalled(self._limits.patience) and self._schedule.on_plateau()
 
-    def _judgeable(self) -> bool:
-        """At the end: whether the steps since the last window say anything.
+    def _finish(self) -> int:
+        """Puts the parameters that are kept in place; the step that they are from."""
+        failed = self._in_a_row >= NON_FINITE_LIMIT
+        kept = self._judge.put_in_place(self._updated, best=self._restore_best, failed=failed)
+        for module in self._loss.modules:
+            module.eval()
+        self._optimizer.zero_grad(set_to_none=True)
+        if failed:
+            warnings.warn(f"fit stopped early: {self._reason}", RuntimeWarning, stacklevel=4)
+        return kept
 
-        Without validation a window of fewer than ten steps is too noisy; the state is then kept as
-        it is if the window before it was the best.
+    def _due(self) -> bool:
+        now = float(time.perf_counter() >= self._next_save)
+        return bool(self._ranks.largest(now)[0]) if self._ranks.count > 1 else bool(now)
+
+    def _save(self) -> None:
+        """Writes a checkpoint, where there is a place for it."""
+        step = self._state.step
+        if self._checkpoints is None or step == self._saved:
+            return
+        content = self._content()
+        self._trackers.flush()
+        if self._ranks.leads:
+            self._checkpoints.write(step, content)
+        self._saved = step
+        self._next_save = time.perf_counter() + self._every
+
+    def _content(self) -> dict[str, Any]:
+        """All that the next step depends on, and what was recorded so far."""
+        return {
+            **self._extra,
+            "step": self._state.step,
+            "seconds": self._seconds,
+            "ended": self._reason if self._is_final else None,
+            "tensors": copied(self._loss.tensors()),
+            "optimizer": optimizer_state(self._optimizer, self._loss.names()),
+            "schedule": self._schedule.state_dict(),
+            "batches": self._batches.state_dict(),
+            "random": self._ranks.gather(random_state()),
+            "judge": self._judge.state_dict(),
+            "counts": [self._skipped, self._in_a_row, self._updated],
+            "last_failure": self._last_failure,
+            "validation": self._state.validation,
+            "history": torch.tensor(self._history, dtype=torch.float64).reshape(-1, len(HISTORY)),
+        }
+
+    def load(self, content: Mapping[str, Any]) -> None:
+        """Goes on from the content of a checkpoint.
+
+        Raises:
+            ValueError: If it is of another model, guide or optimizer.
         """
-        if len(self._window) == 0:
-            return False
-        if self._validator is not None or len(self._window) >= min(10, self._window.length):
-            return True
-        if self._best.step == self._judged:
-            self._best.snapshot = None
-        return False
+        self._loss.load(content["tensors"], self._batches[0])
+        self._optimizer_awaits = load_optimizer_state(
+            self._optimizer, content["optimizer"], self._loss.names()
+        )
+        self._take_fresh()
+        self._schedule.load_state_dict(content["schedule"])
+        self._judge.load_state_dict(content["judge"])
+        self._skipped, self._in_a_row, self._updated = content["counts"]
+        self._last_failure = content["last_failure"]
+        self._history = content["history"].tolist()
+        self._state.step, self._state.validation = content["step"], content["validation"]
+        self._seconds = self._before = content["seconds"]
+        self._saved = content["step"]
+        if self._history:
+            _, self._state.elbo, self._state.learning_rate, *_ = self._history[-1]
+        self._reason, self._is_final = content["ended"] or "", content["ended"] is not None
+        self._batches.load_state_dict(content["batches"])
+        set_random_state(content["random"][self._ranks.number])
 
     def _call(self, hook: str) -> None:
         for callback in self._callbacks:
             getattr(callback, hook)(self._state)
 
-    def _result(self, reason: str, kept: int) -> FitResult:
+    def _result(self, kept: int) -> FitResult:
         table = np.array(self._history, dtype=np.float64).reshape(-1, len(HISTORY)).T
         history = dict(zip(HISTORY, (np.ascontiguousarray(row) for row in table), strict=True))
         history["step"] = history["step"].astype(np.int64)
@@ -221,19 +336,9 @@ class Loop:
             model=self._state.model,
             guide=self._state.guide,
             history=history,
-            validation={
-                "step": np.array([step for step, _ in self._validation], dtype=np.int64),
-                "elbo": np.array([elbo for _, elbo in self._validation], dtype=np.float64),
-            },
-            stop_reason=reason,
+            stop_reason=self._reason,
             best_step=kept,
             skipped_steps=self._skipped,
+            notes=self._notes,
             param_names=tuple(self._loss.param_names),
         )
-
-
-def _caused_by_non_finite(error: ValueError) -> bool:
-    """Whether argument validation of a distribution refused NaN or inf."""
-    text = str(error)
-    refused = "to satisfy the constraint" in text or "to be within the support" in text
-    return refused and ("nan" in text or "inf" in text)

@@ -4,50 +4,58 @@
     variational            -ELBO(batch) / N                          N: see plates.effective_size
 
 Dividing by N makes learning rate and clipping independent of the size of the data. Without data
-N = 1: the plain ELBO.
+N = 1: the plain ELBO. While a KL schedule has a weight w other than 1, the ELBO's terms of latent
+sites are multiplied by it:
+
+    E_q[ log p(x | z) + w (log p(z) - log q(z)) ]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.poutine.messenger import Messenger
 
+from pyro_flowkit.training.device import moved
+from pyro_flowkit.training.messengers import KLWeight, ParamCapture
 from pyro_flowkit.training.plates import (
     check_plates,
     effective_size,
     latent_names,
     trace_pair,
 )
-from pyro_flowkit.training.state import modules_of
+from pyro_flowkit.training.state import module_tensors, modules_of, write_into
 
 Batch = tuple[torch.Tensor, ...]
+STORE = "param_store."  # before the names of its entries
 
 
-class _ParamCapture(Messenger):
-    """Records the unconstrained parameters that a program touches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, torch.Tensor] = {}
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        value = msg["value"]
-        # Inside a subsampled plate the value is a slice that remembers the whole.
-        whole = getattr(value, "_pyro_unconstrained_param", None)
-        self.found[msg["name"]] = value.unconstrained() if whole is None else whole
+def no_guide(*args: Any, **kwargs: Any) -> None:
+    """The guide of a model without latents."""
 
 
-class _Loss:
-    """Modules, parameters and frozen parameters: what both objectives share."""
+class Loss:
+    """Modules, parameters and frozen parameters: what both objectives share.
 
-    def __init__(self, *programs: Any) -> None:
+    Attributes:
+        modules: The modules that are trained.
+        learned: The trainable parameters found so far, by name.
+        fresh: Those of them that nobody has taken note of yet.
+        param_names: Entries of the param store that the programs touched.
+        awaited: Values for entries of the param store that do not exist yet.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any], *programs: Any) -> None:
+        self._args, self._kwargs = args, kwargs
         self.modules = modules_of(*programs)
+        self.learned: dict[str, torch.Tensor] = {}
+        self.fresh: list[torch.Tensor] = []
         self.param_names: dict[str, None] = {}
+        self.awaited: dict[str, torch.Tensor] = {}
         self._known: set[int] = set()
         self._parameters: list[torch.Tensor] = []
         self._frozen = [
@@ -57,45 +65,96 @@ class _Loss:
             if not parameter.requires_grad
         ]
 
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss with its graph, in nats per datum."""
+        raise NotImplementedError
+
+    def touch(self, batch: Batch) -> Any:
+        """Runs the programs once, without gradients, and takes note of their parameters; what they gave."""
+        raise NotImplementedError
+
+    def backward(self, batch: Batch) -> float:
+        """One evaluation with gradients; returns the loss."""
+        loss = self.loss(batch)
+        loss.backward()
+        return loss.item()
+
+    def move_arguments(self, device: torch.device) -> None:
+        """Puts the tensors among the arguments after the batch on another device."""
+        self._args, self._kwargs = moved(self._args, device), moved(self._kwargs, device)
+
     def parameters(self) -> list[torch.Tensor]:
         """All trainable parameters found so far (one list, which grows)."""
         return self._parameters
 
-    def collect(self, touched: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Takes note of parameters; returns those not known before."""
-        new = []
+    def names(self) -> dict[int, str]:
+        """Name of every trainable parameter, by `id`."""
+        return {id(parameter): name for name, parameter in self.learned.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that training changes, by name: of the modules, and of the param store what the programs touched."""
+        tensors = module_tensors(self.modules)
+        of_modules = {id(tensor) for tensor in tensors.values()}
+        params = pyro.get_param_store()._params
+        for name in self.param_names:
+            if name in params and id(params[name]) not in of_modules:
+                tensors[STORE + name] = params[name]
+        return tensors
+
+    def load(self, saved: Mapping[str, torch.Tensor], batch: Batch) -> None:
+        """Writes what :meth:`tensors` gave; entries of the param store that do not exist yet get theirs when they do.
+
+        Args:
+            saved: Tensors by name.
+            batch: Any batch, to run the programs on: parameters may depend on the values of others.
+
+        Raises:
+            ValueError: If a tensor of a module is missing or has another shape.
+        """
+        live = self.tensors()
+        later = {n: t for n, t in saved.items() if n not in live and n.startswith(STORE)}
+        write_into(live, {name: tensor for name, tensor in saved.items() if name not in later})
+        self.awaited |= {name.removeprefix(STORE): tensor for name, tensor in later.items()}
+        if self.awaited:
+            self.touch(batch)
+
+    def _collect(self, touched: dict[str, torch.Tensor]) -> None:
+        """Takes note of what the programs touched, and of the modules' parameters at the first call."""
+        names = touched.keys() - self.param_names.keys()
+        if not names:
+            return
+        of_modules = {id(tensor): name for name, tensor in module_tensors(self.modules).items()}
         for name, parameter in touched.items():
-            self.param_names[name] = None
-            if id(parameter) not in self._known and parameter.requires_grad:
-                self._add(parameter)
-                new.append(parameter)
-        return new
+            if name in names:
+                self.param_names[name] = None
+                self._add(of_modules.get(id(parameter), STORE + name), parameter)
 
-    def _add(self, parameter: torch.Tensor) -> None:
-        self._known.add(id(parameter))
-        self._parameters.append(parameter)
+    def _collect_modules(self) -> None:
+        for module, prefix in zip(self.modules, map(str, range(len(self.modules))), strict=True):
+            for name, parameter in module.named_parameters():
+                self._add(f"{prefix}.{name}", parameter)
 
-    def collect_modules(self) -> None:
-        """Takes note of the modules' parameters."""
-        for module in self.modules:
-            for parameter in module.parameters():
-                if parameter.requires_grad and id(parameter) not in self._known:
-                    self._add(parameter)
+    def _add(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.requires_grad and id(parameter) not in self._known:
+            self._known.add(id(parameter))
+            self._parameters.append(parameter)
+            self.learned[name] = parameter
+            self.fresh.append(parameter)
 
-    def refreeze(self) -> None:
+    def _refreeze(self) -> None:
         """Freezes what the caller had frozen: Pyro's param store unfreezes at the first call."""
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
 
-class MaximumLikelihood(_Loss):
+class MaximumLikelihood(Loss):
     """-mean log p(batch) of a flow with an exact `log_prob`."""
 
     def __init__(self, flow: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        super().__init__(flow)
-        self._flow, self._args, self._kwargs = flow, args, kwargs
+        super().__init__(args, kwargs, flow)
+        self.log_prob: Callable[..., torch.Tensor] = flow.log_prob
 
-    def prepare(self, batch: Batch, data_size: int, check: bool) -> None:
+    def prepare(self, batch: Batch, data_size: int | None, check: bool) -> None:
         """Lists the parameters, after a first evaluation that may create some.
 
         Raises:
@@ -107,28 +166,33 @@ class MaximumLikelihood(_Loss):
                     f"expected data without NaN, got {int(tensor.isnan().sum())} NaN among "
                     f"{tensor.numel()} values"
                 )
-        with torch.no_grad():
-            log_prob = self._flow.log_prob(*batch, *self._args, **self._kwargs)
+        log_prob = self.touch(batch)
         if batch and log_prob.shape != batch[0].shape[:1]:
             raise ValueError(
                 f"expected log_prob of shape {tuple(batch[0].shape[:1])}, one value per row, "
                 f"got {tuple(log_prob.shape)}"
             )
-        self.refreeze()
-        self.collect_modules()
 
-    def backward(self, batch: Batch) -> tuple[float, list[torch.Tensor]]:
-        """One evaluation with gradients; returns (loss, new parameters)."""
-        loss = -self._flow.log_prob(*batch, *self._args, **self._kwargs).mean()
-        loss.backward()
-        return loss.item(), []
+    def touch(self, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            log_prob = self.row_log_probs(batch)
+        self._refreeze()
+        self._collect_modules()
+        return log_prob
+
+    def row_log_probs(self, batch: Batch) -> torch.Tensor:
+        """log p of every row, shape `(B,)`."""
+        return self.log_prob(*batch, *self._args, **self._kwargs)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return -self.row_log_probs(batch).mean()
 
     def evaluate(self, batch: Batch) -> float:
         """The loss without gradients."""
-        return -float(self._flow.log_prob(*batch, *self._args, **self._kwargs).mean())
+        return float(self.loss(batch))
 
 
-class Variational(_Loss):
+class Variational(Loss):
     """-ELBO / N of a Pyro model and guide."""
 
     def __init__(
@@ -139,9 +203,11 @@ class Variational(_Loss):
         kwargs: dict[str, Any],
         has_guide: bool,
     ) -> None:
-        super().__init__(model, guide)
+        super().__init__(args, kwargs, model, guide)
         self._model, self._guide = model, guide
-        self._args, self._kwargs, self._has_guide = args, kwargs, has_guide
+        self._programs = (model, guide)
+        self._weight: KLWeight | None = None
+        self._has_guide = has_guide
         self._normalizer = 1.0
         self._sizes: dict[int, float] = {}
         self.objective = Trace_ELBO()
@@ -157,51 +223,73 @@ class Variational(_Loss):
         # Some of Pyro's objectives (TraceGraph_ELBO, RenyiELBO) only offer loss_and_grads.
         self._differentiable = hasattr(objective, "differentiable_loss")
 
-    def prepare(self, batch: Batch, data_size: int, check: bool) -> None:
+    @property
+    def kl_weight(self) -> float:
+        """What the log-probabilities of latent sites are multiplied by in :meth:`loss` and :meth:`backward`."""
+        return 1.0 if self._weight is None else self._weight.weight
+
+    @kl_weight.setter
+    def kl_weight(self, weight: float) -> None:
+        if self._weight is None:
+            self._weight = KLWeight()
+            self._programs = self._weight(self._model), self._weight(self._guide)
+        self._weight.weight = weight
+
+    def prepare(self, batch: Batch, data_size: int | None, check: bool) -> None:
         """Runs model and guide once: creates lazy parameters, checks plates, finds N.
+
+        Args:
+            batch: The first batch.
+            data_size: Number of data; None where unknown.
+            check: Whether to compare the plates with it.
 
         Raises:
             ValueError: If there is no guide but a latent site, or the plates are wrong.
         """
-        with _ParamCapture() as capture:
-            model_trace, guide_trace = self.traces(batch)
+        model_trace, guide_trace = self.touch(batch)
         latent = [] if self._has_guide else latent_names(model_trace)
         if latent:
             raise ValueError(
                 f"expected a guide for the latent sites of the model, got guide=None and {latent}"
             )
         if batch:
-            if check:
+            if check and data_size is not None:
                 check_plates(model_trace, guide_trace, len(batch[0]), data_size)
             self._normalizer = effective_size(model_trace, len(batch[0]))
-        self.refreeze()
-        self.collect(capture.found)
-        self.collect_modules()
+
+    def touch(self, batch: Batch) -> tuple[Any, Any]:
+        with ParamCapture(self.awaited) as capture:
+            traces = self.traces(batch)
+        self._refreeze()
+        self._collect(capture.found)
+        self._collect_modules()
+        return traces
 
     def traces(self, batch: Batch) -> tuple[Any, Any]:
         """Traces of model and guide on a batch, without gradients."""
         return trace_pair(self._model, self._guide, (*batch, *self._args), self._kwargs)
 
-    def backward(self, batch: Batch) -> tuple[float, list[torch.Tensor]]:
-        """One evaluation with gradients; returns (loss, new parameters)."""
-        with _ParamCapture() as capture:
-            if self._differentiable:
-                total = self._objective.differentiable_loss(
-                    self._model, self._guide, *batch, *self._args, **self._kwargs
-                )
-            else:
-                total = self._objective.loss_and_grads(
-                    self._model, self._guide, *batch, *self._args, **self._kwargs
-                )
-        new = self.collect(capture.found)
+    def loss(self, batch: Batch) -> torch.Tensor:
+        if not self._differentiable:
+            raise TypeError(
+                f"expected an objective with differentiable_loss, got {type(self._objective).__name__}"
+            )
+        return self._total(batch, self._objective.differentiable_loss) / self._normalizer
+
+    def backward(self, batch: Batch) -> float:
         if self._differentiable:
-            loss = total / self._normalizer
-            loss.backward()
-            return loss.item(), new
+            return super().backward(batch)
+        total = self._total(batch, self._objective.loss_and_grads)
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self._normalizer)
-        return float(total) / self._normalizer, new
+        return float(total) / self._normalizer
+
+    def _total(self, batch: Batch, estimate: Callable[..., Any]) -> Any:
+        with ParamCapture(self.awaited) as capture:
+            total = estimate(*self._programs, *batch, *self._args, **self._kwargs)
+        self._collect(capture.found)
+        return total
 
     def evaluate(self, batch: Batch) -> float:
         """The loss without gradients, per datum of this batch's plate."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import TracebackType
 
 from pyro_flowkit.training.callbacks import FitState
 
@@ -52,8 +53,15 @@ class Bar:
         self._bar.update(self._pending)
         self._pending = 0
 
-    def close(self) -> None:
-        """Ends the bar's line."""
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.update(self._pending)
             self._bar.close()

@@ -12,9 +12,10 @@ import numpy as np
 import pyro
 import torch
 
-from pyro_flowkit.training.state import modules_of
+from pyro_flowkit.training.files import read_file, write_file
+from pyro_flowkit.training.state import check_fit, copied, modules_of, write_into
 
-FORMAT = 1
+KIND = "fit result"
 
 
 def versions() -> dict[str, str]:
@@ -37,26 +38,45 @@ class FitResult:
         guide: The trained guide, or None.
         history: 1-d arrays of equal length, one entry per step: "step" (from 1), "elbo" (nats; per
             datum where data were given; NaN where the loss was), "learning_rate", "grad_norm"
-            (before clipping, of the objective in the units of "elbo"), "seconds" (since the start).
-        validation: 1-d arrays "step" and "elbo" (nats per datum, fixed noise); empty without
-            validation data.
+            (before clipping, of the objective in the units of "elbo"), "seconds" (since the start),
+            "validation" (nats per held-out datum, fixed noise; NaN at steps without a validation).
         stop_reason: Why the fit ended: "max_steps", "max_epochs", "max_seconds", "converged",
             "patience", "interrupted", a callback's text, or a text that names the step at which the
             loss or the gradient became non-finite for good.
         best_step: The step whose parameters were kept.
         skipped_steps: Number of steps skipped because of a non-finite loss or gradient.
+        notes: What was decided on the way, in words.
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
     """
 
     model: Any
     guide: Any
     history: dict[str, np.ndarray]
-    validation: dict[str, np.ndarray]
     stop_reason: str
     best_step: int
     skipped_steps: int
+    notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
     param_names: tuple[str, ...] = ()
+
+    @property
+    def validation(self) -> dict[str, np.ndarray]:
+        """The validations alone: 1-d arrays "step" and "elbo"; empty without validation data."""
+        done = np.isfinite(self.history["validation"])
+        return {"step": self.history["step"][done], "elbo": self.history["validation"][done]}
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the ELBO against the steps, by :func:`pyro_flowkit.diagnostics.plot_elbo`.
+
+        Args:
+            ax: Matplotlib Axes to draw into; None makes new ones.
+
+        Returns:
+            The Axes.
+        """
+        from pyro_flowkit.diagnostics import plot_elbo
+
+        return plot_elbo(self.history, ax=ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes parameters, buffers and history as plain tensors.
@@ -64,23 +84,17 @@ class FitResult:
         The file holds tensors, numbers and text only, so `torch.load(path, weights_only=True)`
         reads it.
         """
-        store = pyro.get_param_store()
         content = {
-            "format": FORMAT,
             "modules": [dict(module.state_dict()) for module in self._modules()],
-            "params": {
-                name: store._params[name].detach().clone()
-                for name in self.param_names
-                if name in store
-            },
+            "params": copied(self._params()),
             "history": {key: torch.from_numpy(value) for key, value in self.history.items()},
-            "validation": {key: torch.from_numpy(value) for key, value in self.validation.items()},
             "stop_reason": self.stop_reason,
             "best_step": self.best_step,
             "skipped_steps": self.skipped_steps,
+            "notes": list(self.notes),
             "versions": self.versions,
         }
-        torch.save(content, path)
+        write_file(path, KIND, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, guide: Any = None) -> FitResult:
@@ -95,57 +109,37 @@ class FitResult:
             guide: Likewise, or None.
 
         Raises:
-            ValueError: If the file has another format, or its parameters do not fit.
+            ValueError: If the file is damaged or something else, or its parameters do not fit.
         """
-        content = torch.load(path, weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            got = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"expected a fit result of format {FORMAT}, got {got!r}")
+        content = read_file(path, KIND)
         result = cls(
             model=model,
             guide=guide,
             history={key: value.numpy() for key, value in content["history"].items()},
-            validation={key: value.numpy() for key, value in content["validation"].items()},
             stop_reason=content["stop_reason"],
             best_step=content["best_step"],
             skipped_steps=content["skipped_steps"],
+            notes=tuple(content["notes"]),
             versions=content["versions"],
             param_names=tuple(content["params"]),
         )
-        targets = _targets(result._modules(), content)
-        with torch.no_grad():
-            for target, saved in targets:
-                target.copy_(saved)
+        modules, states = result._modules(), content["modules"]
+        if len(modules) != len(states):
+            raise ValueError(f"expected {len(states)} modules as in the file, got {len(modules)}")
+        live, saved = [result._params()], [content["params"]]
+        for module, state in zip(modules, states, strict=True):
+            live.append(module.state_dict(keep_vars=True))
+            saved.append(state)
+        for tensors, values in zip(live, saved, strict=True):
+            check_fit(tensors, values)
+        for tensors, values in zip(live, saved, strict=True):
+            write_into(tensors, values)
         return result
+
+    def _params(self) -> dict[str, torch.Tensor]:
+        """Entries of the param store that belong to the fit, unconstrained."""
+        params = pyro.get_param_store()._params
+        return {name: params[name] for name in self.param_names if name in params}
 
     def _modules(self) -> list[torch.nn.Module]:
         return modules_of(self.model, self.guide)
-
-
-def _targets(
-    modules: list[torch.nn.Module], content: dict[str, Any]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (live tensor, saved tensor), all checked before any is written."""
-    if len(modules) != len(content["modules"]):
-        raise ValueError(
-            f"expected {len(content['modules'])} modules as in the file, got {len(modules)}"
-        )
-    store = pyro.get_param_store()
-    live_sets = [module.state_dict(keep_vars=True) for module in modules]
-    live_sets.append({name: store._params[name] for name in content["params"] if name in store})
-    pairs = []
-    for live, saved in zip(live_sets, [*content["modules"], content["params"]], strict=True):
-        missing = sorted(saved.keys() - live.keys())
-        if missing:
-            raise ValueError(
-                f"expected the parameters of the file, got none named {', '.join(missing)}; "
-                "call the model and the guide once before loading if they create parameters lazily"
-            )
-        for name, tensor in saved.items():
-            if live[name].shape != tensor.shape:
-                raise ValueError(
-                    f"expected {name} of shape {tuple(tensor.shape)} as in the file, "
-                    f"got {tuple(live[name].shape)}"
-                )
-            pairs.append((live[name], tensor))
-    return pairs

@@ -14,7 +14,8 @@ A schedule multiplies every group's initial learning rate by f(u), with u in [0,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -95,3 +96,35 @@ class Schedule:
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] / 10
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "drops_left": self._drops_left,
+            "torch": None if self._torch is None else self._torch.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._drops_left = state["drops_left"]
+        if self._torch is not None and state["torch"] is not None:
+            self._torch.load_state_dict(state["torch"])
+
+
+def kl_weight(
+    schedule: Callable[[int], float] | tuple[float, float],
+) -> Callable[[int, float], float]:
+    """The weight of a KL schedule, as a function of the step and of the share of the budget that is gone.
+
+    Args:
+        schedule: A function of the step, or `(w, share)`: from w in a line to 1 over that share, then 1.
+
+    Raises:
+        ValueError: If the numbers are out of range.
+    """
+    if callable(schedule):
+        return lambda step, used: float(schedule(step))
+    weight, share = schedule
+    if not (0 <= weight and 0 < share <= 1):
+        raise ValueError(
+            f"expected kl_schedule = (weight >= 0, share in (0, 1]) or a function of the step, got {schedule}"
+        )
+    return lambda step, used: 1.0 if used >= share else weight + (1.0 - weight) * used / share

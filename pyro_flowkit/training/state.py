@@ -1,26 +1,39 @@
-"""Copies of everything a fit changes: parameters (modules' and param store's) and buffers."""
+"""Everything a fit changes, by name: parameters and buffers of modules, entries of the param store, random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 
-def modules_of(*functions: Any) -> list[torch.nn.Module]:
+def modules_of(*functions: Any) -> list[nn.Module]:
     """The modules among callables; a bound method stands for the module that it belongs to."""
-    found: list[torch.nn.Module] = []
+    found: list[nn.Module] = []
     for function in functions:
         module = getattr(function, "__self__", function)
-        if isinstance(module, torch.nn.Module) and all(module is not other for other in found):
+        if isinstance(module, nn.Module) and all(module is not other for other in found):
             found.append(module)
     return found
 
 
+def module_tensors(modules: list[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are in no `state_dict` included, as `"<module>.<path>"`."""
+    return {
+        f"{number}.{name}": tensor
+        for number, module in enumerate(modules)
+        for tensors in (module.named_parameters(), module.named_buffers())
+        for name, tensor in tensors
+    }
+
+
 @contextmanager
-def evaluating(modules: list[torch.nn.Module]) -> Iterator[None]:
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
     """Puts modules into eval mode, and every submodule back into its own mode afterwards."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
@@ -32,31 +45,66 @@ def evaluating(modules: list[torch.nn.Module]) -> Iterator[None]:
             part.training = training
 
 
-class Snapshot:
-    """A copy of parameters and buffers that can be put back in place.
+Tensors = dict[str, Tensor]
 
-    Args:
-        modules: Modules whose buffers belong to the state.
-        parameters: Called to list the parameters.
+
+def copied(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Copies that share nothing with the originals."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def check_fit(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Checks that every saved tensor has a live one to go to.
+
+    Raises:
+        ValueError: If a saved tensor has no live one, or another shape.
     """
+    missing = sorted(saved.keys() - live.keys())
+    if missing:
+        raise ValueError(
+            f"expected the parameters of the file, got none named {', '.join(missing)}; "
+            "call the model and the guide once before loading if they create parameters lazily"
+        )
+    for name, tensor in saved.items():
+        if live[name].shape != tensor.shape:
+            raise ValueError(
+                f"expected {name} of shape {tuple(tensor.shape)} as in the file, "
+                f"got {tuple(live[name].shape)}"
+            )
 
-    def __init__(
-        self,
-        modules: list[torch.nn.Module],
-        parameters: Callable[[], list[torch.Tensor]],
-    ) -> None:
-        self._modules = modules
-        self._parameters = [(tensor, tensor.detach().clone()) for tensor in parameters()]
-        self._buffers = [
-            {name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules
-        ]
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Writes the copied values back into the live tensors."""
-        for tensor, saved in self._parameters:
-            tensor.copy_(saved)
-        for module, buffers in zip(self._modules, self._buffers, strict=True):
-            live = dict(module.named_buffers())
-            for name, saved in buffers.items():
-                live[name].copy_(saved)
+@torch.no_grad()
+def write_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Writes saved values into live tensors, in place, after :func:`check_fit`."""
+    check_fit(live, saved)
+    for name, tensor in saved.items():
+        live[name].copy_(tensor)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the random number generators of PyTorch, NumPy and Python, as plain tensors and numbers."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, gauss_next = random.getstate()
+    return {
+        "torch": torch.random.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
+        "python": [version, torch.tensor(words, dtype=torch.int64), gauss_next],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts the generators back to where :func:`random_state` found them."""
+    torch.random.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss_next = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss_next))

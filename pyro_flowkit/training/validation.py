@@ -8,19 +8,23 @@ the mean over a window of steps with that mean's standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
+from torch.utils.data import DataLoader
 
-from pyro_flowkit.training.state import Snapshot, evaluating
+from pyro_flowkit.training.data import Batch, Device, as_batch
+from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.training.state import Tensors, copied, evaluating
 
-Batch = tuple[torch.Tensor, ...]
 VALIDATION_SEED = 20190511
 
 
 class _Evaluates(Protocol):
     modules: list[torch.nn.Module]
+
+    def parameters(self) -> list[torch.Tensor]: ...
 
     def evaluate(self, batch: Batch) -> float: ...
 
@@ -29,27 +33,40 @@ class Validator:
     """The objective on held-out rows, in eval mode, with the same noise at every call.
 
     Args:
-        rows: Held-out tensors with `M` rows each.
-        chunk: Most rows per evaluation; the chunks' means are weighted by their rows.
+        held_out: Tensors with `M` rows each, or a DataLoader.
+        chunk: Most rows per evaluation, of tensors; the chunks' means are weighted by their rows.
+        device: Where to put the batches of a DataLoader; None leaves them.
     """
 
-    def __init__(self, rows: Batch, chunk: int) -> None:
-        self._rows, self._chunk = rows, chunk
+    def __init__(self, held_out: Batch | DataLoader, chunk: int, device: Device = None) -> None:
+        self._held_out, self._chunk, self._device = held_out, chunk, device
 
-    def __call__(self, loss: _Evaluates) -> float:
-        """Objective per held-out datum (nats)."""
-        total, count = 0.0, len(self._rows[0])
-        devices = list({tensor.device.index for tensor in self._rows if tensor.is_cuda})
+    def __call__(self, loss: _Evaluates, ranks: Ranks) -> float:
+        """Objective per held-out datum (nats); several processes share the work."""
+        total, count = 0.0, 0
+        devices = list({t.device.index for t in loss.parameters() if t.is_cuda})
         with (
             torch.random.fork_rng(devices=devices),
             torch.no_grad(),
             evaluating(loss.modules),
         ):
             torch.manual_seed(VALIDATION_SEED)
-            for start in range(0, count, self._chunk):
-                batch = tuple(tensor[start : start + self._chunk] for tensor in self._rows)
+            for number, batch in enumerate(self._batches()):
+                if number % ranks.count != ranks.number:
+                    continue
+                torch.manual_seed(VALIDATION_SEED + number)
                 total -= loss.evaluate(batch) * len(batch[0])
-        return total / count
+                count += len(batch[0])
+        total, rows = ranks.total(total, count)
+        return total / rows
+
+    def _batches(self) -> Iterator[Batch]:
+        if isinstance(self._held_out, DataLoader):
+            for batch in self._held_out:
+                yield as_batch(batch, "every batch of val_data", self._device)
+            return
+        for start in range(0, len(self._held_out[0]), self._chunk):
+            yield tuple(tensor[start : start + self._chunk] for tensor in self._held_out)
 
 
 class Window:
@@ -78,6 +95,12 @@ class Window:
         variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
         return mean, math.sqrt(variance / len(values))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"length": self.length, "values": list(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.length, self._values = state["length"], list(state["values"])
+
 
 class Best:
     """Keeps the best state, and counts how long the objective has not improved.
@@ -88,31 +111,52 @@ class Best:
     than it by more than the standard error of the difference. For exact values (standard error 0)
     this is the first of the highest.
 
-    Args:
-        take: Makes a snapshot of the current state.
+    Attributes:
+        tensors: Copies of the kept state's tensors, by name; None before there is one.
+        step: The number of steps after which they were taken.
+        stalled: Number of estimates since the last improvement.
     """
 
     tolerance = 1e-4
 
-    def __init__(self, take: Callable[[], Snapshot]) -> None:
-        self._take = take
+    def __init__(self) -> None:
         self._reference = (-math.inf, 0.0)
         self._best = (-math.inf, 0.0)
-        self.snapshot: Snapshot | None = None
+        self.tensors: Tensors | None = None
         self.step = 0
         self.stalled = 0
 
-    def update(self, step: int, mean: float, error: float) -> None:
-        """Judges the state after `step` steps by an estimate and its standard error."""
+    def update(self, step: int, mean: float, error: float, tensors: Callable[[], Tensors]) -> None:
+        """Judges the state after `step` steps by an estimate and its standard error.
+
+        Args:
+            step: Number of steps.
+            mean: The estimate (nats).
+            error: Its standard error; 0 for an exact value.
+            tensors: Called for the live tensors of the state.
+        """
         if not math.isfinite(mean):
             self.stalled += 1
             return
         if mean - 2 * error > self._best[0] - 2 * self._best[1]:
             self._best = (mean, error)
-            self.snapshot, self.step = self._take(), step
+            self.tensors, self.step = copied(tensors()), step
         elif error > 0 and mean >= self._best[0] - math.hypot(error, self._best[1]):
-            self.snapshot, self.step = self._take(), step
+            self.tensors, self.step = copied(tensors()), step
         if mean > self._reference[0] + max(math.hypot(error, self._reference[1]), self.tolerance):
             self._reference, self.stalled = (mean, error), 0
         else:
             self.stalled += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "numbers": [*self._reference, *self._best],
+            "tensors": self.tensors,
+            "step": self.step,
+            "stalled": self.stalled,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        numbers = state["numbers"]
+        self._reference, self._best = (numbers[0], numbers[1]), (numbers[2], numbers[3])
+        self.tensors, self.step, self.stalled = state["tensors"], state["step"], state["stalled"]

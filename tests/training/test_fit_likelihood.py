@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pyro_flowkit.training import Callback, FitResult, FitState, fit
-from pyro_flowkit.training.state import Snapshot
 from pyro_flowkit.training.validation import Best, Window
 
 
@@ -173,12 +172,12 @@ def test_without_validation_the_broken_end_is_not_returned(rows: torch.Tensor) -
 
 
 def test_the_noisiest_window_is_not_the_best() -> None:
-    best = Best(lambda: Snapshot([], list))
-    best.update(10, 1.5, 1.0)  # lucky and noisy
-    best.update(20, 1.0, 0.1)
-    best.update(30, 1.02, 0.1)
-    best.update(40, 0.99, 0.1)  # as good within the noise, and later
-    best.update(50, 0.3, 0.1)
+    best = Best()
+    best.update(10, 1.5, 1.0, dict)  # lucky and noisy
+    best.update(20, 1.0, 0.1, dict)
+    best.update(30, 1.02, 0.1, dict)
+    best.update(40, 0.99, 0.1, dict)  # as good within the noise, and later
+    best.update(50, 0.3, 0.1, dict)
     assert best.step == 40
 
 

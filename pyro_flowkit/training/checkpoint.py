@@ -1,0 +1,125 @@
+"""A folder of checkpoints: the newest two of a fit, so that a damaged one leaves the one before it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyro_flowkit.training.data import Batches, RowBatches
+from pyro_flowkit.training.files import DamagedFileError, read_file, write_file
+from pyro_flowkit.training.ranks import Ranks
+
+KIND = "checkpoint"
+KEPT = 2
+_PATTERN = "step-*.pt"
+
+
+class Checkpoints:
+    """Writes and finds checkpoints.
+
+    Args:
+        folder: Where they are; made if it is not there.
+        resume: Whether to go on from what the folder holds.
+
+    Raises:
+        ValueError: If the folder holds checkpoints and `resume` is False.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, resume: bool) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        found = self._paths()
+        if found and not resume:
+            raise ValueError(
+                f"expected a checkpoint_dir without checkpoints, or resume=True, got {len(found)} in "
+                f"{self._folder} (the newest: {found[-1].name})"
+            )
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest readable checkpoint, with a warning for every damaged one; None if there is no checkpoint.
+
+        Raises:
+            DamagedFileError: If there are checkpoints but none is readable.
+        """
+        problems: list[DamagedFileError] = []
+        for path in reversed(self._paths()):
+            try:
+                content = read_file(path, KIND)
+            except DamagedFileError as error:
+                problems.append(error)
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem}. The one before it is taken.", stacklevel=3)
+            return content
+        if problems:
+            raise DamagedFileError(f"{problems[0]}. Without it, the fit would start afresh.")
+        return None
+
+    def write(self, step: int, content: dict[str, Any]) -> None:
+        """Writes the checkpoint of a step, then removes those no longer needed."""
+        name = self._folder / f"step-{step:010d}.pt"
+        write_file(name, KIND, content)
+        paths = [path for path in self._paths() if path <= name]
+        for path in paths[:-KEPT]:
+            path.unlink(missing_ok=True)
+        for left_over in self._folder.glob(".step-*.tmp"):  # of a process that was killed
+            left_over.unlink(missing_ok=True)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob(_PATTERN))
+
+
+def open_checkpoints(
+    folder: Any, resume: bool, ranks: Ranks
+) -> tuple[Checkpoints | None, dict[str, Any] | None]:
+    """The folder, and its newest checkpoint if the fit is to go on from it; the first process reads for all."""
+    if folder is None:
+        if resume:
+            raise ValueError("expected a checkpoint_dir for resume=True, got checkpoint_dir=None")
+        return None, None
+    found: tuple[Checkpoints | None, dict[str, Any] | None] = None, None
+    problem = ""
+    if ranks.leads:
+        try:
+            checkpoints = Checkpoints(folder, resume=resume)
+            found = checkpoints, checkpoints.newest() if resume else None
+        except DamagedFileError:
+            if ranks.count == 1:
+                raise
+            problem = "a damaged checkpoint"
+        except ValueError as error:
+            problem = str(error)
+    problem = ranks.share(problem)
+    if problem:
+        raise ValueError(problem)
+    checkpoints = found[0] or Checkpoints(folder, resume=True)
+    return checkpoints, ranks.share(found[1])
+
+
+def fingerprint(batches: Batches, ranks: Ranks) -> dict[str, Any]:
+    """What must be the same for a fit to be resumed."""
+    return {
+        "number of processes": ranks.count,
+        "data": type(batches).__name__,
+        "number of data": batches.size,
+        "batch_size": batches.batch_size if isinstance(batches, RowBatches) else None,
+        "steps per epoch": batches.steps_per_epoch,
+    }
+
+
+def check_same_call(earlier: Mapping[str, Any], now: dict[str, Any], seed: int | None) -> None:
+    """Compares a checkpoint with the call that is to go on from it.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    saved = {**earlier["call"], "seed": earlier["row_seed"]}
+    now = {**now, "seed": earlier["row_seed"] if seed is None else seed}
+    for name, value in saved.items():
+        if now.get(name) != value:
+            raise ValueError(
+                f"expected the call that the checkpoint was written by, with {name} = {value}, got {now.get(name)}"
+            )

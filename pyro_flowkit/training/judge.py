@@ -1,0 +1,117 @@
+"""What a fit makes of its objective: after every window of steps the state is judged, and the best one is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from pyro_flowkit.training.average import Average
+from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.training.state import write_into
+from pyro_flowkit.training.validation import Best, Validator, Window
+
+
+class Judge:
+    """Judges states by held-out rows, or by the mean over a window of steps.
+
+    Args:
+        loss: What is trained.
+        validator: The objective on held-out rows; None judges by windows.
+        window: Steps per judgement.
+        average: The average of the parameters that is judged, and kept, instead of the last step's; or None.
+        ranks: The processes that share the fit.
+    """
+
+    def __init__(
+        self,
+        loss: MaximumLikelihood | Variational,
+        validator: Validator | None,
+        window: int,
+        average: Average | None,
+        ranks: Ranks,
+    ) -> None:
+        self._loss, self._validator, self._average, self._ranks = loss, validator, average, ranks
+        self._window, self._best = Window(window), Best()
+        self._judged = 0  # the last step that was at the end of a window
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a window is full."""
+        return self._window.full
+
+    def add(self, elbo: float, used: float) -> None:
+        """Takes in a step that was done; `used` is the share of the budget that was gone before it."""
+        if self._average is not None:
+            self._average.update(self._loss.learned, used)
+        self._window.add(elbo)
+
+    def judge(self, step: int) -> float | None:
+        """Judges the state after so many steps; the validation objective where there is one (nats per datum)."""
+        mean, error = self._window.close()
+        self._judged = step
+        found = None
+        average = None if self._validator is None else self._average
+        with nullcontext() if average is None else average.in_place(self._loss.learned):
+            if self._validator is not None:
+                found = mean = self._validator(self._loss, self._ranks)
+                error = 0.0
+            # with another weight of the KL the ELBO is not yet what is maximised
+            if not isinstance(self._loss, Variational) or self._loss.kl_weight == 1.0:
+                self._best.update(step, mean, error, self._loss.tensors)
+        return found
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether so many judgements have brought nothing; the count begins anew then."""
+        if patience is None or self._best.stalled < patience:
+            return False
+        self._best.stalled = 0
+        return True
+
+    def can_judge_last(self) -> bool:
+        """At the end: whether the steps since the last window say anything.
+
+        Without validation a window of fewer than ten steps is too noisy; the state is then kept as
+        it is if the window before it was the best.
+        """
+        if len(self._window) == 0:
+            return False
+        if self._validator is not None or len(self._window) >= min(10, self._window.length):
+            return True
+        if self._best.step == self._judged:
+            self._best.tensors = None
+        return False
+
+    def put_in_place(self, step: int, *, best: bool, failed: bool) -> int:
+        """Has the parameters hold what is kept; the step that they are from.
+
+        Args:
+            step: The last step that was done.
+            best: Whether the best state is kept, rather than the last.
+            failed: Whether the last steps were none, so that neither they nor an average of them are of use.
+        """
+        by_average = self._average is not None and not failed
+        if by_average and self._validator is None and self._average is not None:
+            self._average.put(self._loss.learned)
+        elif (best or failed) and self._best.tensors is not None:
+            write_into(self._loss.tensors(), self._best.tensors)
+            return self._best.step
+        elif by_average and self._average is not None:
+            self._average.put(self._loss.learned)
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "window": self._window.state_dict(),
+            "best": self._best.state_dict(),
+            "judged": self._judged,
+            "average": None if self._average is None else self._average.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._window.load_state_dict(state["window"])
+        self._best.load_state_dict(state["best"])
+        self._judged = state["judged"]
+        if self._average is not None and state["average"] is not None:
+            self._average.load_state_dict(state["average"], self._loss.parameters()[0].device)

@@ -1,0 +1,40 @@
+"""Effect handlers of a step: which parameters a program touches, and the weight of its KL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+
+
+class ParamCapture(Messenger):
+    """Records the unconstrained parameters that a program touches; gives those that await a value theirs."""
+
+    def __init__(self, awaited: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._awaited = awaited
+        self.found: dict[str, torch.Tensor] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self._awaited:
+            msg["fn"](*msg["args"], **msg["kwargs"])  # comes into being
+            store = pyro.get_param_store()
+            store._params[msg["name"]].data.copy_(self._awaited.pop(msg["name"]))
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value = msg["value"]
+        # Inside a subsampled plate the value is a slice that remembers the whole.
+        whole = getattr(value, "_pyro_unconstrained_param", None)
+        self.found[msg["name"]] = value.unconstrained() if whole is None else whole
+
+
+class KLWeight(Messenger):
+    """Multiplies the log-probabilities of latent sites by a weight."""
+
+    weight = 1.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.weight != 1.0 and not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight

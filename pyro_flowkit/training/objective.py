@@ -1,0 +1,85 @@
+"""Which objective `fit` takes: particles in one plate where the model allows it, and no combination that is wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoContinuous
+
+from pyro_flowkit.training.plates import vectorized_nesting
+
+MAX_SEQUENTIAL = 8
+
+Program = Callable[..., Any]
+
+
+def default_objective(
+    particles: int | None,
+    wished: int | None,
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> ELBO:
+    """`Trace_ELBO`, vectorised over its particles where that leaves the ELBO unchanged.
+
+    Args:
+        particles: What the caller asked for, or None.
+        wished: What the guide's recipe asks for, or None; at most 8 of them run one after the other.
+        model, guide, args, kwargs: What it is to run.
+    """
+    count = particles or wished or 1
+    nesting = vectorized_nesting(model, guide, args, kwargs) if count > 1 else None
+    if nesting is not None:
+        return Trace_ELBO(count, max_plate_nesting=nesting, vectorize_particles=True)
+    if particles is None and count > MAX_SEQUENTIAL:
+        warnings.warn(
+            f"Expected a model that runs for many particles at a time, in a plate to the left of its own: this "
+            f"one does not, or not with the same ELBO. A step runs {MAX_SEQUENTIAL} particles one after the "
+            f"other, instead of {count} at once, which takes longer and gives a noisier gradient.",
+            stacklevel=3,
+        )
+        count = MAX_SEQUENTIAL
+    return Trace_ELBO(num_particles=count)
+
+
+def checked_objective(objective: ELBO, particles: int | None, guide: Program) -> ELBO:
+    """The caller's objective.
+
+    Raises:
+        TypeError: If it is no instance of `pyro.infer.ELBO`.
+        ValueError: If it has another number of particles, or would be wrong for the guide.
+    """
+    if not isinstance(objective, ELBO):
+        raise TypeError(
+            f"expected objective to be an instance of pyro.infer.ELBO, got {objective!r}"
+        )
+    if particles is not None and particles != objective.num_particles:
+        raise ValueError(
+            f"expected num_particles of the objective, {objective.num_particles}, "
+            f"got num_particles={particles}"
+        )
+    for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
+        if isinstance(objective, TraceMeanField_ELBO) and isinstance(part, AutoContinuous):
+            raise ValueError(
+                f"expected another objective than {type(objective).__name__} for "
+                f"{type(part).__name__}, e.g. Trace_ELBO: an AutoContinuous guide writes its sites "
+                "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
+                "that log-density, so the result would not be the ELBO"
+            )
+        if (
+            getattr(part, "path_gradient", False)
+            and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
+            and not getattr(objective, "own_gradient", False)
+        ):
+            warnings.warn(
+                f"path_gradient of {type(part).__name__} has no effect under "
+                f"{type(objective).__name__}: only Trace_ELBO, JitTrace_ELBO and TraceGraph_ELBO use "
+                "it. The gradient is the ordinary one; path_gradient=False says so too.",
+                stacklevel=3,
+            )
+    return objective
