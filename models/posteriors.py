@@ -17,10 +17,13 @@ guide row there is measured with its own kind, NUTS is not.
 """
 
 import argparse
+import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -77,34 +80,46 @@ def _start(target: Target) -> dict[str, Any]:
     return {"init_loc_fn": init_to_value(values=target.start)}
 
 
-class _CpuLimit(Callback):
-    """Ends a fit after so many seconds of CPU time."""
+class _CpuClock(Callback):
+    """Notes the CPU time at the start of a fit, when a guide's own start has been found, and after every step."""
 
-    def __init__(self, seconds: float):
-        self._end = time.process_time() + seconds
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_start(self, state: FitState) -> None:
+        self.times.append(time.process_time())
 
     def on_step(self, state: FitState) -> None:
-        if time.process_time() > self._end:
-            state.stop = "cpu time"
+        self.times.append(time.process_time())
 
 
 def train(target: Target, guide: Any, *, seconds: float, steps: int | None, seed: int) -> int:
     """Train by `fit` for about so many CPU seconds; the number of steps."""
     ours = isinstance(guide, AutoSplineFlow)
-    result = fit(
+    run = partial(
+        fit,
         target.model,
-        guide,
         args=target.args,
         num_particles=None if ours else NUM_PARTICLES,
         scheduler=None if ours else "flat_cosine",
         lr=None if ours else 1e-2 if "Normal" in type(guide).__name__[-6:] else 3e-3,
-        max_steps=steps,
-        max_seconds=seconds,
-        callbacks=[_CpuLimit(seconds)],
         seed=seed,
         progress=False,
     )
-    return len(result.history["step"])
+    if steps is None:
+        steps = _steps_in(seconds, run, GUIDES[type(guide).__name__](target))
+    return len(run(guide=guide, max_steps=steps).history["step"])
+
+
+def _steps_in(seconds: float, run: Callable[..., Any], guide: Any) -> int:
+    """How many steps fit into the CPU time, by a trial; the time of day would count what else the machine does."""
+    clock, begun = _CpuClock(), time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forty steps are too few for a flow to gain anything
+        run(guide=guide, max_steps=40, callbacks=[clock])
+    pyro.clear_param_store()
+    per_step = statistics.median(b - a for a, b in pairwise(clock.times))
+    return max(1, int((seconds - (clock.times[0] - begun)) / per_step))
 
 
 def train_in_a_loop(target: Target, guide: Any, *, seconds: float, steps: int | None) -> int:

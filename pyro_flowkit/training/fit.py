@@ -22,6 +22,7 @@ from pyro_flowkit.training.device import chosen_device, move_modules, moved
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.loop import Limits, Loop
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.training.names import separate_names
 from pyro_flowkit.training.objective import checked_objective, default_objective
 from pyro_flowkit.training.optimizer import add_group, build_optimizer
 from pyro_flowkit.training.progress import Bar
@@ -189,6 +190,7 @@ def fit(
     drawn = float(torch.randint(2**31, ())) if seed is None else seed
     row_seed = int(ranks.largest(drawn)[0]) if earlier is None else earlier["row_seed"]
     move_modules(place, model, guide)
+    separate_names(model, guide)
     args = tuple(moved(tuple(args), place))
     keywords: dict[str, Any] = moved(dict(kwargs or {}), place)
     read_recipe = getattr(guide, "recipe", None)

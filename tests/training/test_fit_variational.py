@@ -405,3 +405,41 @@ def test_progress_false_is_silent_with_several_particles(rows: torch.Tensor, cap
     )
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_two_guides_of_one_name_train_by_themselves_and_it_is_said() -> None:
+    """In Pyro the second AutoNormal takes over the parameters of the first, which changes with it."""
+
+    def model(x: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    first, second = AutoNormal(model), AutoNormal(model)
+    options = {"max_steps": 300, "lr": 0.05, "seed": 0, "progress": False}
+    fit(model, first, args=(torch.full((50,), 3.0),), **options)
+    before = first.median()["z"]
+    with pytest.warns(
+        UserWarning, match="another live AutoNormal .* under the name 'AutoNormal_1'"
+    ):
+        fit(model, second, args=(torch.full((50,), -3.0),), **options)
+    assert torch.equal(first.median()["z"], before)
+    assert before.item() == pytest.approx(150 / 51, abs=0.1)
+    assert second.median()["z"].item() == pytest.approx(-150 / 51, abs=0.1)
+    fit(model, first, args=(torch.full((50,), 3.0),), **options)  # its own name, no warning
+    late = AutoNormal(model)
+    late(torch.full((50,), 3.0))
+    with pytest.warns(UserWarning, match="shares its parameters with another live one"):
+        fit(model, late, args=(torch.full((50,), 3.0),), **options)
+
+
+def test_a_guide_that_is_gone_or_cleared_leaves_its_name_free() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(2.0, 1.0))
+
+    first = AutoNormal(model)
+    fit(model, first, max_steps=2, progress=False)
+    pyro.clear_param_store()
+    second = AutoNormal(model)
+    fit(model, second, max_steps=2, progress=False)
+    assert set(pyro.get_param_store().keys()) == {"AutoNormal.locs.z", "AutoNormal.scales.z"}

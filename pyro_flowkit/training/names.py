@@ -1,0 +1,63 @@
+"""Modules that would share entries of the param store without meaning to: the second one gets a name of its own.
+
+Pyro names the parameters of a `PyroModule` after its name, and all `AutoNormal` have the same. The second one of a
+program would train the parameters of the first, whose posterior then changes with it, silently.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from typing import Any
+
+import pyro
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_flowkit._pyro import StoreModule
+from pyro_flowkit.training.state import modules_of
+
+_owners: weakref.WeakValueDictionary[str, PyroModule] = weakref.WeakValueDictionary()
+
+
+def separate_names(*programs: Any) -> None:
+    """Renames modules whose name another live module has trained under, with a warning.
+
+    Modules of this package see to their names themselves. One that has run before it came here has already taken over
+    the other's parameters: that is said, and left.
+    """
+    for module in modules_of(*programs):
+        if not isinstance(module, PyroModule) or isinstance(module, StoreModule):
+            continue
+        name = module._pyro_name
+        owner = _owners.get(name)
+        if owner is not None and owner is not module and _lends(owner):
+            kind = type(module).__name__
+            if _parameters(owner) & _parameters(module):
+                warnings.warn(
+                    f"This {kind} shares its parameters with another live one of the same name, {name!r}: training one "
+                    "changes the other. Train it before the other is called, or call pyro.clear_param_store() between.",
+                    stacklevel=3,
+                )
+                continue
+            numbered = (f"{name or kind}_{i}" for i in itertools.count(1))
+            own = next(candidate for candidate in numbered if candidate not in _owners)
+            warnings.warn(
+                f"The param store holds the parameters of another live {type(owner).__name__} under the name of this "
+                f"{kind}, {name!r}: this one is trained by itself, under the name {own!r}.",
+                stacklevel=3,
+            )
+            module._pyro_set_supermodule(own, module._pyro_context)
+            name = own
+        _owners[name] = module
+
+
+def _parameters(module: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}
+
+
+def _lends(module: nn.Module) -> bool:
+    """Whether the param store still holds the module's own tensors."""
+    own = _parameters(module)
+    return any(id(entry) in own for entry in pyro.get_param_store()._params.values())
