@@ -5,9 +5,15 @@ Run them from the repository root, with the extra `bench` installed for the libr
     python -m benchmarks.spline_kernel      the spline alone: fused kernel and PyTorch reference
     python -m benchmarks.spline_flows       whole flows: this project, pyro, nflows, normflows, zuko, flowjax
     python -m benchmarks.svi_step           a step of variational inference: AutoSplineFlow and Pyro's guides
+    python -m benchmarks.near_gaussian      AutoSplineFlow on posteriors where a Gaussian is nearly enough
+    python -m benchmarks.amortized          AmortizedSplineFlow against an exact posterior
+    python -m benchmarks.tables DATA.npz    densities of tables with the command line's defaults
+    python -m benchmarks.fit_overhead       what fit costs beyond a loop written by hand
+    python -m benchmarks.faults             a fit that is killed again and again, and damaged checkpoints
+    python -m benchmarks.pyro_examples      Pyro's own examples with only the loop replaced
 
-Each prints its tables and writes them to `benchmarks/results/`. What is measured is CPU time on one thread; numerical
-libraries read their number of threads when they are loaded, so it is set here, before any of them.
+Each prints its tables and writes them to `benchmarks/results/`. Time is CPU time on one thread; numerical libraries
+read their number of threads when they are loaded, so it is set here, before any of them.
 """
 
 import os

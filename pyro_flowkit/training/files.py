@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,11 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         DamagedFileError: If it cannot be read, is of another kind or format, or was changed.
     """
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about pickles that PyTorch did not write; they are refused anyway
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # an unpickler that reads noise may raise anything
