@@ -24,6 +24,7 @@ from pyro_flowkit.training.faults import Interruption, caused_by_non_finite, wor
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.optimizer import (
+    gradient_norm,
     load_optimizer_state,
     load_parameter_state,
     optimizer_state,
@@ -184,9 +185,7 @@ class Loop:
             self._take_fresh()
         if self._ranks.count > 1:
             value = self._ranks.average(parameters, value)
-        norm_tensor = torch.nn.utils.get_total_norm(
-            [p.grad for p in parameters if p.grad is not None]
-        )
+        norm_tensor = gradient_norm(parameters)
         norm = math.nan if failure else norm_tensor.item()
         if not failure and not math.isfinite(value):
             failure = f"loss {value}"

@@ -17,17 +17,20 @@ class ParamCapture(Messenger):
         self._awaited = awaited
         self.found: dict[str, torch.Tensor] = {}
 
-    def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self._awaited:
+    # Not by a method for each kind of site, which Pyro looks for by name, at every site of every step.
+
+    def _process_message(self, msg: Any) -> None:
+        if self._awaited and msg["type"] == "param" and msg["name"] in self._awaited:
             msg["fn"](*msg["args"], **msg["kwargs"])  # comes into being
             store = pyro.get_param_store()
             store._params[msg["name"]].data.copy_(self._awaited.pop(msg["name"]))
 
-    def _pyro_post_param(self, msg: Any) -> None:
-        value = msg["value"]
-        # Inside a subsampled plate the value is a slice that remembers the whole.
-        whole = getattr(value, "_pyro_unconstrained_param", None)
-        self.found[msg["name"]] = value.unconstrained() if whole is None else whole
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "param":
+            value = msg["value"]
+            # Inside a subsampled plate the value is a slice that remembers the whole.
+            whole = getattr(value, "_pyro_unconstrained_param", None)
+            self.found[msg["name"]] = value.unconstrained() if whole is None else whole
 
 
 class KLWeight(Messenger):
