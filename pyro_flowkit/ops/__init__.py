@@ -1,6 +1,6 @@
 """Pure functions on tensors: the spline, by a fused kernel or in PyTorch, and Pareto-smoothed importance sampling."""
 
-from pyro_flowkit.ops.backend import backend, use_reference
+from pyro_flowkit.ops.backend import backend, use_compiled, use_reference
 from pyro_flowkit.ops.columns import Columns
 from pyro_flowkit.ops.psis import psis
 from pyro_flowkit.ops.rational_quadratic import (
@@ -20,5 +20,6 @@ __all__ = [
     "rational_quadratic_forward",
     "rational_quadratic_inverse",
     "spline_columns",
+    "use_compiled",
     "use_reference",
 ]

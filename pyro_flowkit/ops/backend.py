@@ -18,8 +18,10 @@ except ImportError:
     kernel = None
 
 ENVIRONMENT_VARIABLE = "PYRO_FLOWKIT_REFERENCE"
+COMPILE_VARIABLE = "PYRO_FLOWKIT_COMPILE"
 
 _reference_wanted = os.environ.get(ENVIRONMENT_VARIABLE, "") not in ("", "0")
+_compile_wanted = os.environ.get(COMPILE_VARIABLE, "") not in ("", "0")
 
 
 def backend() -> Literal["fused", "reference"]:
@@ -44,3 +46,24 @@ def use_reference() -> Iterator[None]:
         yield
     finally:
         _reference_wanted = before
+
+
+def compiles_reference() -> bool:
+    """Whether the PyTorch reference is to go through ``torch.compile``."""
+    return _compile_wanted
+
+
+@contextmanager
+def use_compiled() -> Iterator[None]:
+    """Send the PyTorch reference through ``torch.compile`` for a while, in the whole process.
+
+    For splines on a GPU, where the kernel does not run: one compiled call instead of about a hundred operations. The
+    first call of each kind compiles, which takes half a minute or more; second derivatives are not to be had. Also
+    with ``PYRO_FLOWKIT_COMPILE=1`` in the environment of the process. The kernel, where it applies, is not touched.
+    """
+    global _compile_wanted
+    before, _compile_wanted = _compile_wanted, True
+    try:
+        yield
+    finally:
+        _compile_wanted = before

@@ -6,13 +6,17 @@ Reference:
 
 import functools
 import math
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pyro_flowkit.ops import fused, reference
+from pyro_flowkit.ops.backend import compiles_reference
 from pyro_flowkit.ops.columns import Columns, take
+from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.ops.settings import (
     MIN_BIN_HEIGHT,
     MIN_BIN_WIDTH,
@@ -148,7 +152,7 @@ def _columns_reference(
         part = take(x, numbers, columns.dim)
         if raw is not None:
             raw = raw.unflatten(-1, (len(numbers), settings.num_params))
-            part, ladj = reference.evaluate(part, raw, settings, inverse=inverse)
+            part, ladj = _in_pytorch(part, raw, settings, inverse)
             ladjs.append(ladj.sum(-1))
         values.append(part)
     batch_shape = torch.broadcast_shapes(*(v.shape[:-1] for v in values))
@@ -156,6 +160,25 @@ def _columns_reference(
     together = columns.merge(*(v.expand(*batch_shape, v.shape[-1]) for v in values))
     total = functools.reduce(torch.add, ladjs, x.new_zeros(()))
     return together, total.expand(batch_shape)
+
+
+def _in_pytorch(
+    inputs: Tensor, params: Tensor, settings: SplineSettings, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The reference, compiled where that is asked for and nobody has to see every operation."""
+    if compiles_reference() and is_plain_eager(inputs, params):
+        return _compiled(settings, inverse)(inputs, params)
+    return reference.evaluate(inputs, params, settings, inverse=inverse)
+
+
+@functools.cache
+def _compiled(settings: SplineSettings, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def evaluate(inputs: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.evaluate(inputs, params, settings, inverse=inverse)
+
+    # With a code object of its own: of one that they share, the compiler takes the settings for variables.
+    own = FunctionType(evaluate.__code__.replace(), globals(), closure=evaluate.__closure__)
+    return torch.compile(own, fullgraph=True)
 
 
 _known_settings = functools.lru_cache(maxsize=128)(SplineSettings)
@@ -172,7 +195,7 @@ def _elementwise(
 ) -> tuple[Tensor, Tensor]:
     _check_size(params, settings.num_params, settings, "params")
     if not fused.applies(inputs, params):
-        return reference.evaluate(inputs, params, settings, inverse=inverse)
+        return _in_pytorch(inputs, params, settings, inverse)
     dtype, working = inputs.dtype, _working(inputs, params)
     x, raw = inputs.to(working), params.to(working)
     shape, own_shape = x.shape, raw.shape[:-1]

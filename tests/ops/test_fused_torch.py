@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_flowkit.ops import spline_columns, use_reference
+from pyro_flowkit.ops import rational_quadratic, spline_columns, use_compiled, use_reference
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms import spline_coupling
 from tests.ops.kernel_cases import (
@@ -323,3 +323,57 @@ def test_a_coupling_is_copied_and_pickled_after_use():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert copied.settings == coupling.settings
         assert copied.settings.num_params == coupling.settings.num_params
+
+
+@pytest.fixture
+def compiled_functions(monkeypatch):
+    """What the package compiles; without the compiler's slow last stage."""
+    torch.compiler.reset()
+    rational_quadratic._compiled.cache_clear()
+    compile_, found = torch.compile, []
+
+    def compiler(function, **options):
+        found.append(function)
+        return compile_(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    yield found
+    rational_quadratic._compiled.cache_clear()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler looks at it
+def test_the_reference_goes_through_the_compiler_where_that_is_asked_for(compiled_functions):
+    columns, settings, tensors = column_inputs("all three", 9, 5, "linear")
+
+    def by_columns(x, own, shared):
+        return spline_columns(x, own, shared, columns, settings)
+
+    with use_reference():
+        want, want_grads = with_gradients(by_columns, tensors)
+        assert not compiled_functions
+        with use_compiled():
+            for _ in range(2):
+                got, grads = with_gradients(by_columns, tensors)
+                assert_same(got + grads, want + want_grads, tolerance=1e-10)
+            assert len(compiled_functions) == 1
+            x, params = points(7), random_params(7, count_bins=5, tails="linear")
+            options = {"count_bins": 5, "tails": "linear", "inverse": True}
+            compiled_values = evaluate(x, params, **options)
+            assert len(compiled_functions) == 2
+            derivative = torch.func.grad(lambda x: evaluate(x, params, **options)[0].sum())(x)
+        assert_same(compiled_values, evaluate(x, params, **options), tolerance=1e-10)
+        assert torch.allclose(derivative.log(), compiled_values[1], atol=1e-6)
+
+
+def test_the_kernel_is_not_compiled(compiled_functions):
+    with use_compiled():
+        evaluate(
+            points(7),
+            random_params(7, count_bins=5, tails="linear"),
+            count_bins=5,
+            tails="linear",
+            inverse=False,
+        )
+    assert compiled_functions == []

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from collections.abc import Iterator
 
 import matplotlib
 import numpy as np
@@ -272,6 +273,15 @@ def test_nan_at_random_steps_is_survived(rows: torch.Tensor) -> None:
     assert guide.locs.z.item() == pytest.approx(float(rows[:, 0].sum()) / 61, abs=0.1)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """The handler of an ordinary process; those of a parallel test run ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interruption_waits_for_the_end_of_the_step(rows: torch.Tensor) -> None:
     """Ctrl-C in the middle of log_prob: the step is finished, and the handler is the old one again."""
 
@@ -292,6 +302,7 @@ def test_an_interruption_waits_for_the_end_of_the_step(rows: torch.Tensor) -> No
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interruption_ends_at_once(rows: torch.Tensor) -> None:
     class Stuck(Location):
         def log_prob(self, x: torch.Tensor) -> torch.Tensor:
