@@ -169,6 +169,8 @@ class LoaderBatches:
         self.minibatched = self.steps_per_epoch != 1
         self._iterator: Iterator[Any] = iter(())
         self._random: dict[str, Any] | None = None  # when the epoch began
+        self._own_random: list[torch.Tensor] = []
+        self._epoch = 0  # epochs begun
         self._position = 0  # batches taken in this epoch
         self._held: tuple[int, Batch] | None = None
 
@@ -191,10 +193,32 @@ class LoaderBatches:
 
     def _begin(self) -> None:
         self._random, self._position = random_state(), 0
+        self._own_random = [generator.get_state() for generator in self._generators()]
+        sampler: Any = self._loader.sampler
+        if hasattr(sampler, "set_epoch"):  # of several processes, each of which takes its part
+            sampler.set_epoch(self._epoch)
+        self._epoch += 1
         self._iterator = iter(self._loader)
 
+    def _generators(self) -> list[torch.Generator]:
+        """The loader's own ones."""
+        batch_sampler = getattr(self._loader, "batch_sampler", None)
+        parts = (
+            self._loader,
+            self._loader.sampler,
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        )
+        found = [getattr(part, "generator", None) for part in parts]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
     def state_dict(self) -> dict[str, Any]:
-        return {"random": self._random, "position": self._position}
+        return {
+            "random": self._random,
+            "own_random": self._own_random,
+            "epoch": self._epoch,
+            "position": self._position,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where an earlier fit was; the states of the random number generators change.
@@ -207,6 +231,9 @@ class LoaderBatches:
         if state["random"] is None:
             return
         set_random_state(state["random"])
+        for generator, own in zip(self._generators(), state["own_random"], strict=True):
+            generator.set_state(own)
+        self._epoch = state["epoch"] - 1
         self._begin()
         self._position = sum(1 for _ in islice(self._iterator, state["position"]))
         if self._position < state["position"]:
@@ -230,9 +257,13 @@ class FunctionBatches:
 
     def __init__(self, function: Callable[[int], Any], device: Device = None) -> None:
         self._function, self._device = function, device
+        self._held: tuple[int, Batch] | None = None
 
     def __getitem__(self, step: int) -> Batch:
-        return as_batch(self._function(step), f"data({step})", self._device)
+        """The batch of a step, which is made once."""
+        if self._held is None or self._held[0] != step:
+            self._held = step, as_batch(self._function(step), f"data({step})", self._device)
+        return self._held[1]
 
     def state_dict(self) -> dict[str, Any]:
         return {}

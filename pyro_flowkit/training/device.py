@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ def chosen_device(device: str | torch.device | None) -> torch.device | None:
     if device is None:
         return None
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (
+        str(device) == "cuda" and torch.cuda.is_available()
+    ):  # under torchrun each process has its own
+        chosen = torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        )
+        torch.cuda.set_device(chosen)
+        return chosen
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

@@ -19,7 +19,7 @@ from pyro_flowkit.training.plates import sample_sites
 class Interruption:
     """Takes note of Ctrl-C (SIGINT), and of SIGTERM, as schedulers of clusters send it, until a step is done.
 
-    The second Ctrl-C interrupts at once. Handlers that somebody else has set are left alone, and outside the main
+    The second signal interrupts at once. Handlers that somebody else has set are left alone, and outside the main
     thread nothing is caught.
 
     Attributes:
@@ -50,16 +50,21 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
+        if self.reason is not None:
             raise KeyboardInterrupt
         self.reason = self._REASONS[signal.Signals(number)]
 
 
-def caused_by_non_finite(error: ValueError) -> bool:
-    """Whether argument validation of a distribution refused NaN or inf."""
+def caused_by_numbers(error: Exception) -> bool:
+    """Whether it is an error of values that training has brought about, and not one of the program.
+
+    A matrix that cannot be decomposed, a parameter of a distribution that has left its domain (a scale that has become
+    0), or a value that is NaN or infinite.
+    """
     text = str(error)
-    refused = "to satisfy the constraint" in text or "to be within the support" in text
-    return refused and ("nan" in text or "inf" in text)
+    if isinstance(error, torch.linalg.LinAlgError) or "to satisfy the constraint" in text:
+        return True
+    return "to be within the support" in text and ("nan" in text or "inf" in text)
 
 
 def worst_site(loss: MaximumLikelihood | Variational, batch: Batch) -> str:

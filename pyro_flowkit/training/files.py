@@ -96,6 +96,11 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     return content
 
 
+def check_plain(content: Any) -> None:
+    """Raises TypeError unless this could be written."""
+    _digest(content)
+
+
 def _digest(content: Any) -> str:
     digest = hashlib.sha256()
     for piece in _pieces(content):

@@ -115,7 +115,7 @@ def fit(
             warning, where the model cannot be vectorised over them.
         max_steps: Number of optimizer steps.
         max_epochs: Number of passes over data.
-        max_seconds: Wall-clock limit; the schedule ends with it.
+        max_seconds: Wall-clock limit; the schedule ends with it. What a fit took before it was resumed counts.
         batch_size: Rows per step; default all.
         val_data: Held-out rows: a tensor, a tuple of tensors, or a `DataLoader`.
         val_fraction: Share of data to hold out instead; the plate's size is then that of the rest.
@@ -262,13 +262,16 @@ def fit(
         module.train()
     loss.prepare(first, batches.size, check_plates)
     begun = time.perf_counter()
-    start = None
+    start, interrupted = None, False
     if isinstance(guide, AutoSplineFlow) and recipe.gaussian_start and not batches.minibatched:
         inputs = (*first, *args)
         if earlier is None:
             quarter = GAUSSIAN_SECONDS if max_seconds is None else max_seconds / 4
             seconds = min(GAUSSIAN_SECONDS, quarter)
-            start = guide.start_at_gaussian(model, inputs, keywords, max_seconds=seconds)
+            try:
+                start = guide.start_at_gaussian(model, inputs, keywords, max_seconds=seconds)
+            except KeyboardInterrupt:
+                interrupted = True
         elif earlier["start"] is not None:
             start = guide.start_at_gaussian(model, inputs, keywords, found=earlier["start"])
     if not loss.parameters():
@@ -290,10 +293,15 @@ def fit(
         if guide.hierarchy is not None:
             add_group(built, guide.hierarchy.parameters(), recipe.hierarchy_lr)
     if limits.max_seconds is not None and earlier is None:
-        limits.max_seconds = max(limits.max_seconds - (time.perf_counter() - begun), 0.0)
+        taken = ranks.largest(time.perf_counter() - begun)[0]
+        limits.max_seconds = max(limits.max_seconds - taken, 0.0)
     notes = (compile_where_it_pays(loss, first),) if compile else ()
 
     state = FitState(model=model, guide=guide, optimizer=built)
+    state.stop = "interrupted" if interrupted else None
+    is_elbo = isinstance(loss, Variational) and isinstance(
+        loss.objective, Trace_ELBO | TraceGraph_ELBO
+    )
     chunk = batches.batch_size if isinstance(batches, RowBatches) else WINDOW
     loop = Loop(
         loss,
@@ -321,23 +329,22 @@ def fit(
             "row_seed": row_seed,
             "call": fingerprint(batches, ranks),
             "start": None if start is None else start.tensors,
-            "max_seconds": limits.max_seconds,
+            "max_seconds": [max_seconds, limits.max_seconds],
             "versions": versions(),
         },
+        keep_better=start.keep_better if start is not None and is_elbo else None,
         notes=notes,
         state=state,
         bar=Bar(progress and ranks.leads, limits.max_steps, has_data),
     )
     if earlier is not None:
         check_same_call(earlier, fingerprint(batches, ranks), seed)
-        limits.max_seconds = earlier["max_seconds"] if max_seconds is not None else None
+        given, left = earlier["max_seconds"]
+        if max_seconds == given:
+            limits.max_seconds = left
         loop.load(earlier)
     settings = {**fingerprint(batches, ranks), **{k: v for k, v in numbers.items() if v}}
-    result = loop.run(settings)
-    if start is not None and isinstance(loss, Variational):
-        if isinstance(loss.objective, Trace_ELBO | TraceGraph_ELBO) and not start.keep_better():
-            result.best_step = 0
-    return result
+    return loop.run(settings)
 
 
 def _window(max_steps: int | None, validated: bool) -> int:

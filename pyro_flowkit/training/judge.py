@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.state import write_into
+from pyro_flowkit.training.state import Tensors, copied, write_into
 from pyro_flowkit.training.validation import Best, Validator, Window
 
 
@@ -35,6 +36,12 @@ class Judge:
         self._loss, self._validator, self._average, self._ranks = loss, validator, average, ranks
         self._window, self._best = Window(window), Best()
         self._judged = 0  # the last step that was at the end of a window
+        self._first: Tensors = {}  # the state before the first step
+        self._first_elbo = float("nan")
+
+    def begin(self) -> None:
+        """Takes a copy of the state, to go back to if the first steps are none."""
+        self._first = self._first or copied(self._loss.tensors())
 
     @property
     def is_due(self) -> bool:
@@ -43,6 +50,8 @@ class Judge:
 
     def add(self, elbo: float, used: float) -> None:
         """Takes in a step that was done; `used` is the share of the budget that was gone before it."""
+        if self._first_elbo != self._first_elbo:
+            self._first_elbo = elbo
         if self._average is not None:
             self._average.update(self._loss.learned, used)
         self._window.add(elbo)
@@ -91,14 +100,24 @@ class Judge:
             best: Whether the best state is kept, rather than the last.
             failed: Whether the last steps were none, so that neither they nor an average of them are of use.
         """
-        by_average = self._average is not None and not failed
-        if by_average and self._validator is None and self._average is not None:
-            self._average.put(self._loss.learned)
+        average = None if failed else self._average
+        if average is not None and not average.count:
+            warnings.warn(
+                "expected the fit to reach the steps that average='tail' is taken over, the second half of its budget, "
+                "got an earlier end: nothing is averaged",
+                stacklevel=5,
+            )
+            average = None
+        if failed and not self._best.mean >= self._first_elbo:  # nothing better than the beginning
+            write_into(self._loss.tensors(), self._first)
+            return 0
+        if average is not None and self._validator is None:
+            average.put(self._loss.learned)
         elif (best or failed) and self._best.tensors is not None:
             write_into(self._loss.tensors(), self._best.tensors)
             return self._best.step
-        elif by_average and self._average is not None:
-            self._average.put(self._loss.learned)
+        elif average is not None:
+            average.put(self._loss.learned)
         return step
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,6 +125,8 @@ class Judge:
             "window": self._window.state_dict(),
             "best": self._best.state_dict(),
             "judged": self._judged,
+            "first": self._first,
+            "first_elbo": self._first_elbo,
             "average": None if self._average is None else self._average.state_dict(),
         }
 
@@ -113,5 +134,6 @@ class Judge:
         self._window.load_state_dict(state["window"])
         self._best.load_state_dict(state["best"])
         self._judged = state["judged"]
+        self._first, self._first_elbo = state["first"], state["first_elbo"]
         if self._average is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"], self._loss.parameters()[0].device)

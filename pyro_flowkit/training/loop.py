@@ -20,7 +20,8 @@ import torch
 from pyro_flowkit.training.callbacks import FitState
 from pyro_flowkit.training.checkpoint import Checkpoints
 from pyro_flowkit.training.data import Batches
-from pyro_flowkit.training.faults import Interruption, caused_by_non_finite, worst_site
+from pyro_flowkit.training.faults import Interruption, caused_by_numbers, worst_site
+from pyro_flowkit.training.files import check_plain
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.optimizer import (
@@ -79,6 +80,7 @@ class Loop:
         checkpoints: Checkpoints | None,
         checkpoint_every: float,
         extra: dict[str, Any],
+        keep_better: Callable[[], bool] | None,
         notes: tuple[str, ...],
         state: FitState,
         bar: Bar,
@@ -89,11 +91,13 @@ class Loop:
         self._clip_norm, self._restore_best = clip_norm, restore_best
         self._non_finite, self._callbacks, self._trackers = non_finite, callbacks, trackers
         self._checkpoints, self._every, self._extra = checkpoints, checkpoint_every, extra
+        self._keep_better = keep_better
         self._notes, self._state, self._bar = notes, state, bar
         self._history: list[list[float]] = []
         self._skipped = self._in_a_row = 0
         self._updated = 0  # the last step that was not skipped
         self._last_failure = ""
+        self._warned_of_validation = self._warned_of_checkpoint = False
         self._seconds = self._before = 0.0  # that the fit has taken; of them before it was resumed
         self._saved = -1  # the step of the last checkpoint
         self._optimizer_awaits: dict[str, Any] = {}
@@ -108,6 +112,9 @@ class Loop:
         """
         state = self._state
         self._call("on_start")
+        self._bar.begin_at(state.step)
+        if self._checkpoints is not None:  # what cannot be written is better known now
+            check_plain({"schedule": self._schedule.state_dict()})
         self._trackers.start({key: str(value) for key, value in settings.items()}, state.step)
         self._start = self._next_save = time.perf_counter()
         self._next_save += self._every
@@ -134,6 +141,9 @@ class Loop:
 
     def _steps(self) -> str:
         state, limits = self._state, self._limits
+        if state.stop is not None:  # before it began
+            return state.stop
+        self._judge.begin()
         while True:
             if limits.max_steps is not None and state.step >= limits.max_steps:
                 return limits.steps_reason
@@ -146,7 +156,7 @@ class Loop:
             try:
                 self._call("on_step")
             except KeyboardInterrupt:
-                return "interrupted"
+                self._interruption.reason = "interrupted"
             if self._is_final:
                 return limits.patience_reason
             if self._in_a_row >= NON_FINITE_LIMIT:
@@ -156,11 +166,21 @@ class Loop:
                     f"non-finite at step {state.step}: {self._last_failure} "
                     f"({NON_FINITE_LIMIT} steps in a row){f'; {where}' if where else ''}"
                 )
-            stop = state.stop or self._interruption.reason
-            if self._ranks.count > 1 and self._ranks.largest(float(stop is not None))[0]:
-                stop = stop or "stopped by another process"
+            stop = self._wish_to_stop()
             if stop is not None:
                 return stop
+
+    def _wish_to_stop(self) -> str | None:
+        """The reason why a callback or a signal ends the fit; on all processes if on any."""
+        own = self._interruption.reason
+        code = INTERRUPTIONS.index(own) + 2 if own in INTERRUPTIONS else 1
+        if own is None and self._state.stop is None:
+            code = 0
+        if self._ranks.count > 1:
+            code = int(self._ranks.largest(code)[0])
+        if code > 1:
+            return INTERRUPTIONS[code - 2]
+        return self._state.stop or ("stopped by another process" if code else None)
 
     def _step(self, used: float) -> None:
         state, loss = self._state, self._loss
@@ -174,10 +194,10 @@ class Loop:
         failure = ""
         try:
             value = loss.backward(batch)
-        except ValueError as error:
-            if state.step == 0 or not caused_by_non_finite(error):
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            if state.step == 0 or not caused_by_numbers(error):
                 raise
-            value, failure = math.nan, "a distribution was given NaN or inf"
+            value, failure = math.nan, " ".join(str(error).split())[:300]
         seconds = self._before + time.perf_counter() - self._start
         if self._ranks.count > 1:
             seconds = self._meet(seconds)
@@ -247,6 +267,14 @@ class Loop:
         """Judges the state at the end of a window; True if the fit should stop."""
         found = self._judge.judge(self._updated)
         if found is not None:
+            if not math.isfinite(found) and not self._warned_of_validation:
+                self._warned_of_validation = True
+                warnings.warn(
+                    f"expected a finite objective on the validation data, got {found} at step {self._state.step}: "
+                    "states that cannot be judged are not kept",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
             self._state.validation = self._history[-1][-1] = found
             self._call("on_validation")
             self._trackers.log(self._state.step, {"validation": found})
@@ -256,6 +284,9 @@ class Loop:
         """Puts the parameters that are kept in place; the step that they are from."""
         failed = self._in_a_row >= NON_FINITE_LIMIT
         kept = self._judge.put_in_place(self._updated, best=self._restore_best, failed=failed)
+        if self._keep_better is not None:
+            kept = kept if self._ranks.share(self._keep_better()) else 0
+            self._ranks.broadcast(self._loss.tensors().values())
         for module in self._loss.modules:
             module.eval()
         self._optimizer.zero_grad(set_to_none=True)
@@ -270,12 +301,22 @@ class Loop:
     def _save(self) -> None:
         """Writes a checkpoint, where there is a place for it."""
         step = self._state.step
-        if self._checkpoints is None or step == self._saved:
+        if self._checkpoints is None or step in (0, self._saved):
             return
         content = self._content()
         self._trackers.flush()
         if self._ranks.leads:
-            self._checkpoints.write(step, content)
+            try:
+                self._checkpoints.write(step, content)
+            except (OSError, RuntimeError) as error:  # the disk is full, or the folder gone
+                if not self._warned_of_checkpoint:
+                    self._warned_of_checkpoint = True
+                    warnings.warn(
+                        f"expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
+                        "Training goes on.",
+                        RuntimeWarning,
+                        stacklevel=5,
+                    )
         self._saved = step
         self._next_save = time.perf_counter() + self._every
 

@@ -53,6 +53,12 @@ class Bar:
         self._bar.update(self._pending)
         self._pending = 0
 
+    def begin_at(self, step: int) -> None:
+        """Says how many steps were done before."""
+        if self._bar is not None and step:
+            self._bar.initial = self._bar.n = step
+            self._bar.refresh()
+
     def __enter__(self) -> Bar:
         return self
 

@@ -13,7 +13,7 @@ import pyro
 import torch
 
 from pyro_flowkit.training.files import read_file, write_file
-from pyro_flowkit.training.state import check_fit, copied, modules_of, write_into
+from pyro_flowkit.training.state import check_fit, copied, module_tensors, modules_of, write_into
 
 KIND = "fit result"
 
@@ -137,9 +137,14 @@ class FitResult:
         return result
 
     def _params(self) -> dict[str, torch.Tensor]:
-        """Entries of the param store that belong to the fit, unconstrained."""
+        """Entries of the param store that belong to the fit and to no module, unconstrained."""
         params = pyro.get_param_store()._params
-        return {name: params[name] for name in self.param_names if name in params}
+        of_modules = {id(tensor) for tensor in module_tensors(self._modules()).values()}
+        return {
+            name: params[name]
+            for name in self.param_names
+            if name in params and id(params[name]) not in of_modules
+        }
 
     def _modules(self) -> list[torch.nn.Module]:
         return modules_of(self.model, self.guide)

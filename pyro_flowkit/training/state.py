@@ -78,7 +78,10 @@ def write_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Writes saved values into live tensors, in place, after :func:`check_fit`."""
     check_fit(live, saved)
     for name, tensor in saved.items():
-        live[name].copy_(tensor)
+        if not torch.equal(
+            live[name], tensor.to(live[name])
+        ):  # a buffer may be a view that cannot be written to
+            live[name].copy_(tensor)
 
 
 def random_state() -> dict[str, Any]:

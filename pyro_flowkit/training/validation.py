@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pyro_flowkit.training.data import Batch, Device, as_batch
+from pyro_flowkit.training.faults import caused_by_numbers
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.state import Tensors, copied, evaluating
 
@@ -55,7 +56,12 @@ class Validator:
                 if number % ranks.count != ranks.number:
                     continue
                 torch.manual_seed(VALIDATION_SEED + number)
-                total -= loss.evaluate(batch) * len(batch[0])
+                try:
+                    total -= loss.evaluate(batch) * len(batch[0])
+                except (ValueError, torch.linalg.LinAlgError) as error:
+                    if not caused_by_numbers(error):
+                        raise
+                    total = math.nan
                 count += len(batch[0])
         total, rows = ranks.total(total, count)
         return total / rows
@@ -147,6 +153,11 @@ class Best:
             self._reference, self.stalled = (mean, error), 0
         else:
             self.stalled += 1
+
+    @property
+    def mean(self) -> float:
+        """The best estimate; -inf before there is one."""
+        return self._best[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -80,6 +80,13 @@ def density_from_a_loader(rows: torch.Tensor, **options) -> FitResult:
     return fit(Dropping(), data=loader, val_data=rows[:30], **options)
 
 
+def density_from_a_loader_with_a_generator(rows: torch.Tensor, **options) -> FitResult:
+    generator = torch.Generator().manual_seed(3)
+    data = TensorDataset(rows)
+    loader = DataLoader(data, batch_size=50, shuffle=True, drop_last=True, generator=generator)
+    return fit(Dropping(), data=loader, **options)
+
+
 def density_from_a_function(rows: torch.Tensor, **options) -> FitResult:
     return fit(Dropping(), data=lambda step: rows[step % 7 :: 3], average=0.9, **options)
 
@@ -122,6 +129,7 @@ CALLS = {
     for call in (
         density,
         density_from_a_loader,
+        density_from_a_loader_with_a_generator,
         density_from_a_function,
         spline_flow,
         spline_guide,
@@ -148,9 +156,9 @@ def assert_same(one: FitResult, other: FitResult, values: dict, other_values: di
     assert (one.best_step, one.stop_reason) == (other.best_step, other.stop_reason)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The spline flow of AutoSplineFlow ended"
-)  # it trains for 30 steps
+# fits of a few steps, some of them stopped early
+@pytest.mark.filterwarnings("ignore:The spline flow of AutoSplineFlow ended")
+@pytest.mark.filterwarnings("ignore:expected the fit to reach the steps that average='tail'")
 @pytest.mark.parametrize("stops", [(7, 19), (3, 29)])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_resumed_fit_ends_bit_for_bit_where_the_whole_one_does(
@@ -187,6 +195,31 @@ def test_a_parameter_that_came_late_is_in_a_finished_fit_that_is_given_back(
     again = trained(plain_guide(rows, seed=0, checkpoint_dir=tmp_path, resume=True, **OPTIONS))
     assert again.keys() == expected.keys()
     assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_a_fit_stopped_by_the_time_can_be_given_more_of_it(
+    rows: torch.Tensor, tmp_path: Path
+) -> None:
+    options = {"seed": 0, "checkpoint_dir": tmp_path, "progress": False}
+    first = density(rows, max_seconds=0.3, **options)
+    assert first.stop_reason == "max_seconds"
+    again = density(rows, max_seconds=0.3, resume=True, **options)
+    assert len(again.history["step"]) == len(first.history["step"])
+    more = density(rows, max_seconds=0.8, resume=True, **options)
+    assert len(more.history["step"]) > 1.2 * len(first.history["step"])
+
+
+def test_a_result_of_a_renamed_guide_loads_into_another(rows: torch.Tensor, tmp_path: Path) -> None:
+    first, second = AutoNormal(regression), AutoNormal(regression)
+    options = {"args": (rows,), "max_steps": 5, "progress": False}
+    fit(regression, first, **options)
+    with pytest.warns(UserWarning, match="under the name 'AutoNormal_1'"):
+        fit(regression, second, **options).save(tmp_path / "result.pt")
+    pyro.clear_param_store()
+    fresh = AutoNormal(regression)
+    fresh(rows)
+    FitResult.load(tmp_path / "result.pt", regression, fresh)
+    assert torch.equal(fresh.median()["weight"], second.median()["weight"])
 
 
 def test_checkpoints_hold_plain_tensors_and_the_two_newest_are_kept(

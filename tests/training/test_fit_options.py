@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 
 import matplotlib
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_flowkit import SplineFlow, ops
+from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training import Callback, CsvTracker, FitState, fit
 from pyro_flowkit.training.schedule import kl_weight
 
@@ -88,7 +90,7 @@ def test_a_function_is_given_the_step(rows: torch.Tensor) -> None:
         return rows[step : step + 5]
 
     fit(flow, data=batch, max_steps=4, progress=False)
-    assert steps == [0, 0, 1, 2, 3]  # the first one to set up
+    assert steps == [0, 1, 2, 3]
     assert torch.equal(flow.seen[3], rows[3:8, 0])
 
 
@@ -424,3 +426,143 @@ def test_the_history_is_drawn(rows: torch.Tensor) -> None:
     axes = result.plot()
     assert any(np.array_equal(line.get_ydata(), result.history["elbo"]) for line in axes.lines)
     assert result.plot(axes) is axes
+
+
+@pytest.mark.parametrize("lr", [30.0, 1e3, 1e6])
+def test_an_exploding_rate_with_a_guide_ends_in_a_usable_result(
+    rows: torch.Tensor, lr: float
+) -> None:
+    """Scales become 0, which no text of an error calls NaN."""
+    guide = AutoNormal(coin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        fit(coin, guide, args=(rows,), lr=lr, max_steps=200, seed=0, progress=False)
+    assert all(p.isfinite().all() for p in guide.parameters())
+    assert math.isfinite(Trace_ELBO().loss(coin, guide, rows))
+
+
+@pytest.mark.parametrize("lr", [1e10, 1e38])
+def test_where_the_first_steps_are_none_the_state_before_them_is_given_back(
+    rows: torch.Tensor, lr: float
+) -> None:
+    flow = SplineFlow(2, num_transforms=2, hidden_dims=[8])
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    with pytest.warns(RuntimeWarning, match="non-finite"):
+        result = fit(flow, data=rows, lr=lr, max_steps=200, seed=0, progress=False)
+    assert result.best_step == 0
+    assert all(torch.equal(flow.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_a_step_left_out(rows: torch.Tensor) -> None:
+    calls = [0]
+
+    def model(x: torch.Tensor) -> None:
+        calls[0] += 1
+        torch.linalg.cholesky(torch.eye(2) * (math.nan if calls[0] == 20 else 1.0))
+        coin(x)
+
+    result = fit(model, AutoNormal(model), args=(rows,), max_steps=40, progress=False)
+    assert result.skipped_steps == 1
+
+
+def test_validation_that_is_not_finite_is_said_and_training_goes_on(rows: torch.Tensor) -> None:
+    held_out = rows[:10].clone()
+    held_out[3, 0] = math.nan
+    options = {"data": rows, "batch_size": 20, "val_data": held_out, "progress": False}
+    with pytest.warns(RuntimeWarning, match="finite objective on the validation data, got nan"):
+        result = fit(coin, AutoNormal(coin), max_steps=40, **options)
+    assert result.stop_reason == "max_steps"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
+    rows: torch.Tensor, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device. Training goes on"):
+        result = fit(
+            Location(),
+            data=rows,
+            max_steps=20,
+            checkpoint_dir=tmp_path / "run",
+            checkpoint_every=0,
+            progress=False,
+        )
+    assert len(result.history["step"]) == 20
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_schedule_that_cannot_be_saved_is_refused_before_the_first_step(
+    rows: torch.Tensor, tmp_path
+) -> None:
+    class Odd(torch.optim.lr_scheduler.ConstantLR):
+        def state_dict(self):
+            return {"object": object()}
+
+    with pytest.raises(TypeError, match="got object"):
+        fit(
+            Location(),
+            data=rows,
+            scheduler=Odd,
+            checkpoint_dir=tmp_path,
+            max_steps=5,
+            progress=False,
+        )
+
+
+def test_an_average_over_steps_that_never_came_is_said(rows: torch.Tensor) -> None:
+    class Stops(Callback):
+        def on_step(self, state: FitState) -> None:
+            state.stop = "enough" if state.step == 20 else None
+
+    flow, other = Location(), Location()
+    options = {"data": rows, "max_steps": 100, "callbacks": [Stops()], "progress": False}
+    with pytest.warns(UserWarning, match="got an earlier end: nothing is averaged"):
+        fit(flow, average="tail", **options)
+    fit(other, **options)
+    assert torch.equal(flow.loc, other.loc)
+
+
+def test_an_interruption_of_a_guides_start_gives_the_guide_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoSplineFlow, "start_at_gaussian", interrupted)
+    result = fit(model, AutoSplineFlow(model), max_steps=20, progress=False)
+    assert (result.stop_reason, len(result.history["step"])) == ("interrupted", 0)
+
+
+def test_hooks_at_the_end_see_what_is_returned(rows: torch.Tensor) -> None:
+    """A flow that gains nothing on the Gaussian it started from: that Gaussian."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    seen: dict[str, torch.Tensor] = {}
+
+    class Ends(Callback):
+        def on_end(self, state: FitState) -> None:
+            seen.update({k: v.clone() for k, v in state.guide.state_dict().items()})
+
+    guide = AutoSplineFlow(model, num_transforms=2, hidden_dims=[8])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = fit(model, guide, max_steps=20, callbacks=[Ends()], seed=0, progress=False)
+    assert result.best_step == 0
+    assert all(torch.equal(seen[name], value) for name, value in guide.state_dict().items())
+
+
+def test_a_buffer_that_is_a_view_is_no_obstacle(rows: torch.Tensor) -> None:
+    class Viewing(Location):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("zero", torch.zeros(()).expand(2))
+
+    assert fit(Viewing(), data=rows, val_data=rows, max_steps=20, progress=False).best_step > 0

@@ -89,6 +89,18 @@ class Stops(Callback):
         if state.step == 7 and rank == 1:
             state.stop = "enough"
 
+class Interrupts(Callback):
+    def on_step(self, state):
+        if state.step == 7 and rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+_, result = density(seed=3, callbacks=[Interrupts()])
+out["interrupted"] = [result.stop_reason, len(result.history["step"])]
+
+flow, result = density(seed=3, max_steps=None, max_seconds=1.0)
+out["timed"], out["timed reason"] = flow.state_dict(), result.stop_reason
+
 _, result = density(seed=3, callbacks=[Stops()], checkpoint_dir=f"{{folder}}/run")
 out["stop"] = [result.stop_reason, len(result.history["step"])]
 flow, result = density(seed=3, checkpoint_dir=f"{{folder}}/run", resume=True)
@@ -170,7 +182,7 @@ def one() -> dict:
     return namespace
 
 
-@pytest.mark.parametrize("name", ["density", "guide", "late", "resumed"])
+@pytest.mark.parametrize("name", ["density", "guide", "late", "timed", "resumed"])
 def test_parameters_are_equal_bit_for_bit_on_both(two, name: str) -> None:
     first, second = (found[name] for found in two[1])
     assert first.keys() == second.keys()
@@ -207,6 +219,14 @@ def test_noise_is_independent(two, one) -> None:
 def test_a_stop_on_one_stops_both(two) -> None:
     assert two[1][1]["stop"] == ["enough", 7]
     assert two[1][0]["stop"] == ["stopped by another process", 7]
+
+
+def test_an_interruption_of_one_ends_both(two) -> None:
+    assert two[1][0]["interrupted"] == two[1][1]["interrupted"] == ["interrupted", 7]
+
+
+def test_a_limit_of_time_ends_both_at_the_same_step(two) -> None:
+    assert two[1][0]["timed reason"] == two[1][1]["timed reason"] == "max_seconds"
 
 
 def test_a_resumed_fit_ends_where_the_whole_one_does(two) -> None:
