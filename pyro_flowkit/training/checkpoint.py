@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ class Checkpoints:
 
     Args:
         folder: Where they are; made if it is not there.
+        every: Seconds between them.
         resume: Whether to go on from what the folder holds.
+        ranks: The processes that share the fit, of which the first writes.
 
     Raises:
         ValueError: If the folder holds checkpoints and `resume` is False.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, resume: bool) -> None:
-        self._folder = Path(folder)
+    def __init__(
+        self, folder: str | os.PathLike[str], every: float, *, resume: bool, ranks: Ranks
+    ) -> None:
+        self._folder, self._every, self._ranks = Path(folder), every, ranks
         self._folder.mkdir(parents=True, exist_ok=True)
         found = self._paths()
         if found and not resume:
@@ -37,6 +42,9 @@ class Checkpoints:
                 f"expected a checkpoint_dir without checkpoints, or resume=True, got {len(found)} in "
                 f"{self._folder} (the newest: {found[-1].name})"
             )
+        self.saved = 0  # the step of the last one; before the first there is nothing to save
+        self._next = time.perf_counter() + every
+        self._warned = False
 
     def newest(self) -> dict[str, Any] | None:
         """The newest readable checkpoint, with a warning for every damaged one; None if there is no checkpoint.
@@ -58,8 +66,35 @@ class Checkpoints:
             raise DamagedFileError(f"{problems[0]}. Without it, the fit would start afresh.")
         return None
 
-    def write(self, step: int, content: dict[str, Any]) -> None:
-        """Writes the checkpoint of a step, then removes those no longer needed."""
+    def is_due(self) -> bool:
+        """Whether it is time for the next one, for any of the processes."""
+        now = float(time.perf_counter() >= self._next)
+        return bool(self._ranks.largest(now)[0])
+
+    def save(self, step: int, content: Callable[[], dict[str, Any]]) -> None:
+        """Writes the checkpoint of a step, unless there is one; all processes make their content.
+
+        A disk that is full, or a folder that is gone, is said once, and training goes on.
+        """
+        if step == self.saved:
+            return
+        made = content()
+        if self._ranks.leads:
+            try:
+                self._write(step, made)
+            except (OSError, RuntimeError) as error:
+                if not self._warned:
+                    warnings.warn(
+                        f"expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
+                        "Training goes on.",
+                        RuntimeWarning,
+                        stacklevel=6,
+                    )
+                self._warned = True
+        self.saved, self._next = step, time.perf_counter() + self._every
+
+    def _write(self, step: int, content: dict[str, Any]) -> None:
+        """Writes a file, then removes those no longer needed."""
         name = self._folder / f"step-{step:010d}.pt"
         write_file(name, KIND, content)
         paths = [path for path in self._paths() if path <= name]
@@ -73,7 +108,7 @@ class Checkpoints:
 
 
 def open_checkpoints(
-    folder: Any, resume: bool, ranks: Ranks
+    folder: Any, every: float, resume: bool, ranks: Ranks
 ) -> tuple[Checkpoints | None, dict[str, Any] | None]:
     """The folder, and its newest checkpoint if the fit is to go on from it; the first process reads for all."""
     if folder is None:
@@ -84,7 +119,7 @@ def open_checkpoints(
     problem = ""
     if ranks.leads:
         try:
-            checkpoints = Checkpoints(folder, resume=resume)
+            checkpoints = Checkpoints(folder, every, resume=resume, ranks=ranks)
             found = checkpoints, checkpoints.newest() if resume else None
         except DamagedFileError:
             if ranks.count == 1:
@@ -95,8 +130,11 @@ def open_checkpoints(
     problem = ranks.share(problem)
     if problem:
         raise ValueError(problem)
-    checkpoints = found[0] or Checkpoints(folder, resume=True)
-    return checkpoints, ranks.share(found[1])
+    checkpoints = found[0] or Checkpoints(folder, every, resume=True, ranks=ranks)
+    earlier = ranks.share(found[1])
+    if earlier is not None:
+        checkpoints.saved = earlier["step"]
+    return checkpoints, earlier
 
 
 def fingerprint(batches: Batches, ranks: Ranks) -> dict[str, Any]:

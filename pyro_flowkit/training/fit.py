@@ -184,7 +184,7 @@ def fit(
     _check_options(numbers, checkpoint_every, non_finite)
     place = chosen_device(device)
     ranks = Ranks.join(place)
-    checkpoints, earlier = open_checkpoints(checkpoint_dir, resume, ranks)
+    checkpoints, earlier = open_checkpoints(checkpoint_dir, checkpoint_every, resume, ranks)
     if seed is not None:
         pyro.set_rng_seed(seed)
     drawn = float(torch.randint(2**31, ())) if seed is None else seed
@@ -324,7 +324,6 @@ def fit(
         callbacks=tuple(callbacks),
         trackers=safely(trackers if ranks.leads else ()),
         checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
         extra={
             "row_seed": row_seed,
             "call": fingerprint(batches, ranks),

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from pyro_flowkit.training.callbacks import FitState
@@ -32,12 +31,11 @@ from pyro_flowkit.training.optimizer import (
 )
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.result import FitResult
+from pyro_flowkit.training.result import HISTORY, FitResult, history_arrays
 from pyro_flowkit.training.schedule import Schedule
 from pyro_flowkit.training.state import copied, random_state, set_random_state
 
 NON_FINITE_LIMIT = 10
-HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")
 INTERRUPTIONS = ("interrupted", "terminated")
 
 
@@ -78,7 +76,6 @@ class Loop:
         callbacks: Sequence[Any],
         trackers: Any,  # as `safely` makes them
         checkpoints: Checkpoints | None,
-        checkpoint_every: float,
         extra: dict[str, Any],
         keep_better: Callable[[], bool] | None,
         notes: tuple[str, ...],
@@ -90,16 +87,15 @@ class Loop:
         self._ranks, self._judge, self._kl_weight = ranks, judge, kl_weight
         self._clip_norm, self._restore_best = clip_norm, restore_best
         self._non_finite, self._callbacks, self._trackers = non_finite, callbacks, trackers
-        self._checkpoints, self._every, self._extra = checkpoints, checkpoint_every, extra
+        self._checkpoints, self._extra = checkpoints, extra
         self._keep_better = keep_better
         self._notes, self._state, self._bar = notes, state, bar
         self._history: list[list[float]] = []
         self._skipped = self._in_a_row = 0
         self._updated = 0  # the last step that was not skipped
         self._last_failure = ""
-        self._warned_of_validation = self._warned_of_checkpoint = False
+        self._warned_of_validation = False
         self._seconds = self._before = 0.0  # that the fit has taken; of them before it was resumed
-        self._saved = -1  # the step of the last checkpoint
         self._optimizer_awaits: dict[str, Any] = {}
         self._reason = ""
         self._is_final = False  # ended for good, not by a limit or a wish
@@ -116,8 +112,7 @@ class Loop:
         if self._checkpoints is not None:  # what cannot be written is better known now
             check_plain({"schedule": self._schedule.state_dict()})
         self._trackers.start({key: str(value) for key, value in settings.items()}, state.step)
-        self._start = self._next_save = time.perf_counter()
-        self._next_save += self._every
+        self._start = time.perf_counter()
         with warnings.catch_warnings(), self._bar, Interruption() as self._interruption:
             # Non-finite steps are counted and reported here, once, instead of by each warning.
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+inf|-inf)")
@@ -149,7 +144,7 @@ class Loop:
                 return limits.steps_reason
             if limits.max_seconds is not None and self._seconds >= limits.max_seconds:
                 return "max_seconds"
-            if self._checkpoints is not None and self._due():
+            if self._checkpoints is not None and self._checkpoints.is_due():
                 self._save()
             self._step(limits.used(state.step, self._seconds))
             self._is_final = self._judge.is_due and self._judged()
@@ -294,31 +289,11 @@ class Loop:
             warnings.warn(f"fit stopped early: {self._reason}", RuntimeWarning, stacklevel=4)
         return kept
 
-    def _due(self) -> bool:
-        now = float(time.perf_counter() >= self._next_save)
-        return bool(self._ranks.largest(now)[0]) if self._ranks.count > 1 else bool(now)
-
     def _save(self) -> None:
         """Writes a checkpoint, where there is a place for it."""
-        step = self._state.step
-        if self._checkpoints is None or step in (0, self._saved):
-            return
-        content = self._content()
-        self._trackers.flush()
-        if self._ranks.leads:
-            try:
-                self._checkpoints.write(step, content)
-            except (OSError, RuntimeError) as error:  # the disk is full, or the folder gone
-                if not self._warned_of_checkpoint:
-                    self._warned_of_checkpoint = True
-                    warnings.warn(
-                        f"expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
-                        "Training goes on.",
-                        RuntimeWarning,
-                        stacklevel=5,
-                    )
-        self._saved = step
-        self._next_save = time.perf_counter() + self._every
+        if self._checkpoints is not None:
+            self._trackers.flush()
+            self._checkpoints.save(self._state.step, self._content)
 
     def _content(self) -> dict[str, Any]:
         """All that the next step depends on, and what was recorded so far."""
@@ -357,7 +332,6 @@ class Loop:
         self._history = content["history"].tolist()
         self._state.step, self._state.validation = content["step"], content["validation"]
         self._seconds = self._before = content["seconds"]
-        self._saved = content["step"]
         if self._history:
             _, self._state.elbo, self._state.learning_rate, *_ = self._history[-1]
         self._reason, self._is_final = content["ended"] or "", content["ended"] is not None
@@ -369,13 +343,10 @@ class Loop:
             getattr(callback, hook)(self._state)
 
     def _result(self, kept: int) -> FitResult:
-        table = np.array(self._history, dtype=np.float64).reshape(-1, len(HISTORY)).T
-        history = dict(zip(HISTORY, (np.ascontiguousarray(row) for row in table), strict=True))
-        history["step"] = history["step"].astype(np.int64)
         return FitResult(
             model=self._state.model,
             guide=self._state.guide,
-            history=history,
+            history=history_arrays(self._history),
             stop_reason=self._reason,
             best_step=kept,
             skipped_steps=self._skipped,

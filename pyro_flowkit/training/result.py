@@ -16,6 +16,14 @@ from pyro_flowkit.training.files import read_file, write_file
 from pyro_flowkit.training.state import check_fit, copied, module_tensors, modules_of, write_into
 
 KIND = "fit result"
+HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")
+
+
+def history_arrays(records: list[list[float]]) -> dict[str, np.ndarray]:
+    """The columns of a history, from its rows in the order of `HISTORY`."""
+    table = np.array(records, dtype=np.float64).reshape(-1, len(HISTORY)).T
+    columns = {name: np.ascontiguousarray(row) for name, row in zip(HISTORY, table, strict=True)}
+    return {**columns, "step": columns["step"].astype(np.int64)}
 
 
 def versions() -> dict[str, str]:
