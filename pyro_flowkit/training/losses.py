@@ -119,15 +119,13 @@ class Loss:
             self.touch(batch)
 
     def _collect(self, touched: dict[str, torch.Tensor]) -> None:
-        """Takes note of what the programs touched, and of the modules' parameters at the first call."""
-        names = touched.keys() - self.param_names.keys()
-        if not names:
+        """Takes note of parameters that the programs touched for the first time."""
+        if not touched:
             return
         of_modules = {id(tensor): name for name, tensor in module_tensors(self.modules).items()}
         for name, parameter in touched.items():
-            if name in names:
-                self.param_names[name] = None
-                self._add(of_modules.get(id(parameter), STORE + name), parameter)
+            self.param_names[name] = None
+            self._add(of_modules.get(id(parameter), STORE + name), parameter)
 
     def _collect_modules(self) -> None:
         for module, prefix in zip(self.modules, map(str, range(len(self.modules))), strict=True):
@@ -258,7 +256,7 @@ class Variational(Loss):
             self._normalizer = effective_size(model_trace, len(batch[0]))
 
     def touch(self, batch: Batch) -> tuple[Any, Any]:
-        with ParamCapture(self.awaited) as capture:
+        with ParamCapture(self.param_names, self.awaited) as capture:
             traces = self.traces(batch)
         self._refreeze()
         self._collect(capture.found)
@@ -286,7 +284,7 @@ class Variational(Loss):
         return float(total) / self._normalizer
 
     def _total(self, batch: Batch, estimate: Callable[..., Any]) -> Any:
-        with ParamCapture(self.awaited) as capture:
+        with ParamCapture(self.param_names, self.awaited) as capture:
             total = estimate(*self._programs, *batch, *self._args, **self._kwargs)
         self._collect(capture.found)
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import pyro
@@ -10,11 +11,16 @@ from pyro.poutine.messenger import Messenger
 
 
 class ParamCapture(Messenger):
-    """Records the unconstrained parameters that a program touches; gives those that await a value theirs."""
+    """Records the unconstrained parameters that a program touches; gives those that await a value theirs.
 
-    def __init__(self, awaited: dict[str, torch.Tensor]) -> None:
+    Args:
+        known: Names of parameters that are not recorded.
+        awaited: Values for entries of the param store that do not exist yet.
+    """
+
+    def __init__(self, known: Container[str], awaited: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        self._awaited = awaited
+        self._known, self._awaited = known, awaited
         self.found: dict[str, torch.Tensor] = {}
 
     # Not by a method for each kind of site, which Pyro looks for by name, at every site of every step.
@@ -26,7 +32,7 @@ class ParamCapture(Messenger):
             store._params[msg["name"]].data.copy_(self._awaited.pop(msg["name"]))
 
     def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] == "param":
+        if msg["type"] == "param" and msg["name"] not in self._known:
             value = msg["value"]
             # Inside a subsampled plate the value is a slice that remembers the whole.
             whole = getattr(value, "_pyro_unconstrained_param", None)
