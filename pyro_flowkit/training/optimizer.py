@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAX_COPIED = 2**18  # numbers
+
 Factory = Callable[..., Any]  # params, lr=... -> torch.optim.Optimizer
 
 
@@ -46,8 +48,10 @@ def add_group(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], lr: fl
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, a scalar."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    if len({(grad.device, grad.dtype) for grad in grads}) == 1:  # half the time of the general way
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    is_small = sum(grad.numel() for grad in grads) <= MAX_COPIED
+    if is_small and len({(grad.device, grad.dtype) for grad in grads}) == 1:
+        # a copy is a fifth of the time of the general way, which counts where a step takes a millisecond
+        return torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in grads]))
     return torch.nn.utils.get_total_norm(grads)
 
 
