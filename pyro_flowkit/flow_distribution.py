@@ -137,11 +137,15 @@ class FlowDistribution(dist.TransformedDistribution):
             self._validate_sample(value)
         return self._pull(value, self.base_dist, self.transforms)
 
+    @property
+    def _takes_path_gradient(self) -> bool:
+        return self.path_gradient and self.has_rsample and torch.is_grad_enabled()
+
     def score_parts(self, value: Tensor) -> ScoreParts:
         log_prob = self.log_prob(value)
         if not self.has_rsample:
             return ScoreParts(log_prob=log_prob, score_function=log_prob, entropy_term=0)
-        if not (self.path_gradient and torch.is_grad_enabled()):
+        if not self._takes_path_gradient:
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         with self._fixed() as (base, transforms):
             fixed = self._pull(value, base, transforms)

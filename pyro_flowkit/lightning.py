@@ -28,8 +28,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_flowkit.training.data import RowBatches, as_batch, as_rows
-from pyro_flowkit.training.losses import STORE, MaximumLikelihood, Variational, no_guide
-from pyro_flowkit.training.objective import checked_objective, default_objective
+from pyro_flowkit.training.losses import STORE, Variational
+from pyro_flowkit.training.objective import chosen_loss, recipe_of
 from pyro_flowkit.training.optimizer import Factory, build_optimizer
 from pyro_flowkit.training.schedule import SCHEDULES
 from pyro_flowkit.training.state import copied, random_state, set_random_state, write_into
@@ -122,8 +122,7 @@ class FlowModule(LightningModule):
         call = ((*batch, *args), dict(kwargs or {}))
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             getattr(guide, "setup", guide)(*call[0], **call[1])
-        read_recipe = getattr(guide, "recipe", None)
-        recipe: Any = read_recipe() if callable(read_recipe) else None
+        recipe = recipe_of(guide)
         self._lr, self._default_lr = lr, getattr(recipe, "lr", None) or DEFAULT_LR
         self._factory = optimizer
         self._scheduler = scheduler or getattr(recipe, "scheduler", None) or "constant"
@@ -135,24 +134,18 @@ class FlowModule(LightningModule):
         self._seed = int(torch.randint(2**31, ())) if seed is None else seed
         self._batches_done = 0
         self._checked_gradients = False
-        loss: MaximumLikelihood | Variational
-        if guide is None and isinstance(model, nn.Module) and hasattr(model, "log_prob"):
-            if objective is not None or num_particles is not None:
-                raise ValueError(
-                    "expected no objective and no num_particles for maximum likelihood, "
-                    f"got {objective!r} and {num_particles!r}"
-                )
-            loss = MaximumLikelihood(model, tuple(args), dict(kwargs or {}))
-        else:
+        loss = chosen_loss(
+            model,
+            guide,
+            batch,
+            tuple(args),
+            call[1],
+            objective=objective,
+            num_particles=num_particles,
+        )
+        if isinstance(loss, Variational):
             if check_plates and data_size is None:
                 raise ValueError("expected data_size, to compare the plates with it, got None")
-            program = no_guide if guide is None else guide
-            loss = Variational(model, program, tuple(args), dict(kwargs or {}), guide is not None)
-            if objective is None:
-                wished = getattr(recipe, "num_particles", None)
-                loss.objective = default_objective(num_particles, wished, model, program, *call)
-            else:
-                loss.objective = checked_objective(objective, num_particles, program)
             if not hasattr(loss.objective, "differentiable_loss"):
                 raise TypeError(
                     "expected an objective with differentiable_loss, which Lightning needs, "

@@ -25,8 +25,7 @@ class AmortizedPosterior(FlowDistribution):
     _global_context: Tensor | None = None
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        usable = self.path_gradient and torch.is_grad_enabled() and self.has_rsample
-        if not usable or torch.jit.is_tracing():  # a trace cannot choose
+        if not self._takes_path_gradient or torch.jit.is_tracing():  # a trace cannot choose
             return super().score_parts(value)
         log_prob = self.log_prob(value)
         point = value.detach().requires_grad_()

@@ -21,9 +21,9 @@ from pyro_flowkit.training.data import RowBatches, open_batches
 from pyro_flowkit.training.device import chosen_device, move_modules, moved
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.loop import Limits, Loop
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.names import separate_names
-from pyro_flowkit.training.objective import checked_objective, default_objective
+from pyro_flowkit.training.objective import chosen_loss, recipe_of
 from pyro_flowkit.training.optimizer import add_group, build_optimizer
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
@@ -36,6 +36,7 @@ DEFAULT_LR = 3e-3
 DEFAULT_CAP = 20_000
 DEFAULT_PATIENCE = 5
 WINDOW = 100
+VALIDATION_ROWS = 100  # at a time, where training has no batch size of its own
 GAUSSIAN_SECONDS = 30.0
 
 
@@ -193,8 +194,7 @@ def fit(
     separate_names(model, guide)
     args = tuple(moved(tuple(args), place))
     keywords: dict[str, Any] = moved(dict(kwargs or {}), place)
-    read_recipe = getattr(guide, "recipe", None)
-    recipe: Any = read_recipe() if callable(read_recipe) else None
+    recipe = recipe_of(guide)
 
     batches, held_out = open_batches(
         moved(data, place),
@@ -230,34 +230,21 @@ def fit(
     if clip_norm is None:
         clip_norm = getattr(recipe, "clip_norm", None)
 
-    loss: MaximumLikelihood | Variational
-    if guide is None and isinstance(model, torch.nn.Module) and hasattr(model, "log_prob"):
-        if objective is not None or num_particles is not None or kl_schedule is not None:
-            raise ValueError(
-                "expected no objective, no num_particles and no kl_schedule for maximum likelihood, "
-                f"got {objective!r}, {num_particles!r} and {kl_schedule!r}"
-            )
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        getattr(guide, "setup", guide)(*first, *args, **keywords)
+        move_modules(place, guide)
+    loss = chosen_loss(
+        model, guide, first, args, keywords, objective=objective, num_particles=num_particles
+    )
+    if isinstance(loss, MaximumLikelihood):
+        if kl_schedule is not None:
+            raise ValueError(f"expected no kl_schedule for maximum likelihood, got {kl_schedule!r}")
         if not has_data and not args:
             raise ValueError("expected data for maximum likelihood, got none")
-        loss = MaximumLikelihood(model, args, keywords)
-    else:
-        program = no_guide if guide is None else guide
-        if isinstance(program, AutoGuide) and program.prototype_trace is None:
-            getattr(program, "setup", program)(*first, *args, **keywords)
-            move_modules(place, program)
-        loss = Variational(model, program, args, keywords, guide is not None)
-        if objective is None:
-            wished = getattr(recipe, "num_particles", None)
-            inputs = (*first, *args)
-            loss.objective = default_objective(
-                num_particles, wished, model, program, inputs, keywords
-            )
-        else:
-            loss.objective = checked_objective(objective, num_particles, program)
-        if kl_schedule is not None and isinstance(objective, JitTrace_ELBO):
-            raise ValueError(
-                "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
-            )
+    elif kl_schedule is not None and isinstance(objective, JitTrace_ELBO):
+        raise ValueError(
+            "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
+        )
     for module in loss.modules:
         module.train()
     loss.prepare(first, batches.size, check_plates)
@@ -302,7 +289,8 @@ def fit(
     is_elbo = isinstance(loss, Variational) and isinstance(
         loss.objective, Trace_ELBO | TraceGraph_ELBO
     )
-    chunk = batches.batch_size if isinstance(batches, RowBatches) else WINDOW
+    chunk = batches.batch_size if isinstance(batches, RowBatches) else VALIDATION_ROWS
+    call = fingerprint(batches, ranks)
     loop = Loop(
         loss,
         batches,
@@ -326,7 +314,7 @@ def fit(
         checkpoints=checkpoints,
         extra={
             "row_seed": row_seed,
-            "call": fingerprint(batches, ranks),
+            "call": call,
             "start": None if start is None else start.tensors,
             "max_seconds": [max_seconds, limits.max_seconds],
             "versions": versions(),
@@ -337,12 +325,12 @@ def fit(
         bar=Bar(progress and ranks.leads, limits.max_steps, has_data),
     )
     if earlier is not None:
-        check_same_call(earlier, fingerprint(batches, ranks), seed)
+        check_same_call(earlier, call, seed)
         given, left = earlier["max_seconds"]
         if max_seconds == given:
             limits.max_seconds = left
         loop.load(earlier)
-    settings = {**fingerprint(batches, ranks), **{k: v for k, v in numbers.items() if v}}
+    settings = {**call, **{k: v for k, v in numbers.items() if v}}
     return loop.run(settings)
 
 

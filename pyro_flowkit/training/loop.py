@@ -31,7 +31,7 @@ from pyro_flowkit.training.optimizer import (
 )
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.result import HISTORY, FitResult, history_arrays
+from pyro_flowkit.training.result import HISTORY, FitResult, history_columns
 from pyro_flowkit.training.schedule import Schedule
 from pyro_flowkit.training.state import copied, random_state, set_random_state
 
@@ -171,8 +171,7 @@ class Loop:
         code = INTERRUPTIONS.index(own) + 2 if own in INTERRUPTIONS else 1
         if own is None and self._state.stop is None:
             code = 0
-        if self._ranks.count > 1:
-            code = int(self._ranks.largest(code)[0])
+        code = int(self._ranks.largest(code)[0])
         if code > 1:
             return INTERRUPTIONS[code - 2]
         return self._state.stop or ("stopped by another process" if code else None)
@@ -193,13 +192,10 @@ class Loop:
             if state.step == 0 or not caused_by_numbers(error):
                 raise
             value, failure = math.nan, " ".join(str(error).split())[:300]
-        seconds = self._before + time.perf_counter() - self._start
-        if self._ranks.count > 1:
-            seconds = self._meet(seconds)
+        seconds = self._meet(self._before + time.perf_counter() - self._start)
         if loss.fresh:
             self._take_fresh()
-        if self._ranks.count > 1:
-            value = self._ranks.average(parameters, value)
+        value = self._ranks.average(parameters, value)
         norm_tensor = gradient_norm(parameters)
         norm = math.nan if failure else norm_tensor.item()
         if not failure and not math.isfinite(value):
@@ -346,7 +342,7 @@ class Loop:
         return FitResult(
             model=self._state.model,
             guide=self._state.guide,
-            history=history_arrays(self._history),
+            history=history_columns(self._history),
             stop_reason=self._reason,
             best_step=kept,
             skipped_steps=self._skipped,

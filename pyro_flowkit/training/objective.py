@@ -1,4 +1,8 @@
-"""Which objective `fit` takes: particles in one plate where the model allows it, and no combination that is wrong."""
+"""Which objective a model and guide are trained by, in `fit` and under Lightning.
+
+Likelihood where it is exact, else the ELBO: its particles in one plate where the model allows it, and no combination
+that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,60 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous
 
+from pyro_flowkit.training.losses import MaximumLikelihood, Variational, no_guide
 from pyro_flowkit.training.plates import vectorized_nesting
 
 MAX_SEQUENTIAL = 8
 
 Program = Callable[..., Any]
+
+
+def chosen_loss(
+    model: Any,
+    guide: Any,
+    batch: tuple[torch.Tensor, ...],
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    objective: ELBO | None,
+    num_particles: int | None,
+) -> MaximumLikelihood | Variational:
+    """Maximum likelihood of a module with `log_prob` that has no guide, else the ELBO of a Pyro model.
+
+    Args:
+        model: The module, or the model.
+        guide: Its guide, set up; or None.
+        batch: The first batch.
+        args, kwargs: What follows the batch in a call.
+        objective: The caller's estimator of the ELBO, or None.
+        num_particles: Its particles, or None: those of the guide's recipe, where there is one.
+
+    Raises:
+        TypeError: If the objective is no `pyro.infer.ELBO`.
+        ValueError: If it has another number of particles, would be wrong for the guide, or is not asked for.
+    """
+    if guide is None and isinstance(model, torch.nn.Module) and hasattr(model, "log_prob"):
+        if objective is not None or num_particles is not None:
+            raise ValueError(
+                "expected no objective and no num_particles for maximum likelihood, "
+                f"got {objective!r} and {num_particles!r}"
+            )
+        return MaximumLikelihood(model, args, kwargs)
+    program = no_guide if guide is None else guide
+    loss = Variational(model, program, args, kwargs, guide is not None)
+    if objective is not None:
+        loss.objective = checked_objective(objective, num_particles, program)
+        return loss
+    wished = getattr(recipe_of(guide), "num_particles", None)
+    inputs = (*batch, *args)
+    loss.objective = default_objective(num_particles, wished, model, program, inputs, kwargs)
+    return loss
+
+
+def recipe_of(guide: Any) -> Any:
+    """What the guide says of its training, or None."""
+    recipe = getattr(guide, "recipe", None)
+    return recipe() if callable(recipe) else None
 
 
 def default_objective(
@@ -41,7 +94,7 @@ def default_objective(
             f"Expected a model that runs for many particles at a time, in a plate to the left of its own: this "
             f"one does not, or not with the same ELBO. A step runs {MAX_SEQUENTIAL} particles one after the "
             f"other, instead of {count} at once, which takes longer and gives a noisier gradient.",
-            stacklevel=3,
+            stacklevel=4,
         )
         count = MAX_SEQUENTIAL
     return Trace_ELBO(num_particles=count)
@@ -80,6 +133,6 @@ def checked_objective(objective: ELBO, particles: int | None, guide: Program) ->
                 f"path_gradient of {type(part).__name__} has no effect under "
                 f"{type(objective).__name__}: only Trace_ELBO, JitTrace_ELBO and TraceGraph_ELBO use "
                 "it. The gradient is the ordinary one; path_gradient=False says so too.",
-                stacklevel=3,
+                stacklevel=4,
             )
     return objective

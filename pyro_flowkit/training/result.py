@@ -19,7 +19,7 @@ KIND = "fit result"
 HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")
 
 
-def history_arrays(records: list[list[float]]) -> dict[str, np.ndarray]:
+def history_columns(records: list[list[float]]) -> dict[str, np.ndarray]:
     """The columns of a history, from its rows in the order of `HISTORY`."""
     table = np.array(records, dtype=np.float64).reshape(-1, len(HISTORY)).T
     columns = {name: np.ascontiguousarray(row) for name, row in zip(HISTORY, table, strict=True)}
