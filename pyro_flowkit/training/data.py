@@ -142,7 +142,7 @@ class RowBatches:
             self._epoch = epoch
         start = position * self.batch_size + self._offset
         index = self._order[start : start + self._share]
-        return tuple(tensor[index] for tensor in self.rows)
+        return tuple(tensor.index_select(0, index) for tensor in self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -284,9 +284,18 @@ class Variational(Loss):
         return float(total) / self._normalizer
 
     def _total(self, batch: Batch, estimate: Callable[..., Any]) -> Any:
-        with ParamCapture(self.param_names, self.awaited) as capture:
-            total = estimate(*self._programs, *batch, *self._args, **self._kwargs)
-        self._collect(capture.found)
+        inputs = (*self._programs, *batch, *self._args)
+        params = pyro.get_param_store()._params
+        if self.awaited or params.keys() != self.param_names.keys():
+            with ParamCapture(self.param_names, self.awaited) as capture:
+                total = estimate(*inputs, **self._kwargs)
+            self._collect(capture.found)
+            return total
+        # All that is in the store is known: what a step adds to it can be told without watching every site.
+        total = estimate(*inputs, **self._kwargs)
+        if len(params) > len(self.param_names):
+            new = {name: params[name] for name in params if name not in self.param_names}
+            self._collect(new)
         return total
 
     def evaluate(self, batch: Batch) -> float:
