@@ -91,7 +91,7 @@ class StoreModule(PyroModule):
         params = pyro.get_param_store()._params
         for name, tensor in _own_tensors(self, f"{self._pyro_name}."):
             stored = params.get(name)
-            if stored is None or not _is_entry_of(stored, tensor):
+            if stored is not tensor and (stored is None or not _is_entry_of(stored, tensor)):
                 if stored is not None and not _was_lent_by(self, name, stored):
                     if stored.shape != tensor.shape:  # loaded since the name was claimed
                         raise ValueError(_misfit(self._pyro_name, self))
@@ -174,27 +174,31 @@ def _state(name: str, parameter: Tensor, *, constraint: constraints.Constraint) 
     return parameter
 
 
-def _own_tensors(module: StoreModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _own_tensors(module: StoreModule, prefix: str = "") -> list[tuple[str, Tensor]]:
     """What ``module.state_dict(keep_vars=True)`` holds in floating point, at a fraction of its cost.
 
     Without that of children which keep their own entries.
     """
-    return _float_tensors(module, prefix, module._keep_own_entries)
-
-
-def _float_tensors(
-    module: nn.Module, prefix: str, skipped: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_floating_point():
-            yield prefix + name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.is_floating_point():
-            if name not in module._non_persistent_buffers_set:
-                yield prefix + name, buffer
-    for name, child in module._modules.items():
-        if child is not None and name not in skipped:
-            yield from _float_tensors(child, f"{prefix}{name}.")
+    found: list[tuple[str, Tensor]] = []
+    waiting: list[tuple[str, nn.Module]] = [(prefix, module)]
+    while waiting:
+        path, part = waiting.pop()
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                found.append((path + name, parameter))
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                if name not in part._non_persistent_buffers_set:
+                    found.append((path + name, buffer))
+        if part._modules:
+            skipped = module._keep_own_entries if part is module else ()
+            children = [
+                (f"{path}{name}.", child)
+                for name, child in part._modules.items()
+                if child is not None and name not in skipped
+            ]
+            waiting += reversed(children)
+    return found
 
 
 def _candidates(name: str) -> Iterator[str]:

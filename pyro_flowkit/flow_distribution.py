@@ -30,10 +30,20 @@ from pyro_flowkit.transforms.base import (
 )
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
+    """The last draw of a distribution.
+
+    Attributes:
+        value: the draw.
+        log_prob: its log-density.
+        stamp: what the two depend on.
+        inputs: of every transform, where a path gradient may be asked for.
+    """
+
     value: "weakref.ref[Tensor]"
     log_prob: Tensor
     stamp: tuple
+    inputs: list[Tensor]
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -65,7 +75,7 @@ class FlowDistribution(dist.TransformedDistribution):
     ):
         super().__init__(base_dist, transforms, validate_args=validate_args)
         self.path_gradient = path_gradient
-        self._draw: _Draw | None = None
+        self._draw: Draw | None = None
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw, and give the log-density of the draws (nats), in one pass through the layers.
@@ -75,13 +85,16 @@ class FlowDistribution(dist.TransformedDistribution):
         """
         return self._push(self.base_dist.rsample(torch.Size(sample_shape)))
 
-    def _push(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _push(self, value: Tensor, inputs: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The draw and its log-density; the inputs of the transforms are added to a list, where one is given."""
         event_dim = len(self.base_dist.event_shape)
         if _is_empty(value):
             log_prob = value.new_zeros(value.shape[: value.dim() - event_dim])
         else:
             log_prob = self.base_dist.log_prob(value)
         for transform in self.transforms:
+            if inputs is not None:
+                inputs.append(value)
             if isinstance(transform, Bijection):
                 value, ladj = transform.call_and_ladj(value)
                 own_event_dim = 1
@@ -111,15 +124,19 @@ class FlowDistribution(dist.TransformedDistribution):
         return log_prob + base.log_prob(value)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self._remembered(*self.rsample_and_log_prob(sample_shape))
+        inputs: list[Tensor] = []
+        value = self.base_dist.rsample(torch.Size(sample_shape))
+        pushed = self._push(value, inputs if self._takes_path_gradient else None)
+        return self._remembered(*pushed, inputs)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         # the base may have no rsample, a mixture for one
-        return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))))
+        return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))), [])
 
-    def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
-        self._draw = _Draw(weakref.ref(value), log_prob, stamp(self._tracked_tensors(), value))
+    def _remembered(self, value: Tensor, log_prob: Tensor, inputs: list[Tensor]) -> Tensor:
+        current = stamp(self._tracked_tensors(), value)
+        self._draw = Draw(weakref.ref(value), log_prob, current, inputs)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.transforms.affine import Affine, AffineKind
+from pyro_flowkit.transforms.base import Bijection
 
 ANGULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 TURN = 2.0 * math.pi
@@ -69,6 +70,7 @@ class CircularAffine(Affine):
 
     centre: Tensor
     columns: Tensor
+    pushed_derivative = Bijection.pushed_derivative  # the parent's knows nothing of the turn
 
     def __init__(self, cut: Cut, scale: float, kind: AffineKind):
         super().__init__(cut.line_loc(), scale, kind)

@@ -86,6 +86,35 @@ def spline_coupling(
     return _forward(plan, cast(_Tensors, tensors), None, _count_threads(plan, count_rows(x)))
 
 
+@torch.no_grad()
+def pushed_derivative(
+    value: Tensor, derivative: Tensor, own: Columns, settings: SplineSettings
+) -> Tensor | None:
+    """A derivative of the log-density through the splines that have parameters of their own, x to ``value``.
+
+    The inverse map of these columns is differentiated, by what the forward pass kept: the conditioner is not run again.
+
+    Args:
+        value: what :func:`spline_coupling` returned, forward; the columns that others share count as passed.
+        derivative: with respect to x, of the log-density of x, shape ``(*batch, dim)``.
+        own: the columns with own parameters alone.
+
+    Returns:
+        The derivative with respect to the value, but for the shared columns, of the density of the value; None where
+        ``value`` did not come from the kernel with a graph.
+    """
+    node: Any = value.grad_fn
+    made_here = isinstance(node, cast(Any, _Coupling)._backward_cls)
+    if not made_here or derivative.dtype != value.dtype:
+        return None
+    layout, passed, *_ = node.plan
+    _, context, packed, _, kept = node.saved_tensors
+    tensors = (value.detach().contiguous(), context, packed, None)
+    grads = (derivative, value.new_ones(value.shape[:-1]))
+    plan = (layout, passed, own, settings, True)
+    return _backward(plan, tensors, kept, grads, False, node.threads)[0]
+
+
 _Plan = tuple[Layout, tuple[int, int], Columns, SplineSettings, bool]
 # x, context, packed, shared_params
 _Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]

@@ -56,6 +56,7 @@ from pyro_flowkit.testing.bijection import (
     check_log_det,
     check_monotone,
     check_nan,
+    check_pushed_derivative,
     check_round_trip,
     check_shapes,
     check_slope_at_bounds,
@@ -68,6 +69,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     for check in (
         check_round_trip,
         check_log_det,
+        check_pushed_derivative,
         check_identity_at_init,
         check_shapes,
         check_context,

@@ -52,6 +52,30 @@ def check_log_det(transform: Any) -> None:
             )
 
 
+def check_pushed_derivative(transform: Any) -> None:
+    """The derivative of a log-density, carried through the map, against the Jacobian; both with a graph and without.
+
+    For transforms that have ``pushed_derivative``: those of this package.
+    """
+    copied, x, context = prepared(transform, (6,), dtype=torch.float64)
+    f = conditioned(copied, context)
+    if not hasattr(f, "pushed_derivative"):
+        return
+    derivative = sample_points(transform, (6,), dtype=torch.float64, seed=2)
+    x.requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(lambda x: f.call_and_ladj(x)[0].sum(0), x)
+    ladj = f.call_and_ladj(x)[1].sum()
+    of_ladj = torch.autograd.grad(ladj, x, allow_unused=True)[0] if ladj.requires_grad else None
+    left = derivative if of_ladj is None else derivative - of_ladj
+    expected = torch.linalg.solve(jacobian.permute(1, 2, 0), left)
+    for graph, start in (("with a graph", x), ("without a graph", x.detach())):
+        with torch.set_grad_enabled(start.requires_grad):
+            y = f.call_and_ladj(start)[0]
+        found = f.pushed_derivative(start, y, derivative)
+        require(not found.requires_grad, f"Expected a derivative without a graph ({graph}).")
+        require_close(found, expected, f"derivative carried through the map ({graph})")
+
+
 def _stated_sign(transform: Any) -> int | None:
     try:
         return transform.sign

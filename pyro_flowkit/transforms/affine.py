@@ -151,6 +151,18 @@ class Affine(FlowTransformModule):
                 x = x - (rows @ left.mT).reshape(x.shape)
         return x.to(y.dtype), (-self._ladj(dtype)).to(y.dtype).expand(y.shape[:-1])
 
+    @torch.no_grad()
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        if self.kind == "low_rank":
+            return super().pushed_derivative(x, y, derivative)
+        dtype = working_dtype(y, self.raw_loc)
+        if self.kind == "diagonal":
+            return (derivative.to(dtype) / self._diagonal(dtype)).to(derivative.dtype)
+        rows = derivative.to(dtype).reshape(-1, self.input_dim)
+        triangle = self._triangle(dtype)
+        rows = torch.linalg.solve_triangular(triangle, rows, upper=False, left=False)
+        return rows.to(derivative.dtype).reshape(derivative.shape)
+
     def _loc(self, dtype: torch.dtype) -> Tensor:
         moved = self.rate * self.raw_loc.to(dtype)
         units = self.units.to(dtype)

@@ -54,6 +54,27 @@ class Bijection(Transform):
         """Map ``(*batch, input_dim)`` back; the log-det is that of the inverse map."""
         raise NotImplementedError
 
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        r"""The derivative of a log-density, carried through the map, whose parameters are held fixed.
+
+        .. math:: \frac{d \log q_Y}{d y} = J^{-T} \left(\frac{d \log q_X}{d x} - \frac{d \log|\det J|}{d x}\right)
+
+        Args:
+            x: where, shape ``(*batch, input_dim)``.
+            y: what ``call_and_ladj(x)`` returned for it.
+            derivative: of log q_X with respect to x.
+
+        Returns:
+            The derivative of log q_Y with respect to y, without a graph.
+        """
+        with torch.enable_grad():
+            point = y.detach().requires_grad_()
+            back, inverse_ladj = self.inverse_and_ladj(point)
+            outputs, grads = [back, inverse_ladj], [derivative, torch.ones_like(inverse_ladj)]
+            if not inverse_ladj.requires_grad:
+                del outputs[1], grads[1]
+            return torch.autograd.grad(outputs, point, grads)[0]
+
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
 

@@ -26,7 +26,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP, Activation, default_hidden_dims, make_conditioner
-from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, spline_columns
+from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, fused, spline_columns
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
 from pyro_flowkit.transforms.base import (
@@ -114,6 +114,15 @@ class _Coupling(nn.Module):
         params = conditioner(features, context)
         return spline_columns(x, params, shared_params, columns, settings, inverse=inverse)
 
+    def _pushed_by_kernel(self, y: Tensor, derivative: Tensor) -> Tensor | None:
+        split, settings = self._split, self.settings
+        found = coupling.pushed_derivative(y, derivative, split.transformed, settings)
+        if found is None or self.passed_params is None:
+            return found
+        plan = (split.only_passed, settings, True, True)
+        ones = y.new_ones(y.shape[:-1])
+        return fused.backward(y.detach(), None, self.passed_params.detach(), found, ones, plan)[0]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._split = _Split(self.mask)
@@ -171,6 +180,10 @@ class SplineCoupling(_Coupling, FlowTransformModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
         return self._backward(y, None)
+
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        found = self._pushed_by_kernel(y, derivative)
+        return super().pushed_derivative(x, y, derivative) if found is None else found
 
 
 class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):

@@ -13,16 +13,15 @@ Real NVP. ICLR 2017; the blocks are what a caller knows of the structure.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP
+from pyro_flowkit.ops import block_affine
 from pyro_flowkit.transforms.base import FlowTransformModule
 
-# a scale that follows a line would overflow far outside
-MAX_LOG_SCALE = 15.0
 # beyond this a linear map from block to block is left out: the network, which is narrower, does what it can
 MAX_LINEAR_SIZE = 20_000
 
@@ -46,32 +45,43 @@ class HierarchicalAffine(FlowTransformModule):
             raise ValueError(f"Expected at least two positive block_sizes, got {sizes}.")
         super().__init__(sum(sizes))
         self.block_sizes = sizes
-        self.conditioners = nn.ModuleList(
+        made = [
             _LocationAndScale(sum(sizes[:i]), sizes[i], hidden_dims) for i in range(1, len(sizes))
-        )
+        ]
+        self.conditioners = nn.ModuleList(made)
+        self._blocks = block_affine.make_blocks(sizes, [one.network.layout for one in made])
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
-        y, *rest = x.to(self._dtype()).split(self.block_sizes, dim=-1)
-        ladj = y.new_zeros(y.shape[:-1])
-        for conditioner, block in zip(self.conditioners, rest, strict=True):
-            loc, log_scale = conditioner(y)
-            y = torch.cat([y, torch.addcmul(loc, block, log_scale.exp())], dim=-1)
-            ladj = ladj + log_scale.sum(-1)
+        inputs = x.to(self._dtype())
+        y, ladj = block_affine.block_affine(inputs, self._blocks, self._parameters_of_blocks())
         return y.to(x.dtype), ladj.to(x.dtype)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
         outputs = y.to(self._dtype())
         first, *rest = outputs.split(self.block_sizes, dim=-1)
-        blocks, ladj = [first], first.new_zeros(first.shape[:-1])
-        before = 0
-        for i, (conditioner, block) in enumerate(zip(self.conditioners, rest, strict=True)):
-            before += self.block_sizes[i]
-            loc, log_scale = conditioner(outputs[..., :before])
-            blocks.append((block - loc) * (-log_scale).exp())
+        parameters = self._parameters_of_blocks()
+        found, ladj = [first], first.new_zeros(first.shape[:-1])
+        for i, (block, own) in enumerate(zip(self._blocks, rest, strict=True)):
+            packed, weight = parameters[2 * i : 2 * i + 2]
+            loc, log_scale = block_affine.location_and_log_scale(
+                outputs[..., : block.start], block, packed, weight
+            )
+            found.append((own - loc) * (-log_scale).exp())
             ladj = ladj - log_scale.sum(-1)
-        return torch.cat(blocks, dim=-1).to(y.dtype), ladj.to(y.dtype)
+        return torch.cat(found, dim=-1).to(y.dtype), ladj.to(y.dtype)
+
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        found = block_affine.pushed_derivative(y, derivative)
+        return super().pushed_derivative(x, y, derivative) if found is None else found
+
+    def _parameters_of_blocks(self) -> list[Any]:
+        found: list[Any] = []
+        conditioner: Any
+        for conditioner in self.conditioners:
+            found += [conditioner.network.packed, conditioner.weight]
+        return found
 
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
@@ -81,21 +91,13 @@ class HierarchicalAffine(FlowTransformModule):
 
 
 class _LocationAndScale(nn.Module):
-    """m and s of a block, from all blocks before it."""
+    """The parameters of m and s of a block, functions of all blocks before it."""
 
     weight: Tensor | None
 
     def __init__(self, input_dim: int, output_dim: int, hidden_dims: Sequence[int]):
         super().__init__()
         self.network = MLP(input_dim, 2 * output_dim, hidden_dims)
-        self._of_network, self._of_line = hidden_dims[-1] ** -0.5, input_dim**-0.5
         kept = input_dim * 2 * output_dim <= MAX_LINEAR_SIZE
         weight = nn.Parameter(torch.zeros(2 * output_dim, input_dim)) if kept else None
         self.register_parameter("weight", weight)
-
-    def forward(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._of_network * self.network(before)
-        if self.weight is not None:
-            output = output + self._of_line * F.linear(before, self.weight)
-        loc, log_scale = output.chunk(2, dim=-1)
-        return loc, MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)

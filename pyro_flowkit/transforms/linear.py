@@ -52,6 +52,16 @@ class LULinear(FlowTransformModule):
         x = solve_triangle(upper, x, upper=True)
         return x.to(y.dtype), (-ladj).to(y.dtype).expand(y.shape[:-1])
 
+    @torch.no_grad()
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        lower, upper, _ = self._factors(working_dtype(y, self.lu))
+        rows = derivative.to(lower.dtype).reshape(-1, self.input_dim)
+        rows = torch.linalg.solve_triangular(upper, rows, upper=True, left=False)
+        rows = torch.linalg.solve_triangular(
+            lower, rows, upper=False, left=False, unitriangular=True
+        )
+        return rows.to(derivative.dtype).reshape(derivative.shape)
+
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A matrix with L below its diagonal; U; and the log-det."""
         lu = self.lu.to(dtype)

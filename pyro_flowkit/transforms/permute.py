@@ -47,6 +47,10 @@ class Permute(FlowTransformModule):
         self._check_input(y)
         return y.index_select(-1, self.inverse_permutation), y.new_zeros(()).expand(y.shape[:-1])
 
+    @torch.no_grad()
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        return derivative.index_select(-1, self.permutation)
+
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"
 

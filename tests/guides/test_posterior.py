@@ -46,6 +46,26 @@ def test_path_gradient_up_to_a_derivative_measured_in_units_of_the_scale(
     assert torch.allclose(through_x, derivative, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"affine": "low_rank"}, {"base": "student_t"}])
+def test_the_derivative_at_its_own_draw_is_carried_along_and_elsewhere_pulled_back(
+    monkeypatch, settings, is_own: bool
+) -> None:
+    guide = ready_guide(**settings)
+    d = guide.get_posterior().expand((4, 1))
+    d.noise.update(torch.tensor([0.0, 100.0]))
+    x = d.rsample((50,))
+    if not is_own:
+        x = x.detach().requires_grad_()
+    point = x.detach().requires_grad_()
+    fixed = d._pull(point, d.base_dist, d.transforms)
+    (expected,) = torch.autograd.grad(fixed.sum(), point)
+    monkeypatch.setattr(d, "_pulled" if is_own else "_pushed", None)
+    parts = d.score_parts(x)
+    (through_x,) = torch.autograd.grad(parts.entropy_term.sum(), x)
+    assert (through_x - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_nan_takes_the_ordinary_gradient() -> None:
     guide = ready_guide()
     d = guide.get_posterior()

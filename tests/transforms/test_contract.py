@@ -124,6 +124,7 @@ KINDS = {
     "lu_linear",
     "permute",
     "Affine, full",
+    "HierarchicalAffine",
     "Standardization, full",
 }
 OF_VARIANTS = {name for name, check in CHECKS.items() if check.__module__.endswith("bijection")} | {
