@@ -4,8 +4,8 @@
 
 Loop and `fit` get the same model, guide, optimizer, constant rate, batch size and number of steps; for the sequences
 `kl_schedule` takes the place of the model's annealing factor. `fit` also runs with its own default, a rate that falls
-along a cosine, which pays once training is long enough to be held up by the noise of its steps, and not before. The
-final loss is -ELBO per datum over all data (per sequence, per regression), with equal noise.
+over the last tenth of the steps, and along a cosine over all of them, which pays once training is long enough to be held
+up by the noise of its steps, and not before. The final loss is -ELBO per datum over all data (per sequence, per regression), with equal noise.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
         steps = max(1, int(args.share * example.steps))
         for seed in range(args.seeds):
             losses, seconds = [], []
-            for by in ("loop", "constant", None):
+            for by in ("loop", "constant", None, "cosine"):
                 pyro.clear_param_store()
                 pyro.set_rng_seed(seed)
                 model, guide = example.make()
@@ -178,9 +178,11 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
                 "steps",
                 "loop",
                 "fit",
+                "fit, default",
                 "fit, cosine",
                 "loop: s",
                 "fit: s",
+                "default: s",
                 "cosine: s",
             ],
             lines,

@@ -123,10 +123,10 @@ def fit(
         optimizer: A callable `params -> torch.optim.Optimizer`; `lr` is passed on if given. Default
             Adam. Parameters that first appear later join its first group.
         lr: Initial learning rate; default 3e-3.
-        scheduler: "cosine" (to zero), "flat_cosine" (constant, from 40 % on to zero), "constant",
-            "step" (a tenth at 50 %, again at 80 %), "plateau", or a callable
-            `optimizer -> LRScheduler`, advanced at every step. Default "cosine" with a limit on
-            steps, epochs or seconds, otherwise "plateau".
+        scheduler: "cooldown" (constant, over the last 10 % to zero), "flat_cosine" (constant, from
+            40 % on to zero), "cosine" (to zero), "constant", "step" (a tenth at 50 %, again at
+            80 %), "plateau", or a callable `optimizer -> LRScheduler`, advanced at every step.
+            Default "cooldown" with a limit on steps, epochs or seconds, otherwise "plateau".
         clip_norm: Largest norm of the gradient; default no clipping.
         patience: Stop after so many judgements without improvement by 1e-4 nats. A judgement is a
             validation or, without validation data, the mean over a window of steps that must also
@@ -226,7 +226,7 @@ def fit(
         scheduler = scheduler or "plateau"
         if patience is None and scheduler in ("plateau", "constant"):
             limits.patience, limits.patience_reason = DEFAULT_PATIENCE, "converged"
-    scheduler = scheduler or "cosine"
+    scheduler = scheduler or "cooldown"
     if clip_norm is None:
         clip_norm = getattr(recipe, "clip_norm", None)
 

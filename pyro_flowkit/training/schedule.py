@@ -6,9 +6,14 @@ A schedule multiplies every group's initial learning rate by f(u), with u in [0,
     constant     f(u) = 1
     cosine       f(u) = (1 + cos(pi u)) / 2
     flat_cosine  f(u) = 1, from u = 0.4 on (1 + cos(pi (u - 0.4) / 0.6)) / 2
+    cooldown     f(u) = 1, from u = 0.9 on (1 + cos(pi (u - 0.9) / 0.1)) / 2
     step         f(u) = 1, then 1/10 from u = 0.5, then 1/100 from u = 0.8
 
 "plateau" has no budget: it divides the rate by ten whenever the objective stops improving, twice.
+
+A rate that falls pays once training is held up by the noise of its steps. A long training is, a short one is not yet:
+"cooldown" is as good as any for the first and loses little on the second (Alexander Hägele et al. Scaling Laws and
+Compute-Optimal Training Beyond Fixed Training Durations. NeurIPS 2024; here `python -m benchmarks.pyro_examples`).
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda used: 1.0,
     "cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * used)),
     "flat_cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * max(0.0, used - 0.4) / 0.6)),
+    "cooldown": lambda used: 0.5 * (1.0 + math.cos(math.pi * max(0.0, used - 0.9) / 0.1)),
     "step": lambda used: 1.0 if used < 0.5 else 0.1 if used < 0.8 else 0.01,
 }
 
@@ -32,7 +38,7 @@ class Schedule:
 
     Args:
         optimizer: The optimizer, with its initial learning rates.
-        scheduler: "constant", "cosine", "flat_cosine", "step", "plateau", or a callable that takes the optimizer
+        scheduler: "constant", "cosine", "flat_cosine", "cooldown", "step", "plateau", or a callable that takes the optimizer
             and returns a `torch.optim.lr_scheduler.LRScheduler`, stepped once per optimizer step.
 
     Raises:

@@ -61,9 +61,8 @@ def posterior(guide: AutoNormal, *args: torch.Tensor) -> tuple[float, float]:
 
 def test_conjugate_gaussian_reaches_exact_posterior_and_evidence(rows: torch.Tensor) -> None:
     guide = AutoNormal(full_model)
-    result = fit(
-        full_model, guide, data=rows, max_steps=400, lr=0.1, num_particles=8, progress=False
-    )
+    settings = {"max_steps": 400, "lr": 0.1, "scheduler": "cosine", "num_particles": 8}
+    result = fit(full_model, guide, data=rows, **settings, progress=False)
     mean, sd, evidence = exact(rows)
     got_mean, got_sd = posterior(guide, rows)
     assert got_mean == pytest.approx(mean, abs=0.1 * sd)
