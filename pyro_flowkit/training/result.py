@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """A trained model and guide, and how they came about.
 
@@ -66,6 +66,23 @@ class FitResult:
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
     param_names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        steps, elbo = len(self.history["step"]), self.history["elbo"]
+        late = elbo[-max(1, steps // 10) :]
+        finite = late[np.isfinite(late)]
+        parts = [
+            f"stop_reason={self.stop_reason!r}",
+            f"{steps} steps",
+            f"best_step={self.best_step}",
+        ]
+        if len(finite):
+            parts.append(f"elbo={finite.mean():.5g} (mean of the last {len(late)} steps)")
+        if len(self.validation["elbo"]):
+            parts.append(f"validation={self.validation['elbo'].max():.5g} (best)")
+        if self.skipped_steps:
+            parts.append(f"skipped_steps={self.skipped_steps}")
+        return f"FitResult({', '.join(parts)})"
 
     @property
     def validation(self) -> dict[str, np.ndarray]:

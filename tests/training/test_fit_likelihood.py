@@ -53,6 +53,11 @@ def test_maximum_likelihood_finds_mean_and_scale(rows: torch.Tensor) -> None:
         )
     assert result.guide is None
     assert not flow.training
+    late = result.history["elbo"][-60:].mean()
+    assert repr(result) == (
+        f"FitResult(stop_reason='max_steps', 600 steps, best_step={result.best_step}, "
+        f"elbo={late:.5g} (mean of the last 60 steps))"
+    )
 
 
 def test_minibatches_find_the_same_as_all_rows(rows: torch.Tensor) -> None:

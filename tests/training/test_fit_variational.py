@@ -244,8 +244,13 @@ def test_particles_are_vectorised_only_where_the_elbo_stays_the_same(rows: torch
     assert vectorized_nesting(sums_over_particles, guide, (rows,), {}) is None
 
 
-def test_params_of_plain_functions_and_late_params_are_trained(rows: torch.Tensor) -> None:
+@pytest.mark.parametrize("before", [None, "of another program", "late"])
+def test_params_of_plain_functions_and_late_params_are_trained(
+    rows: torch.Tensor, before: str | None
+) -> None:
     calls = []
+    if before is not None:
+        pyro.param(before, torch.tensor(0.0))
 
     def model(x: torch.Tensor) -> None:
         calls.append(1)
