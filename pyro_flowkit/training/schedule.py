@@ -38,8 +38,8 @@ class Schedule:
 
     Args:
         optimizer: The optimizer, with its initial learning rates.
-        scheduler: "constant", "cosine", "flat_cosine", "cooldown", "step", "plateau", or a callable that takes the optimizer
-            and returns a `torch.optim.lr_scheduler.LRScheduler`, stepped once per optimizer step.
+        scheduler: "constant", "cosine", "flat_cosine", "cooldown", "step", "plateau", or a callable that takes the
+            optimizer and returns a `torch.optim.lr_scheduler.LRScheduler`, stepped once per optimizer step.
 
     Raises:
         ValueError: If the name is unknown.
