@@ -122,7 +122,8 @@ train, test = two_moons(5000, seed=0), two_moons(500, seed=1)
 
 torch.manual_seed(0)
 flow = SplineFlow(2, num_transforms=4, hidden_dims=[32, 32], bound=3.0)
-fit(flow, data=train, batch_size=256, max_steps=STEPS, lr=3e-3, seed=0, progress=False)
+settings = {"batch_size": 256, "max_steps": STEPS, "scheduler": "cosine", "progress": False}
+fit(flow, data=train, lr=3e-3, seed=0, **settings)
 
 # %%
 axis = torch.linspace(-2.2, 2.2, 221)
@@ -249,11 +250,9 @@ for name, (flow_prior, flow_posterior) in CONFIGURATIONS.items():
         vaes[name].model,
         vaes[name].guide,
         data=train,
-        batch_size=256,
-        max_steps=STEPS,
         lr=5e-3,
         seed=0,
-        progress=False,
+        **settings,
     )
     print(
         f"{name:20s} ELBO on the last tenth of the training: {result.history['elbo'][-STEPS // 10 :].mean():.3f}"
@@ -265,7 +264,7 @@ for name, (flow_prior, flow_posterior) in CONFIGURATIONS.items():
 # %%
 torch.manual_seed(0)
 flow = SplineFlow(4, num_transforms=4, hidden_dims=[32, 32]).standardize(train, "full")
-fit(flow, data=train, batch_size=256, max_steps=STEPS, lr=3e-3, seed=0, progress=False)
+fit(flow, data=train, lr=3e-3, seed=0, **settings)
 exact = heldout_log_prob(flow, test)
 
 SAMPLES = 100 if FAST else 1000
