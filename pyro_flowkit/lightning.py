@@ -89,8 +89,8 @@ class FlowModule(LightningModule):
         num_particles: Particles of the default objective; default the guide's recipe, or 1.
         lr: Initial learning rate; default the guide's recipe, or 3e-3.
         optimizer: A callable `params -> torch.optim.Optimizer`; `lr` is passed on if given. Default Adam.
-        scheduler: "cooldown", "flat_cosine", "cosine", "constant" or "step", over the steps of the trainer, or a callable
-            `optimizer -> LRScheduler`, advanced at every step. Default the guide's recipe, or "constant".
+        scheduler: "cooldown", "flat_cosine", "cosine", "constant" or "step", over the steps of the trainer, or a
+            callable `optimizer -> LRScheduler`, advanced at every step. Default the guide's recipe, or "constant".
         check_plates: Compare the plates with `data_size` on the example.
         seed: Of the noise; default drawn from PyTorch's generator.
 

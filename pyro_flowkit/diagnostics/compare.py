@@ -45,6 +45,8 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         for a VAE, with the columns
 
         - ``rank`` of the model, ``kind``: "exact" or "lower bound";
+        - ``elpd``, ``elpd_diff``, ``dse``: as in ``az.compare`` sums over the data: the value, its
+          difference from the best model's, and the standard error of the difference;
         - ``nats``: the mean per datum, ``se``: its standard error over data;
         - ``mc_se``: the part of it that comes from the draws of the guide (0 for exact values);
         - ``gap``, ``gap_se``: IWAE-K - ELBO of the same model (NaN in other rows);
@@ -76,12 +78,16 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
             gap, gap_se = _mean_and_error(values - elbo) if is_iwae else (math.nan, math.nan)
             diff, diff_se = (0.0, 0.0) if is_best else _mean_and_error(values - best["values"])
             nats, error = _mean_and_error(values)
+            count = len(values)
             rows.append(
                 {
                     "name": name,
                     "quantity": quantity["quantity"],
                     "rank": rank,
                     "kind": quantity["kind"],
+                    "elpd": count * nats,
+                    "elpd_diff": count * diff,
+                    "dse": count * diff_se,
                     "nats": nats,
                     "se": error,
                     "mc_se": quantity["mc_se"],
@@ -91,7 +97,7 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                     "diff_se": diff_se,
                     "diff_kind": "best" if is_best else _DIFF_KINDS[quantity["kind"], best["kind"]],
                     "bits_per_dim": -nats / (event_size * math.log(2)) if event_size else math.nan,
-                    "n": len(values),
+                    "n": count,
                 }
             )
     return pd.DataFrame(rows).set_index(["name", "quantity"])
@@ -107,20 +113,22 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         A table with the index ``name`` and the columns ``elbo``, ``elbo_se``, ``iwae`` (of the
         largest K, which is ``iwae_particles``), ``iwae_se``, ``log_evidence``,
         ``log_evidence_se``, ``gap`` (the exact log evidence where it is known, else the PSIS
-        estimate of this guide, minus its ELBO), ``pareto_k``, ``ess`` in draws, ``seconds`` of
-        training (NaN without history) and ``verdict``. All in nats but the last five.
+        estimate of this guide, minus its ELBO), ``gap_se`` (as in `diagnose`), ``pareto_k``,
+        ``ess`` of the weights in draws, ``seconds`` of training (NaN without history) and
+        ``verdict``: "good", "usable" or "bad". In nats up to ``gap_se``.
 
     Raises:
-        ValueError: if there is no tree or one has no ``vi_diagnostics``.
+        ValueError: if there is no tree, one has no ``vi_diagnostics``, or their observed data
+            differ: a difference of ELBOs is then one of the data, not of the guides.
     """
     if not trees:
         raise ValueError("Expected at least one tree, got none")
+    _check_same_data(trees)
     rows = []
     for name, tree in trees.items():
-        verdict = diagnose(tree)
+        _, checks = diagnose(tree, return_diagnostics=True)
         bounds = tree["vi_diagnostics"].to_dataset()
         tightest = bounds.isel(n_particles=-1)
-        gap = bounds["gap"] if "gap" in bounds else bounds["log_evidence"] - bounds["elbo"]
         trace = tree["vi_trace"].to_dataset() if "vi_trace" in tree.children else xr.Dataset()
         rows.append(
             {
@@ -132,14 +140,35 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
                 "iwae_particles": int(tightest["n_particles"]),
                 "log_evidence": float(bounds["log_evidence"]),
                 "log_evidence_se": float(bounds["log_evidence_se"]),
-                "gap": float(gap),
-                "pareto_k": float(bounds["pareto_k"]),
-                "ess": float(bounds["ess"]),
+                "gap": checks["gap"]["value"],
+                "gap_se": checks["gap"]["error"],
+                "pareto_k": checks["pareto_k"]["value"],
+                "ess": checks["ess"]["value"],
                 "seconds": float(trace["seconds"].max()) if "seconds" in trace else math.nan,
-                "verdict": verdict.level,
+                "verdict": checks["verdict"]["level"],
             }
         )
     return pd.DataFrame(rows).set_index("name").sort_values("elbo", ascending=False)
+
+
+def _check_same_data(trees: Mapping[str, xr.DataTree]) -> None:
+    observed = {
+        name: {str(n): v.to_numpy() for n, v in tree["observed_data"].data_vars.items()}
+        for name, tree in trees.items()
+        if "observed_data" in tree.children
+    }
+    if not observed:
+        return
+    first, *rest = observed
+    for name in rest:
+        same = observed[name].keys() == observed[first].keys() and all(
+            np.array_equal(values, observed[first][site]) for site, values in observed[name].items()
+        )
+        if not same:
+            raise ValueError(
+                "Expected guides of one model and the same data, got different observed_data in "
+                f"'{first}' and '{name}'"
+            )
 
 
 def _quantities(name: str, dataset: xr.Dataset) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ agree. Where that fails, the particles are run one by one and a warning says so.
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def plates_of(site: Site) -> dict[int, Any]:
 @contextlib.contextmanager
 def evaluation(*programs: Any, seed: int | None = None) -> Iterator[None]:
     """No gradients, modules in eval mode, and a seed of its own, all undone afterwards."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    owners = map(_owner, programs)
+    modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
     modes = [module.training for module in modules]
     devices = range(torch.cuda.device_count()) if seed is not None else ()
     with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -147,7 +149,7 @@ def draw_particles(
     first = None
     if vectorize is not False and num_samples > 1:
         try:
-            first = _stacked(model, guide, args, kwargs, prototype, sizes[0])
+            first = _stacked(model, guide, args, kwargs, prototype.nesting, sizes[0])
             _check_first_particle(model, guide, args, kwargs, prototype, first)
         except torch.OutOfMemoryError:
             raise
@@ -163,15 +165,43 @@ def draw_particles(
             )
     if first is None:
         for _ in range(num_samples):
-            guide_trace, model_trace = _run(model, guide, args, kwargs)
-            yield Particles(model_trace, guide_trace, 1, prototype.nesting, False)
+            yield from draw_again(prototype, model, guide, args, kwargs, 1)
         return
     yield first
     for size in sizes[1:]:
-        yield _stacked(model, guide, args, kwargs, prototype, size)
+        yield from draw_again(first, model, guide, args, kwargs, size)
+
+
+def draw_again(
+    like: Particles,
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    size: int,
+) -> list[Particles]:
+    """``size`` more particles of a model and a guide with the plates of ``like``, unchecked.
+
+    They are stacked where those are, otherwise one by one. Gradients are followed where they are
+    enabled.
+    """
+    if like.stacked:
+        return [_stacked(model, guide, args, kwargs, like.nesting, size)]
+    drawn = []
+    for _ in range(size):
+        guide_trace, model_trace = _run(model, guide, args, kwargs)
+        drawn.append(Particles(model_trace, guide_trace, 1, like.nesting, False))
+    return drawn
 
 
 _PARTICLES = "num_particles_vectorized"  # the name that Pyro's own ELBOs give to this plate
+
+
+def _owner(program: Any) -> Any:
+    """The module that a program is, or is a method of."""
+    while isinstance(program, functools.partial):
+        program = program.func
+    return getattr(program, "__self__", program)
 
 
 def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -214,10 +244,10 @@ def _stacked(
     guide: Callable,
     args: tuple,
     kwargs: dict[str, Any],
-    prototype: Particles,
+    nesting: int,
     size: int,
 ) -> Particles:
-    dim = -prototype.nesting - 1
+    dim = -nesting - 1
     with pyro.plate(_PARTICLES, size, dim=dim):
         guide_trace, model_trace = _run(model, guide, args, kwargs)
     for trace in (guide_trace, model_trace):
@@ -228,7 +258,7 @@ def _stacked(
                     f"expected site '{name}' to have {size} particles in dimension {dim}, got "
                     f"a log_prob of shape {shape}"
                 )
-    return Particles(model_trace, guide_trace, size, prototype.nesting, True)
+    return Particles(model_trace, guide_trace, size, nesting, True)
 
 
 def _check_first_particle(
@@ -253,7 +283,8 @@ def _check_first_particle(
     single = Particles(model_trace, guide_trace, 1, prototype.nesting, False)
     site_log_probs = [site["log_prob"] for _, site in sample_sites(model_trace)]
     coarsest = max(torch.finfo(log_prob.dtype).eps for log_prob in site_log_probs)
-    tolerance = 1e3 * coarsest * (1.0 + sum(float(lp.abs().sum()) for lp in site_log_probs))
+    size = sum(float(lp[lp.isfinite()].abs().sum()) for lp in site_log_probs)
+    tolerance = 1e3 * coarsest * (1.0 + size)
     for what, expected, got in (
         ("log p", single.log_joint()[0], particles.log_joint()[0]),
         ("log q", single.log_guide()[0], particles.log_guide()[0]),

@@ -1,4 +1,4 @@
-"""Three pictures that ArviZ does not have: training curve, ladder of bounds, pareto k.
+"""Pictures that ArviZ does not have: training curve, ladder of bounds, pareto k, parts of the gap.
 
 matplotlib Axes in, Axes out; matplotlib is imported when a plot is drawn. Series differ in marker,
 line style and lightness, not in colour alone: they can be told apart in grey and by colour-blind
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
+_MAX_BINS = 40
 
 
 def plot_elbo(
@@ -161,6 +162,59 @@ def plot_pareto_k(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
     ax.set_title(f"{int(above.sum())} of {len(k)} above {threshold:.2f}", fontsize="medium")
     ax.set_xlabel("obs_id")
     ax.set_ylabel("pareto k")
+    return ax
+
+
+def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
+    """What the gap of every datum is made of: histograms of its two parts, with their means.
+
+    Args:
+        dataset: the result of `inference_gaps`.
+        ax: where to draw; a new figure by default.
+
+    Returns:
+        The Axes: data per bin of nats, the approximation gap (the family's) filled, the
+        amortisation gap (the encoder's) as a hatched outline, the mean of each a vertical line with
+        its number in the legend. Data whose gap is infinite are counted in the legend.
+    """
+    ax = _axes(ax)
+    parts: dict[str, tuple[str, dict[str, Any], str]] = {
+        "approximation_gap": ("approximation (family)", {"color": _COLORS[6], "alpha": 0.8}, "-"),
+        "amortization_gap": (
+            "amortisation (encoder)",
+            {"facecolor": "none", "edgecolor": _COLORS[0], "hatch": "////"},
+            "--",
+        ),
+    }
+    missing = [name for name in parts if name not in dataset]
+    if missing:
+        raise ValueError(f"Expected {missing}, got {sorted(map(str, dataset.data_vars))}")
+    values = {name: np.atleast_1d(dataset[name].to_numpy()) for name in parts}
+    finite = {name: value[np.isfinite(value)] for name, value in values.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins="auto")
+    if len(edges) > _MAX_BINS + 1:
+        edges = np.linspace(edges[0], edges[-1], _MAX_BINS + 1)
+    for name, (label, style, line) in parts.items():
+        mean = values[name].mean()
+        infinite = len(values[name]) - len(finite[name])
+        outside = f", {infinite} not finite" if infinite else ""
+        ax.hist(
+            finite[name],
+            bins=edges.tolist(),
+            histtype="stepfilled",
+            label=f"{label}: mean {mean:.3g}{outside}",
+            **style,
+        )
+        if np.isfinite(mean):
+            color = _COLORS[1] if line == "-" else _COLORS[0]
+            ax.axvline(mean, color=color, linestyle=line, linewidth=1.5)
+    ax.axvline(0.0, color="0.5", linestyle=":", linewidth=0.8)
+    ax.set_xlabel("gap (nats per datum)")
+    ax.set_ylabel("data")
+    # below the axes: wherever a legend went inside, a histogram could be
+    ax.legend(
+        frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2
+    )
     return ax
 
 

@@ -6,21 +6,22 @@ whether they can repair the guide, and ``log p(x) - ELBO = KL(guide || posterior
 there is to repair.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
-import numpy as np
+import torch
 import xarray as xr
 
-from pyro_flowkit.ops.psis import pareto_k_threshold
+from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail, error_factor
 
 _GOOD_K = 0.5
 _GOOD_GAP = 0.1
-_BAD_GAP = 0.5
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `diagnose` says.
+    """What `diagnose` says. It is true, as what ``az.diagnose`` returns, if something is wrong.
 
     Attributes:
         level: "good" (use the draws), "usable" (use them with their weights) or "bad".
@@ -35,77 +36,144 @@ class Verdict:
     def __str__(self) -> str:
         return f"{self.level}: {self.reason}. {self.advice}"
 
+    def __bool__(self) -> bool:
+        return self.level == "bad"
 
-def diagnose(tree: xr.DataTree | xr.Dataset) -> Verdict:
+
+@overload
+def diagnose(
+    tree: xr.DataTree | xr.Dataset,
+    *,
+    show_diagnostics: bool = False,
+    return_diagnostics: Literal[False] = False,
+) -> Verdict: ...
+
+
+@overload
+def diagnose(
+    tree: xr.DataTree | xr.Dataset,
+    *,
+    show_diagnostics: bool = False,
+    return_diagnostics: Literal[True],
+) -> tuple[bool, dict[str, dict[str, Any]]]: ...
+
+
+def diagnose(
+    tree: xr.DataTree | xr.Dataset,
+    *,
+    show_diagnostics: bool = False,
+    return_diagnostics: bool = False,
+) -> Verdict | tuple[bool, dict[str, dict[str, Any]]]:
     """Judges a guide by its pareto k and its gap.
 
-    ===========================================  ======
-    pareto k > 1, or above the threshold         bad
-    gap > 0.5 nats                               bad
-    0.5 < pareto k, or gap > 0.1 nats            usable
-    otherwise                                    good
-    ===========================================  ======
+    =================================================  ======
+    pareto k > 1, or above the threshold               bad
+    gap surely > 0.5 nats                              bad
+    gap perhaps > 0.5 nats, and 0.5 < pareto k         bad
+    0.5 < pareto k, or gap surely > 0.1 nats           usable
+    otherwise                                          good
+    =================================================  ======
 
     The threshold is ``min(1 - 1 / log10(S), 0.7)`` for ``S`` draws (Vehtari et al. 2024), the gap
-    the exact log evidence, where it is known, or else its PSIS estimate, minus the ELBO. A gap
-    counts only by what of it exceeds two standard errors.
+    the exact log evidence, where it is known, or else its PSIS estimate, minus the ELBO. "Surely"
+    and "perhaps" are two standard errors below and above it. A heavy tail hides the weights that
+    the estimate of the evidence would need: with a pareto k above 0.5 it is mostly too small, and
+    the gap with it, so that the upper end counts.
 
     Args:
         tree: the result of `from_svi`, or of `evidence_bounds`.
+        show_diagnostics: whether to print the verdict.
+        return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
+            is "bad", and a dict of the checks.
 
     Returns:
-        The verdict; ``str`` of it is one line.
+        The verdict; ``str`` of it is one line, and it is true if it is "bad". With
+        ``return_diagnostics`` ``(has_errors, diagnostics)``, where ``diagnostics`` has the keys
+        ``pareto_k`` (``value``, ``error``, ``threshold``), ``gap`` (``value``, ``error``, in nats,
+        ``exact``), ``ess`` (``value``, ``total_samples``) and ``verdict`` (``level``, ``reason``,
+        ``advice``).
 
     Raises:
         ValueError: if there is no ``vi_diagnostics`` and no ``pareto_k``.
     """
-    if isinstance(tree, xr.DataTree):
-        if "vi_diagnostics" not in tree.children:
-            raise ValueError(f"Expected a group vi_diagnostics, got {sorted(tree.children)}")
+    bounds = _bounds(tree)
+    elbo, exact = float(bounds["elbo"]), "exact_log_evidence" in bounds
+    evidence = float(bounds["exact_log_evidence" if exact else "log_evidence"])
+    gap = evidence - elbo
+    tail = Tail(int(bounds.attrs["num_samples"]), float(bounds["pareto_k"]), gap)
+    factor = float(error_factor(torch.tensor(tail.pareto_k), tail.num_samples))
+    evidence_se = 0.0 if exact else factor * float(bounds["log_evidence_se"])
+    error = math.hypot(float(bounds["elbo_se"]), evidence_se)
+    verdict = _judge(elbo, tail, error, exact)
+    if show_diagnostics:
+        print(verdict)
+    if not return_diagnostics:
+        return verdict
+    return bool(verdict), {
+        "pareto_k": {"value": tail.pareto_k, "error": tail.error, "threshold": tail.threshold},
+        "gap": {"value": gap, "error": error, "exact": exact},
+        "ess": {"value": float(bounds["ess"]), "total_samples": tail.num_samples},
+        "verdict": {
+            "level": verdict.level,
+            "reason": verdict.reason,
+            "advice": verdict.advice,
+        },
+    }
+
+
+def _bounds(tree: xr.DataTree | xr.Dataset) -> xr.Dataset:
+    if isinstance(tree, xr.Dataset):
+        bounds = tree
+    elif "vi_diagnostics" in tree.children:
         bounds = tree["vi_diagnostics"].to_dataset()
     else:
-        bounds = tree
+        raise ValueError(f"Expected a group vi_diagnostics, got {sorted(tree.children)}")
     if "pareto_k" not in bounds or bounds["pareto_k"].ndim:
         raise ValueError(f"Expected one pareto_k for all data, got {sorted(map(str, bounds))}")
+    return bounds
 
-    num_samples = int(bounds.attrs["num_samples"])
-    threshold = pareto_k_threshold(num_samples)
-    k, elbo = float(bounds["pareto_k"]), float(bounds["elbo"])
-    exact = "exact_log_evidence" in bounds
-    evidence = float(bounds["exact_log_evidence" if exact else "log_evidence"])
-    error = np.hypot(float(bounds["elbo_se"]), 0 if exact else float(bounds["log_evidence_se"]))
-    gap = evidence - elbo
-    surely = gap - 2 * error
-    # A heavy tail hides weights, so that the estimate of the evidence, and with it the gap, is too
-    # small.
-    trusted = "" if exact or k <= threshold else "at least "
-    reason = (
-        f"pareto k is {k:.2f} (trusted up to {threshold:.2f} at {num_samples} draws) and the gap "
-        f"between log evidence and ELBO is {trusted}{gap:.2f} +- {error:.2f} nats"
-    )
-    if not np.isfinite(elbo):
+
+def _judge(elbo: float, tail: Tail, error: float, exact: bool) -> Verdict:
+    k, gap = tail.pareto_k, tail.gap
+    if not math.isfinite(elbo):
         return Verdict(
             "bad",
             f"the ELBO is {elbo}: the guide draws values that the model excludes",
             "Give the guide the support of the model's latents.",
         )
-    if not k <= threshold:
+    too_small = not exact and not k <= _GOOD_K
+    gap_in_words = (
+        f"at least about {gap:.2f} nats" if too_small else f"{gap:.2f} +- {error:.2f} nats"
+    )
+    reason = (
+        f"pareto k is {k:.2f} (trusted up to {tail.threshold:.2f} at {tail.num_samples} draws) and "
+        f"the gap between log evidence and ELBO is {gap_in_words}"
+    )
+    if not k <= tail.threshold:
         advice = (
             "The guide misses a part of the posterior and its weights cannot repair that: use a "
             "more flexible guide, train longer, reparametrise the model, or run NUTS."
         )
-        if 1.0 >= k and threshold < 0.7 and k <= 0.7:
+        if tail.threshold < 0.7 and k <= 0.7:
             advice = "Take more draws: at this number of draws such a pareto k cannot be trusted."
         return Verdict("bad", reason, advice)
-    if surely > _BAD_GAP:
+    if gap - 2 * error > LARGE_GAP or (too_small and gap + 2 * error > LARGE_GAP):
+        if tail.is_light:
+            advice = (
+                "The draws differ visibly from the posterior; their weights can repair that: use "
+                "reweight or log_weight_psis, or better a more flexible guide."
+            )
+        else:
+            advice = (
+                "The guide misses a part of the posterior, and its weights may, too: use a more "
+                "flexible guide, train longer, or reparametrise the model; NeuTra (NUTS in the "
+                "guide's coordinates) may still do."
+            )
+        return Verdict("bad", reason, advice)
+    if k > _GOOD_K or gap - 2 * error > _GOOD_GAP:
         return Verdict(
-            "bad",
+            "usable",
             reason,
-            "The draws differ visibly from the posterior; their weights can repair that: use "
-            "log_weight_psis, or better a more flexible guide.",
-        )
-    if k > _GOOD_K or surely > _GOOD_GAP:
-        return Verdict(
-            "usable", reason, "Weight the draws by log_weight_psis where the answer must be exact."
+            "Where the answer must be exact, weight the draws by reweight or log_weight_psis.",
         )
     return Verdict("good", reason, "The draws can be used as posterior draws.")

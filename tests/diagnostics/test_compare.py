@@ -63,6 +63,14 @@ def test_differences_are_paired_over_data():
     assert table.loc[("a", "log p"), ["diff", "diff_se"]].tolist() == [0.0, 0.0]
 
 
+def test_sums_over_data_have_the_names_of_arviz():
+    table = compare_densities({"a": exact(0.0), "b": exact(-2.0), "vae": bounds(-3.0)})
+    np.testing.assert_allclose(table["elpd"], 200 * table["nats"])
+    np.testing.assert_allclose(table["elpd_diff"], 200 * table["diff"])
+    np.testing.assert_allclose(table["dse"], 200 * table["diff_se"])
+    assert table.loc[("b", "log p"), "elpd_diff"] == pytest.approx(-400, abs=40)
+
+
 def test_a_difference_with_a_bound_is_a_bound():
     first = compare_densities({"flow": exact(0.0), "vae": bounds(-5.0), "gauss": exact(-9.0)})
     assert first.loc[("flow", "log p"), "diff_kind"] == "best"

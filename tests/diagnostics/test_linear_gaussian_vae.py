@@ -127,7 +127,7 @@ def test_a_sign_error_in_the_log_weights_is_caught(monkeypatch):
         log_prob = [site["log_prob"] for _, _, site in pointwise._sites(particles)]
         return sum(log_prob).reshape(particles.size, batch_size)
 
-    monkeypatch.setattr(pointwise, "_log_weights", sum_instead_of_difference)
+    monkeypatch.setattr(pointwise, "datum_log_weights", sum_instead_of_difference)
     with pytest.raises(AssertionError, match="ELBO <= IWAE-10 <= IWAE-1000 <= exact"):
         check_bounds(LinearGaussianVAE())
 

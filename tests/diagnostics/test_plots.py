@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from pyro_flowkit.diagnostics import plot_bounds, plot_elbo, plot_pareto_k
+from pyro_flowkit.diagnostics import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
 
 matplotlib.use("Agg")
 
@@ -95,6 +95,52 @@ def test_pareto_k_counts_what_is_above_the_threshold(ax):
     assert {0.5, 0.7, 1.0} <= {line.get_ydata()[0] for line in ax.lines}
     with pytest.raises(ValueError, match=r"pareto_k, got \['log_prob'\]"):
         plot_pareto_k(exact(0.0), ax)
+
+
+def gaps(approximation, amortization):
+    return xr.Dataset(
+        {
+            "approximation_gap": ("obs_id", np.asarray(approximation)),
+            "amortization_gap": ("obs_id", np.asarray(amortization)),
+        }
+    )
+
+
+def test_both_parts_of_the_gap_are_counted_and_differ_in_grey(ax):
+    dataset = gaps(np.linspace(0.0, 0.4, 30), np.linspace(0.3, 1.3, 30))
+    assert plot_gap(dataset, ax) is ax
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["approximation (family): mean 0.2", "amortisation (encoder): mean 0.8"]
+    filled, hatched = ax.patches
+    assert filled.get_hatch() is None and hatched.get_hatch()
+    assert filled.get_facecolor()[3] > 0 and hatched.get_facecolor()[3] == 0
+    means = [line for line in ax.lines if line.get_xdata()[0] > 0]
+    np.testing.assert_allclose([line.get_xdata()[0] for line in means], [0.2, 0.8])
+    assert len({line.get_linestyle() for line in means}) == 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (([0.1], [0.2]), "mean 0.2"),
+        (([0.0, 0.0], [0.0, 0.0]), "mean 0"),
+        (([0.1, 0.2], [0.2, np.inf]), "mean inf, 1 not finite"),
+        (([0.1, 0.2], [np.inf, np.inf]), "mean inf, 2 not finite"),
+        (([1e-3] * 500, [*[1e-3] * 499, 1e4]), "mean 20"),
+    ],
+    ids=["one datum", "no gap", "one infinite", "all infinite", "one far away"],
+)
+def test_gaps_of_any_size_can_be_drawn(ax, parts, text):
+    plot_gap(gaps(*parts), ax)
+    assert ax.get_legend().get_texts()[1].get_text().endswith(text)
+    assert sum(len(patch.get_path().vertices) for patch in ax.patches) < 1000
+
+
+def test_gaps_that_are_not_split_are_refused(ax):
+    with pytest.raises(
+        ValueError, match=r"\['approximation_gap', 'amortization_gap'\], got \['elbo"
+    ):
+        plot_gap(bounds(0.0), ax)
 
 
 def test_a_figure_is_made_where_none_is_given():

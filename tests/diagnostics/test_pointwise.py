@@ -1,5 +1,6 @@
 """Bounds and exact values per datum: plates, masks, scales, batches."""
 
+import functools
 import math
 
 import numpy as np
@@ -160,6 +161,37 @@ def test_models_that_cannot_be_vectorised_still_give_the_answer():
         bounds = bounds_of(loop_model, num_samples=300, batch_size=4)
     assert len(caught) == 1  # said once, not once per batch
     assert_exact(bounds, exact(DATA))
+
+
+def test_methods_of_a_module_run_in_eval_mode():
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def model(self, x):
+            local_model(self.dropout(x))
+
+        def guide(self, x, scale):
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", dist.Normal(self.dropout(x) / 2, scale))
+
+    program = Program()
+    bounds = bounds_of(program.model, functools.partial(program.guide, scale=0.8))
+    np.testing.assert_allclose(bounds["elbo"], bounds_of()["elbo"])
+    assert program.dropout.training
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_densities_that_are_no_numbers_are_refused():
+    def broken_model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            nothing = dist.Unit(torch.where(x > 1.5, z * math.nan, z), validate_args=False)
+            pyro.sample("x", nothing, obs=x.new_empty((len(x), 0)))
+
+    with pytest.raises(ValueError, match="1000 of 7000 that are NaN"):
+        bounds_of(broken_model)
 
 
 @pytest.mark.parametrize(

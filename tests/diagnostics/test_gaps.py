@@ -1,0 +1,563 @@
+r"""The split of a VAE's gap against its closed form, families of posteriors, and what is refused.
+
+z ~ N(0, I), x | z ~ N(W z + b, s^2 I): the posterior is N(m(x), P^-1) with P = I + W'W / s^2, and
+the best posterior with independent dimensions is N(m(x), diag(1 / P_dd)), so that
+
+approximation gap = 1/2 (sum_d log P_dd - log det P),   amortisation gap = KL(q || p) - that.
+"""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+from torch.distributions import kl_divergence
+
+from models.vae import VAE
+from pyro_flowkit.diagnostics import inference_gaps
+from pyro_flowkit.diagnostics.local_posterior import FreePosterior, family_of
+from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides import AmortizedSplineFlow
+
+DOUBLE = torch.float64
+X_DIM, Z_DIM, NUM_DATA, NOISE = 5, 2, 30, 0.9
+
+
+class LinearGaussianVAE:
+    """The posterior is correlated; the encoder's is shifted and has the wrong scale on purpose."""
+
+    def __init__(self, shift=0.3, factor=0.8, full_rank=False):
+        generator = torch.Generator().manual_seed(3)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, dtype=DOUBLE)
+
+        self.weight, self.bias, self.full_rank = normal(X_DIM, Z_DIM), normal(X_DIM), full_rank
+        self.weight[:, 1] = 0.6 * self.weight[:, 0] + 0.4 * self.weight[:, 1]
+        self.precision = torch.eye(Z_DIM, dtype=DOUBLE) + self.weight.T @ self.weight / NOISE**2
+        self.covariance = self.precision.inverse()
+        self.shift = shift * self.covariance.diagonal().sqrt()
+        self.scale = factor * self.precision.diagonal().rsqrt()
+        noise = NOISE * normal(NUM_DATA, X_DIM)
+        self.data = normal(NUM_DATA, Z_DIM) @ self.weight.T + self.bias + noise
+
+    def posterior_mean(self, x):
+        return (x - self.bias) @ self.weight @ self.covariance / NOISE**2
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(torch.zeros(Z_DIM, dtype=DOUBLE), 1.0).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z @ self.weight.T + self.bias, NOISE).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            mean = self.posterior_mean(x) + self.shift
+            if self.full_rank:
+                pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=self.scale.diag()))
+            else:
+                pyro.sample("z", dist.Normal(mean, self.scale).to_event(1))
+
+    def exact_log_prob(self):
+        covariance = self.weight @ self.weight.T + NOISE**2 * torch.eye(X_DIM, dtype=DOUBLE)
+        return dist.MultivariateNormal(self.bias, covariance).log_prob(self.data)
+
+    def exact_split(self):
+        mean = self.posterior_mean(self.data)
+        guide = torch.distributions.MultivariateNormal(
+            mean + self.shift, scale_tril=self.scale.diag()
+        )
+        posterior = torch.distributions.MultivariateNormal(mean, self.covariance)
+        approximation = torch.zeros((), dtype=DOUBLE)
+        if not self.full_rank:
+            of_dimensions = self.precision.diagonal().log().sum()
+            approximation = 0.5 * (of_dimensions - self.precision.logdet())
+        return float(approximation), (kl_divergence(guide, posterior) - approximation).numpy()
+
+
+def gaps_of(vae, data=None, **options):
+    options = {"seed": 0, "num_steps": 150} | options
+    return inference_gaps(vae.model, vae.guide, vae.data if data is None else data, **options)
+
+
+def check_split(gaps, approximation, amortization, tolerance):
+    """Every datum within four standard errors, the means within the tolerance."""
+    for name, exact in (
+        ("approximation_gap", approximation),
+        ("amortization_gap", amortization),
+        ("inference_gap", approximation + amortization),
+    ):
+        error = (gaps[name] - exact).to_numpy()
+        assert abs(error.mean()) < tolerance, name
+        assert (np.abs(error) < 4 * gaps[f"{name}_se"].to_numpy() + 0.02).all(), name
+    parts = gaps["approximation_gap"] + gaps["amortization_gap"]
+    np.testing.assert_allclose(gaps["inference_gap"], parts, atol=1e-9)
+    assert (gaps["elbo_optimized"] <= gaps["log_evidence"] + 1e-3).all()
+
+
+@pytest.mark.parametrize(("full_rank", "evidence_is_known"), [(False, False), (True, True)])
+def test_the_split_is_the_analytic_one(full_rank, evidence_is_known):
+    vae = LinearGaussianVAE(full_rank=full_rank)
+    exact = vae.exact_log_prob()
+    gaps = gaps_of(vae, exact_log_evidence=exact if evidence_is_known else None, num_samples=4000)
+    approximation, amortization = vae.exact_split()
+    assert full_rank or approximation > 0.1  # there is something to find
+    assert amortization.mean() > 0.2
+    check_split(gaps, approximation, amortization, 0.01)
+    kind = "exact" if evidence_is_known else "estimate"
+    assert gaps["log_evidence"].attrs["kind"] == gaps.attrs["kind_log_evidence"] == kind
+    error = np.abs(gaps["log_evidence"] - exact.numpy())
+    assert (error <= 4 * gaps["log_evidence_se"] + 1e-9).all()
+
+
+def test_every_datum_is_within_the_promised_precision():
+    vae = LinearGaussianVAE()
+    exact = vae.exact_log_prob()
+    gaps = gaps_of(vae, num_samples=40_000, num_steps=300, exact_log_evidence=exact)
+    approximation, amortization = vae.exact_split()
+    assert float(np.abs(gaps["inference_gap"] - approximation - amortization).max()) < 0.01
+    assert float(np.abs(gaps["approximation_gap"] - approximation).max()) < 0.02
+    assert float(np.abs(gaps["amortization_gap"] - amortization).max()) < 0.02
+    assert "stopped short" not in gaps.attrs["message"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "factor"), [(5.0, 0.1), (20.0, 30.0)], ids=["far and narrow", "far and wide"]
+)
+def test_an_encoder_that_is_far_off_is_still_repaired(shift, factor):
+    vae = LinearGaussianVAE(shift, factor)
+    exact = vae.exact_log_prob()[:10]
+    gaps = gaps_of(vae, vae.data[:10], exact_log_evidence=exact, num_steps=300)
+    approximation, amortization = vae.exact_split()
+    assert amortization.mean() > 20
+    assert abs(float(gaps["approximation_gap"].mean()) - approximation) < 0.02
+
+
+def test_an_optimisation_that_stops_short_is_said():
+    vae = LinearGaussianVAE(shift=5.0, factor=0.05)
+    gaps = gaps_of(vae, num_steps=30)
+    assert float(gaps["late_gain"].mean()) > 0.1
+    assert "stopped short" in gaps.attrs["message"]
+
+
+def test_the_best_encoder_of_its_family_has_no_amortisation_gap():
+    vae = LinearGaussianVAE(shift=0.0, factor=1.0)
+    gaps = gaps_of(vae)
+    assert abs(float(gaps["amortization_gap"].mean())) < 2e-3
+    assert (gaps["amortization_gap"] > -4 * gaps["amortization_gap_se"] - 1e-12).all()
+    kept = gaps["amortization_gap"] == 0
+    assert 0 < int(kept.sum())  # whose optimised posterior was no better
+    np.testing.assert_array_equal(gaps["elbo"][kept], gaps["elbo_optimized"][kept])
+    assert "the family is the larger part" in gaps.attrs["message"]
+
+
+def test_standard_errors_are_the_spread_over_repetitions():
+    vae = LinearGaussianVAE()
+    gaps = gaps_of(vae, vae.data[:1].expand(200, -1), num_samples=300, batch_size=200, num_steps=60)
+    for name in ("elbo", "inference_gap", "amortization_gap"):
+        ratio = np.sqrt((gaps[f"{name}_se"] ** 2).mean()) / gaps[name].std(ddof=1)
+        assert 0.85 < float(ratio) < 1.15, name  # 200 repetitions: +- 5 % at one sigma
+
+
+def test_batches_of_any_size_and_one_datum_give_the_answer():
+    vae = LinearGaussianVAE()
+    approximation, amortization = vae.exact_split()
+    exact = vae.exact_log_prob()
+    for rows, batch_size in ((5, 4), (1, None)):
+        gaps = gaps_of(vae, vae.data[:rows], batch_size=batch_size, exact_log_evidence=exact[:rows])
+        assert gaps.sizes["obs_id"] == rows
+        check_split(gaps, approximation, amortization[:rows], 0.05)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_nothing_of_the_caller_changes():
+    pyro.clear_param_store()
+    vae = VAE(6, data_size=9, latent_dim=2, hidden_dims=[8], likelihood="bernoulli", dropout=0.5)
+    data = (torch.rand(9, 6) < 0.5).float()
+    vae.model(data)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    state = torch.get_rng_state()
+    first, second = (
+        inference_gaps(vae.model, vae.guide, data, num_steps=12, num_samples=50, seed=4)
+        for _ in range(2)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    xr.testing.assert_equal(first, second)
+    assert all(module.training for module in vae.modules())
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    assert all(parameter.requires_grad for parameter in vae.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("posterior", ["normal", "flow"])
+def test_a_vae_with_dropout_is_split_in_eval_mode(posterior):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    options = {"latent_dim": 2, "hidden_dims": [8], "likelihood": "bernoulli", "dropout": 0.5}
+    vae = VAE(6, data_size=12, posterior=posterior, prior="flow", num_transforms=2, **options)
+    data = (torch.rand(12, 6) < 0.5).float()
+    vae.model(data)
+    vae.guide(data)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    gaps = inference_gaps(vae.model, vae.guide, data, num_steps=48, num_samples=300, seed=0)
+    improvement = gaps["amortization_gap"] / gaps["amortization_gap_se"].clip(1e-9)
+    assert float(improvement.max()) > 5 and float(improvement.min()) > -4
+    assert gaps["elbo"].dtype == np.float64
+
+
+def amortized(data, **options):
+    def model(x):
+        with pyro.plate("rows", len(data), subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            rate = pyro.sample("rate", dist.Gamma(torch.full_like(x, 3.0), 3.0))
+            pyro.sample("x", dist.Normal(z, rate.rsqrt()), obs=x)
+
+    guide = AmortizedSplineFlow(model, lambda x: x[:, None], context_dim=1, **options)
+    guide(data)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, guide
+
+
+@pytest.mark.parametrize("base", ["normal", "student_t"])
+def test_the_context_of_an_amortised_guide_is_set_free(base):
+    torch.manual_seed(0)
+    data = torch.linspace(-2.0, 2.0, 6, dtype=DOUBLE)
+    model, guide = amortized(data, base=base)
+    gaps = inference_gaps(model, guide, data, num_steps=36, num_samples=300, seed=0)
+    assert float(gaps["amortization_gap"].mean()) > 0.05
+    assert (gaps["amortization_gap"] >= -4 * gaps["amortization_gap_se"]).all()
+
+
+def test_the_family_of_a_flow_is_what_its_context_can_say():
+    """A fresh flow is its base; an affine map with a fixed scale can only be moved."""
+    pyro.clear_param_store()
+    vae = LinearGaussianVAE()
+    data, exact = vae.data[:8], vae.exact_log_prob()[:8]
+    flow = SplineFlow(Z_DIM, Z_DIM, base="conditional_normal", num_transforms=1).double()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", flow(vae.posterior_mean(x)))
+
+    gaps = inference_gaps(vae.model, guide, data, num_steps=90, seed=0, exact_log_evidence=exact)
+    np.testing.assert_allclose(gaps["approximation_gap"].mean(), vae.exact_split()[0], atol=0.03)
+
+    scale = 0.6
+    moved = AmortizedSplineFlow(
+        vae.model,
+        lambda x: vae.posterior_mean(x) + 1.0,
+        context_dim=Z_DIM,
+        init_scale=scale,
+        affine="diagonal",
+        num_transforms=1,
+    )
+    moved(data)
+    moved.affine.weight.data[:Z_DIM] = torch.eye(Z_DIM, dtype=DOUBLE)
+    ratio = scale**2 * vae.precision
+    fixed_scale = 0.5 * (ratio.trace() - Z_DIM - ratio.logdet())
+    gaps = inference_gaps(vae.model, moved, data, num_steps=90, seed=0, exact_log_evidence=exact)
+    np.testing.assert_allclose(gaps["approximation_gap"].mean(), fixed_scale, atol=0.03)
+    assert float(gaps["amortization_gap"].mean()) > 0.5
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_only_what_the_encoder_sets_is_free_in_a_flow(rows):
+    context = torch.randn(rows, 3)
+    count = {"normal": 1, "student_t": 1, "conditional_normal": 3}
+    for base, free in count.items():
+        pyro.clear_param_store()
+        fn = SplineFlow(2, 3, base=base)(context).expand((rows,))
+        family = family_of(fn, "z", -1)
+        assert len(family.zeros) == free, base
+        assert family.zeros[-1].shape == (rows, 3)
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="flow with a context.* at site 'z'.*FlowDistribution"):
+        family_of(SplineFlow(2)().expand((rows,)), "z", -1)
+
+
+ONE = torch.ones(3, 2, dtype=DOUBLE)
+FAMILIES = {
+    "normal": lambda: dist.Normal(ONE, 0.5).to_event(1),
+    "masked": lambda: dist.Normal(ONE, 0.5).to_event(1).mask(torch.tensor([True, False, True])),
+    "full rank": lambda: dist.MultivariateNormal(
+        ONE, covariance_matrix=ONE.T @ ONE + torch.eye(2, dtype=DOUBLE)
+    ),
+    "low rank": lambda: dist.LowRankMultivariateNormal(ONE, ONE[..., None], ONE),
+    "student": lambda: dist.StudentT(4 * ONE, ONE, 2.0).to_event(1),
+    "full-rank student": lambda: dist.MultivariateStudentT(ONE[0, 0] + 4, ONE, 2 * ONE[0].diag()),
+    "log-normal": lambda: dist.LogNormal(ONE, 0.5).to_event(1),
+    "gamma": lambda: dist.Gamma(2 * ONE, 3.0).to_event(1),
+    "beta": lambda: dist.Beta(2 * ONE, 3.0).to_event(1),
+    "dirichlet": lambda: dist.Dirichlet(2 * ONE),
+    "mixture": lambda: dist.MixtureOfDiagNormals(ONE[:, None], ONE[:, None], ONE[:, :1]),
+    "transformed": lambda: dist.TransformedDistribution(
+        dist.Normal(ONE, 0.5), [torch.distributions.TanhTransform()]
+    ).to_event(1),
+    "flow": lambda: SplineFlow(2, 2, base="conditional_normal").double()(ONE).expand((3,)),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_begins_at_the_encoder_and_every_datum_moves_by_itself(kind):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    fn = FAMILIES[kind]()
+    family, value = family_of(fn, "z", -1), fn.sample()
+    offsets = family.start()
+    start = family.build(offsets)
+    assert start.batch_shape == fn.batch_shape and start.event_shape == fn.event_shape
+    torch.testing.assert_close(start.log_prob(value), fn.log_prob(value).detach())
+    with torch.no_grad():
+        for offset in offsets:
+            offset[-1] += 0.3
+    moved = family.build(offsets).log_prob(value)
+    torch.testing.assert_close(moved[:-1], start.log_prob(value)[:-1])
+    assert not torch.isclose(moved[-1], start.log_prob(value)[-1])
+    gradients = torch.autograd.grad(moved.sum(), offsets)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_a_free_posterior_without_offsets_draws_what_the_guide_draws():
+    vae = LinearGaussianVAE()
+    trace = poutine.trace(vae.guide).get_trace(vae.data)
+    fn = trace.nodes["z"]["fn"]
+    family = family_of(fn, "z", -1)
+    free = FreePosterior(vae.guide, {"z": family.build(family.zeros)})
+    values = []
+    for guide in (vae.guide, free):
+        pyro.set_rng_seed(1)
+        values.append(poutine.trace(guide).get_trace(vae.data).nodes["z"]["value"])
+    assert torch.equal(values[0], values[1])
+
+
+DATA = torch.linspace(-2.0, 2.0, 7, dtype=DOUBLE)
+FAST = {"num_steps": 48, "num_samples": 500, "seed": 0}
+
+
+def local_model(x):
+    """z_i ~ N(0, 1), x_i ~ N(z_i, 1): z_i | x_i ~ N(x_i / 2, 1/2)."""
+    with pyro.plate("rows", 7000, subsample=x), poutine.scale(scale=0.5):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_guide(x):
+    with pyro.plate("rows", 7000, subsample=x):
+        pyro.sample("z", dist.Normal(x / 2 + 0.5, 1.0))
+
+
+EXACT_GAP = float(
+    kl_divergence(
+        torch.distributions.Normal(0.5, 1.0), torch.distributions.Normal(0.0, math.sqrt(0.5))
+    )
+)
+
+
+def assert_repaired(gaps, exact=EXACT_GAP):
+    assert float(np.abs(gaps["approximation_gap"]).max()) < 0.02
+    error = np.abs(gaps["amortization_gap"] - exact) / gaps["amortization_gap_se"].clip(1e-6)
+    assert float(error.max()) < 4.5
+
+
+def test_scales_of_subsampling_and_annealing_are_left_out():
+    assert_repaired(inference_gaps(local_model, local_guide, DATA, **FAST))
+
+
+def test_several_independent_sites_and_inner_plates_are_optimised_together():
+    data = DATA.repeat(2, 1).T
+
+    def model(x):
+        with pyro.plate("rows", len(x), dim=-2):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(len(x), 1), 1.0))
+            with pyro.plate("pixels", 2, dim=-1):
+                z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(a, 1.0), obs=x[:, :1])
+
+    def guide(x):
+        with pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("a", dist.Normal(x[:, :1] / 2 + 0.5, 1.0))
+            with pyro.plate("pixels", 2, dim=-1):
+                pyro.sample("z", dist.Normal(x / 2 + 0.5, 1.0))
+
+    assert_repaired(inference_gaps(model, guide, data, **FAST), 3 * EXACT_GAP)
+
+
+def test_masked_data_have_the_prior_as_their_best_posterior():
+    def model(x, seen):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(seen), obs=x)
+
+    def guide(x, seen):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x.new_full(x.shape, 0.5), 1.0))
+
+    gaps = inference_gaps(model, guide, (DATA, DATA > 0.1), batch_size=4, **FAST)
+    np.testing.assert_allclose(gaps["log_evidence"][:4], 0.0, atol=0.02)
+    np.testing.assert_allclose(gaps["amortization_gap"][:4], 0.125, atol=0.1)
+    assert float(np.abs(gaps["approximation_gap"]).max()) < 0.02
+
+
+def test_an_autoguide_with_numbers_of_its_own_for_every_datum_can_be_split():
+    pyro.clear_param_store()
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+    guide = AutoNormal(model, init_scale=0.5)
+    guide(DATA)
+    gaps = inference_gaps(model, guide, DATA, **FAST)
+    assert float(np.abs(gaps["approximation_gap"]).max()) < 0.02
+    assert float(gaps["amortization_gap"].mean()) > 0.1
+
+
+def test_models_that_cannot_be_vectorised_still_give_the_answer():
+    def loop_model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            mean = torch.stack([z[i] for i in range(len(x))])
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.5, 1.0))
+
+    with pytest.warns(UserWarning, match="one by one") as caught:
+        gaps = inference_gaps(
+            loop_model, guide, DATA[:5], batch_size=3, num_particles=1, num_samples=50, num_steps=36
+        )
+    assert len(caught) == 1
+    assert float(gaps["approximation_gap"].mean()) < 0.1
+    assert float(gaps["amortization_gap"].mean()) > 0.1
+
+
+def test_a_posterior_outside_of_the_support_is_brought_inside():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros_like(x), 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+
+    gaps = inference_gaps(model, guide, DATA, **FAST)
+    assert (gaps["elbo"] == -math.inf).all()
+    assert not gaps["elbo_optimized"].isnull().any()
+    assert not gaps["amortization_gap"].isnull().any()
+    assert not gaps["amortization_gap_se"].isnull().any()
+
+
+def two_sites(fn):
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros_like(x), 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            a = pyro.sample("a", dist.Normal(x / 3, 1.0))
+            pyro.sample("b", fn(a, x))
+
+    return model, guide
+
+
+def test_sites_that_depend_on_each_other_are_refused():
+    model, guide = two_sites(lambda a, x: dist.Normal(a / 2 + x / 2, 1.0))
+    with pytest.raises(ValueError, match="site 'b' of the guide.*depends on the draws of another"):
+        inference_gaps(model, guide, DATA, **FAST)
+    shifted = torch.distributions.AffineTransform
+    model, guide = two_sites(
+        lambda a, x: dist.TransformedDistribution(dist.Normal(x / 2, 1.0), [shifted(a, 1.0)])
+    )
+    with pytest.raises(ValueError, match="site 'b' of the guide.*depends on the draws of another"):
+        inference_gaps(model, guide, DATA, **FAST)
+    model, guide = two_sites(lambda a, x: dist.Normal(x / 2, 1.0))
+    assert (inference_gaps(model, guide, DATA, **FAST)["approximation_gap"] > 0.01).all()
+
+
+def test_a_random_encoder_is_refused():
+    def guide(x):
+        with pyro.plate("rows", 7000, subsample=x):
+            noisy = nn.functional.dropout(x / 2, 0.5, training=True)
+            pyro.sample("z", dist.Normal(noisy, 1.0))
+
+    with pytest.raises(ValueError, match="another one at a second run"):
+        inference_gaps(local_model, guide, DATA, vectorize=False, **FAST)
+
+
+def test_guides_that_gradients_cannot_improve_are_refused_in_plain_words():
+    def guide_of(fn):
+        def guide(x):
+            with pyro.plate("rows", 7000, subsample=x):
+                pyro.sample("z", fn(x))
+
+        return guide
+
+    class NoGradient(dist.Normal):
+        has_rsample = False
+
+    for fn, message in (
+        (lambda x: NoGradient(x, 1.0), "reparametrised draws at site 'z'.*NoGradient"),
+        (lambda x: dist.Delta(x), "random latents, got none"),
+        (
+            lambda x: dist.RelaxedBernoulli(x.new_ones(()), logits=x),
+            "parameters can be set free.*'z'.*got RelaxedBernoulli",
+        ),
+        (lambda x: dist.VonMises(x, 1.0), "reparametrised draws at site 'z'.*VonMises"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inference_gaps(local_model, guide_of(fn), DATA, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (torch.zeros(0), {}, r"lengths \[0\]"),
+        (torch.tensor([0.0, math.nan]), {}, "in 1 of 2 rows"),
+        (DATA, {"num_samples": 1}, "num_samples >= 2, num_steps >= 6.*got 1, 300"),
+        (DATA, {"num_steps": 3}, "num_steps >= 6"),
+        (DATA, {"lr": 0.0}, "lr > 0"),
+        (DATA, {"exact_log_evidence": torch.zeros(3)}, r"shape \(7,\), got \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_refused_with_numbers(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        inference_gaps(local_model, local_guide, data, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_weights_that_are_no_numbers_are_refused():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            broken = dist.Unit(torch.where(x > 1.5, z * math.nan, z), validate_args=False)
+            pyro.sample("broken", broken, obs=x.new_empty((len(x), 0)))
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    with pytest.raises(ValueError, match="NaN or .inf in 1 of 7 rows"):
+        inference_gaps(model, guide, DATA, **FAST)
+
+
+def test_the_dataset_goes_through_netcdf(tmp_path):
+    gaps = inference_gaps(local_model, local_guide, DATA, **FAST)
+    gaps.to_netcdf(tmp_path / "gaps.nc", engine="h5netcdf")
+    with xr.open_dataset(tmp_path / "gaps.nc", engine="h5netcdf") as opened:
+        xr.testing.assert_equal(opened.load(), gaps)
+        assert opened.attrs["message"] == gaps.attrs["message"]
