@@ -19,7 +19,7 @@ to_arviz(tree)``, ``corrected = to_arviz(reweight(tree))``, ``elpds`` the result
     az.plot_ecdf_pit(sbc)  # 1: calibration, uniform where the guide is right
     az.plot_ecdf(sbc["prior_sbc"]["beta"].to_numpy().ravel(), cdf=lambda u: u)  # 0.23: calibration
 
-and where the tree has a group ``posterior_predictive`` (here with the observed site "y")::
+and of the group ``posterior_predictive``, here with the observed site "y"::
 
     az.plot_ppc(data)  # 0.23: predictions of the guide over the data
     az.plot_ppc_dist(data)  # 1: predictions of the guide over the data
@@ -37,6 +37,7 @@ from pyro_flowkit.diagnostics.loo import loo_approximate_posterior
 from pyro_flowkit.diagnostics.plot_guides import plot_guides
 from pyro_flowkit.diagnostics.plots import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
 from pyro_flowkit.diagnostics.pointwise import heldout_log_prob, pointwise_bounds
+from pyro_flowkit.diagnostics.restarts import join_restarts
 from pyro_flowkit.diagnostics.reweight import reweight
 from pyro_flowkit.diagnostics.tree import from_svi, to_arviz
 from pyro_flowkit.diagnostics.uniformity import calibration_tests, symmetry_tests, verdict_of
@@ -55,6 +56,7 @@ __all__ = [
     "heldout_log_prob",
     "inference_gaps",
     "iterate_convergence",
+    "join_restarts",
     "latent_usage",
     "latent_verdict",
     "loo_approximate_posterior",

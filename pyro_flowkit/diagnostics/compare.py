@@ -128,6 +128,11 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     for name, tree in trees.items():
         _, checks = diagnose(tree, return_diagnostics=True)
         bounds = tree["vi_diagnostics"].to_dataset()
+        if "chain" in bounds.dims:
+            raise ValueError(
+                f"Expected one training per tree, got the {bounds.sizes['chain']} joined restarts of '{name}': "
+                "compare them one by one, or by compare_restarts"
+            )
         tightest = bounds.isel(n_particles=-1)
         trace = tree["vi_trace"].to_dataset() if "vi_trace" in tree.children else xr.Dataset()
         rows.append(

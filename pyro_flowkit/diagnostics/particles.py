@@ -194,6 +194,19 @@ def draw_again(
     return drawn
 
 
+def trace_again(
+    like: Particles, program: Callable, args: tuple, kwargs: dict[str, Any], size: int
+) -> Particles:
+    """One run of a program by itself, under the plates of ``like`` and without densities.
+
+    It stands for model and guide alike; ``size`` is 1 where ``like`` is not stacked.
+    """
+    plate = pyro.plate(_PARTICLES, size, dim=-like.nesting - 1) if like.stacked else None
+    with plate or contextlib.nullcontext():
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
+    return Particles(trace, trace, size, like.nesting, like.stacked)
+
+
 _PARTICLES = "num_particles_vectorized"  # the name that Pyro's own ELBOs give to this plate
 
 

@@ -6,7 +6,7 @@ flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for
 """
 
 import importlib.metadata
-import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,19 +16,18 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
-from pyro_flowkit.diagnostics.particles import (
-    Particles,
-    draw_particles,
-    evaluation,
-    plates_of,
-    sample_sites,
+from pyro_flowkit.diagnostics.naming import Namer, constants, latent_sites, observed_sites
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.predictive import (
+    MAX_NUMBERS,
+    count_predictions,
+    posterior_predictive,
+    prior_draws,
 )
 from pyro_flowkit.diagnostics.schema import schema_attrs
 from pyro_flowkit.ops.psis import psis
 
 HISTORY_KEYS = ("elbo", "learning_rate", "grad_norm", "seconds")
-
-_DRAWS = ("chain", "draw")
 
 
 def from_svi(
@@ -44,6 +43,9 @@ def from_svi(
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     log_likelihood: bool = True,
+    predictions: bool | None = None,
+    num_prior_samples: int = 500,
+    pointwise: xr.Dataset | None = None,
     chunk_size: int = 1000,
     vectorize: bool | None = None,
     seed: int | None = None,
@@ -63,6 +65,10 @@ def from_svi(
         coords: coordinate values by dimension name. Plates are dimensions of their own name.
         dims: names of the event dimensions by site; ``SITE_dim_0``, ... by default.
         log_likelihood: whether to keep the log density of every observation under every draw.
+        predictions: whether to draw the observed sites from every draw of the guide. None does so
+            unless that is more than 100 million numbers, and says it where it is.
+        num_prior_samples: draws of the prior, and of the observed sites from it; 0 for none.
+        pointwise: the result of `pointwise_bounds` or `inference_gaps`, to be kept in the tree.
         chunk_size: draws that pass through the model at once; memory grows with it.
         vectorize: as in `evidence_bounds`.
         seed: seed of the draws, without effect on the generator of the caller.
@@ -70,10 +76,11 @@ def from_svi(
     Returns:
         A tree of the groups ``posterior`` (the latents of the model; chain, draw),
         ``sample_stats`` (``lp`` = log p(x, z), ``log_q``, ``log_weight``, ``log_weight_psis``, in
-        nats, not normalised), ``log_likelihood``, ``observed_data``, ``constant_data`` (tensors
-        among the arguments that are not observed), ``vi_trace`` (chain, step) and
-        ``vi_diagnostics`` (the variables of `evidence_bounds`, from these draws). Groups without
-        content are left out.
+        nats, not normalised), ``log_likelihood``, ``log_prior`` (of every latent, in nats),
+        ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
+        ``constant_data`` (tensors among the arguments that are not observed), ``vi_trace`` (chain,
+        step), ``vi_diagnostics`` (the variables of `evidence_bounds`, from these draws) and
+        ``vi_pointwise`` (obs_id). Groups without content are left out.
 
         The draws are those of the **guide**, as they are: ``log_weight_psis`` says what the
         posterior would make of them, and R-hat or ESS of independent draws say nothing about the
@@ -81,46 +88,65 @@ def from_svi(
 
     Raises:
         ValueError: as `evidence_bounds`, and if ``dims`` or ``coords`` do not fit the sites.
+
+    Warns:
+        UserWarning: if predictions or the prior are left out.
     """
     counts = check_particles(num_particles, num_samples)
     kwargs = kwargs or {}
-    draws: dict[str, list[Tensor]] = {}
-    likelihoods: dict[str, list[Tensor]] = {}
     stats: dict[str, list[Tensor]] = {"lp": [], "log_q": []}
+    draws, log_prior, likelihoods, predicted = _Parts(), _Parts(), _Parts(), _Parts()
     with evaluation(model, guide, seed=seed):
-        for particles in draw_particles(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_samples=num_samples,
-            chunk_size=chunk_size,
-            whole_data=True,
-            vectorize=vectorize,
+        for chunk, particles in enumerate(
+            draw_particles(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_samples=num_samples,
+                chunk_size=chunk_size,
+                whole_data=True,
+                vectorize=vectorize,
+            )
         ):
+            own_seed = None if seed is None else seed + 1 + chunk
             stats["lp"].append(particles.log_joint())
             stats["log_q"].append(particles.log_guide())
-            for name, site in _latent_sites(particles):
-                event_dim = site["fn"].event_dim
-                draws.setdefault(name, []).append(particles.view(site["value"], event_dim).cpu())
-            for name, site in _observed_sites(particles) if log_likelihood else ():
-                likelihoods.setdefault(name, []).append(particles.view(site["log_prob"]).cpu())
+            for name, site in latent_sites(particles):
+                draws.add(name, particles.view(site["value"], site["fn"].event_dim))
+                log_prior.add(name, particles.view(site["log_prob"]))
+            for name, site in observed_sites(particles) if log_likelihood else ():
+                likelihoods.add(name, particles.view(site["log_prob"]))
+            if predictions is None:
+                predictions = _are_few(particles, num_samples)
+            if predictions:
+                drawn = posterior_predictive(particles, model, args, kwargs, own_seed)
+                for name, value in drawn.items():
+                    predicted.add(name, value)
+        prior, prior_predictive = (
+            prior_draws(particles, model, args, kwargs, num_prior_samples, seed)
+            if num_prior_samples
+            else ({}, {})
+        )
 
-    namer = _Namer(particles, dims or {}, coords or {})
+    namer = Namer(particles, dims or {}, coords or {})
     sample_stats = {name: torch.cat(parts) for name, parts in stats.items()}
     log_weight = sample_stats["lp"] - sample_stats["log_q"]
     sample_stats |= {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
-    observed = dict(_observed_sites(particles))
+    observed = dict(observed_sites(particles))
     groups = {
-        "posterior": namer.dataset({n: torch.cat(parts) for n, parts in draws.items()}),
+        "posterior": namer.dataset(draws.joined()),
         "sample_stats": namer.dataset(sample_stats),
-        "log_likelihood": namer.dataset(
-            {n: torch.cat(parts) for n, parts in likelihoods.items()}, events=False
-        ),
+        "log_likelihood": namer.dataset(likelihoods.joined(), events=False),
+        "log_prior": namer.dataset(log_prior.joined(), events=False),
+        "posterior_predictive": namer.dataset(predicted.joined()),
+        "prior": namer.dataset(prior),
+        "prior_predictive": namer.dataset(prior_predictive),
         "observed_data": namer.data({name: site["value"] for name, site in observed.items()}),
-        "constant_data": namer.constants(_constants(model, args, kwargs, observed)),
+        "constant_data": namer.constants(constants(model, args, kwargs, observed)),
         "vi_trace": _vi_trace(history),
         "vi_diagnostics": bounds_dataset(log_weight, counts, exact_log_evidence),
+        "vi_pointwise": pointwise,
     }
     return xr.DataTree.from_dict({name: group for name, group in groups.items() if group})
 
@@ -142,125 +168,28 @@ def to_arviz(tree: xr.DataTree) -> Any:
     return arviz.InferenceData(attrs=dict(tree.attrs), **groups)
 
 
-class _Namer:
-    """Gives the dimensions of tensors their names: draws, plates, events."""
+class _Parts:
+    """Tensors by name that come in pieces."""
 
-    def __init__(
-        self, particles: Particles, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]
-    ) -> None:
-        self.nesting = particles.nesting
-        self.dims, self.coords = dims, coords
-        self.sites = particles.model_trace.nodes
-        unknown = sorted(set(dims) - set(self.sites))
-        if unknown:
-            raise ValueError(f"Expected dims for sites {sorted(self.sites)}, got {unknown}")
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
 
-    def dataset(self, values: Mapping[str, Tensor], events: bool = True) -> xr.Dataset | None:
-        """Variables of shape ``(draws, *nesting, *event)``, as (chain, draw, *plates, *event)."""
-        variables = {}
-        for name, value in values.items():
-            value = value.unsqueeze(0)
-            own: list[str] = []
-            if name in self.sites:
-                plates, event = self._split(name, value[0, 0], events)
-                value = value.reshape(*value.shape[:2], *plates.values(), *event.values())
-                own = [*plates, *event]
-            variables[name] = ((*_DRAWS, *own), value.numpy())
-        return self._build(variables, _DRAWS)
+    def add(self, name: str, part: Tensor) -> None:
+        self._parts.setdefault(name, []).append(part.cpu())
 
-    def data(self, values: Mapping[str, Tensor]) -> xr.Dataset | None:
-        """Observed values, without draws."""
-        variables = {}
-        for name, value in values.items():
-            event_dim = self.sites[name]["fn"].event_dim
-            event_shape = value.shape[value.dim() - event_dim :]
-            batch = value.shape[: value.dim() - event_dim][-self.nesting or value.dim() :]
-            value = value.reshape((1,) * (self.nesting - len(batch)) + batch + event_shape)
-            plates, event = self._split(name, value, True)
-            value = value.expand([*self._batch(name), *event_shape])
-            value = value.reshape([*plates.values(), *event.values()])
-            variables[name] = ((*plates, *event), value.cpu().numpy())
-        return self._build(variables, ())
-
-    def constants(self, values: Mapping[str, Tensor]) -> xr.Dataset | None:
-        """Tensors that are no sites: every dimension has the name of the tensor."""
-        variables = {
-            name: ([f"{name}_dim_{i}" for i in range(value.dim())], value.cpu().numpy())
-            for name, value in values.items()
-        }
-        return self._build(variables, ())
-
-    def _batch(self, name: str) -> list[int]:
-        plates = plates_of(self.sites[name])
-        return [plates[dim].size if dim in plates else 1 for dim in range(-self.nesting, 0)]
-
-    def _split(
-        self, name: str, value: Tensor, events: bool
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """Plates and event dimensions, with sizes, of a value of shape ``(*nesting, *event)``."""
-        plates = plates_of(self.sites[name])
-        named = {plates[dim].name: plates[dim].size for dim in sorted(plates)}
-        shape = value.shape[self.nesting :] if events else ()
-        default = [f"{name}_dim_{i}" for i in range(len(shape))]
-        names = list(self.dims.get(name, default)) if events else []
-        if len(names) != len(shape):
-            raise ValueError(
-                f"Expected {len(shape)} event dimensions for site '{name}' of event shape "
-                f"{tuple(shape)}, got dims {names}"
-            )
-        return named, dict(zip(names, shape, strict=True))
-
-    def _build(self, variables: dict[str, Any], sample_dims: Sequence[str]) -> xr.Dataset | None:
-        if not variables:
-            return None
-        sizes = {
-            dim: size
-            for names, value in variables.values()
-            for dim, size in zip(names, value.shape, strict=True)
-        }
-        coords = {dim: np.asarray(self.coords.get(dim, np.arange(n))) for dim, n in sizes.items()}
-        for dim, size in sizes.items():
-            if coords[dim].shape != (size,):
-                raise ValueError(
-                    f"Expected {size} coordinate values for dimension '{dim}', "
-                    f"got shape {coords[dim].shape}"
-                )
-        return xr.Dataset(variables, coords, schema_attrs(sample_dims))
+    def joined(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
 
-def _latent_sites(particles: Particles) -> list[tuple[str, Any]]:
-    return [
-        (name, site)
-        for name, site in sample_sites(particles.model_trace)
-        if not site["is_observed"]
-    ]
-
-
-def _observed_sites(particles: Particles) -> list[tuple[str, Any]]:
-    """Observed sites with values: ``pyro.factor`` has none."""
-    return [
-        (name, site)
-        for name, site in sample_sites(particles.model_trace)
-        if site["is_observed"] and site["value"].numel() > 0
-    ]
-
-
-def _constants(
-    model: Callable, args: tuple, kwargs: dict[str, Any], observed: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Tensor arguments that are not observed, by the names that the model gives to them."""
-    program = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        bound = inspect.signature(program).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # no signature to read, such as a wrapped builtin
-        return {}
-    values = [site["value"] for site in observed.values()]
-    return {
-        name: value
-        for name, value in bound.items()
-        if isinstance(value, Tensor)
-        and not any(value.shape == v.shape and torch.equal(value, v) for v in values)
-    }
+def _are_few(particles: Particles, num_samples: int) -> bool:
+    count = count_predictions(particles, num_samples)
+    if count > MAX_NUMBERS:
+        warnings.warn(
+            f"The draws of the observed sites would be {count:,} numbers: the tree has no group "
+            "posterior_predictive. Take fewer draws, or say predictions=True or predictions=False",
+            stacklevel=3,
+        )
+    return count <= MAX_NUMBERS
 
 
 def history_arrays(history: Any) -> dict[str, np.ndarray]:

@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-import torch
 import xarray as xr
 
-from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail, error_factor
+from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail
 
 _GOOD_K = 0.5
 _GOOD_GAP = 0.1
+_LEVELS = ("good", "usable", "bad")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def diagnose(
     the gap with it, so that the upper end counts.
 
     Args:
-        tree: the result of `from_svi`, or of `evidence_bounds`.
+        tree: the result of `from_svi`, of `evidence_bounds`, or of `join_restarts`, which is judged
+            by its worst restart.
         show_diagnostics: whether to print the verdict.
         return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
             is "bad", and a dict of the checks.
@@ -97,27 +98,38 @@ def diagnose(
         ValueError: if there is no ``vi_diagnostics`` and no ``pareto_k``.
     """
     bounds = _bounds(tree)
-    elbo, exact = float(bounds["elbo"]), "exact_log_evidence" in bounds
-    evidence = float(bounds["exact_log_evidence" if exact else "log_evidence"])
-    gap = evidence - elbo
-    tail = Tail(int(bounds.attrs["num_samples"]), float(bounds["pareto_k"]), gap)
-    factor = float(error_factor(torch.tensor(tail.pareto_k), tail.num_samples))
-    evidence_se = 0.0 if exact else factor * float(bounds["log_evidence_se"])
-    error = math.hypot(float(bounds["elbo_se"]), evidence_se)
-    verdict = _judge(elbo, tail, error, exact)
+    if bounds["pareto_k"].ndim:
+        restarts = [bounds.isel(chain=i, drop=True) for i in range(bounds.sizes["chain"])]
+        judged = [_judged(restart) for restart in restarts]
+        worst = max(
+            range(len(judged)),
+            key=lambda i: (_LEVELS.index(judged[i][0].level), judged[i][1]["gap"]["value"]),
+        )
+        verdict, checks = judged[worst]
+        reason = f"of restart {worst} of {len(judged)}, the worst: {verdict.reason}"
+        verdict = Verdict(verdict.level, reason, verdict.advice)
+    else:
+        verdict, checks = _judged(bounds)
     if show_diagnostics:
         print(verdict)
     if not return_diagnostics:
         return verdict
-    return bool(verdict), {
+    words = {"level": verdict.level, "reason": verdict.reason, "advice": verdict.advice}
+    return bool(verdict), checks | {"verdict": words}
+
+
+def _judged(bounds: xr.Dataset) -> tuple[Verdict, dict[str, dict[str, Any]]]:
+    """The verdict on one guide, and the checks behind it."""
+    elbo, exact = float(bounds["elbo"]), "exact_log_evidence" in bounds
+    evidence = float(bounds["exact_log_evidence" if exact else "log_evidence"])
+    gap = evidence - elbo
+    tail = Tail(int(bounds.attrs["num_samples"]), float(bounds["pareto_k"]), gap)
+    evidence_se = 0.0 if exact else float(bounds["log_evidence_se"])
+    error = math.hypot(float(bounds["elbo_se"]), evidence_se)
+    return _judge(elbo, tail, error, exact), {
         "pareto_k": {"value": tail.pareto_k, "error": tail.error, "threshold": tail.threshold},
         "gap": {"value": gap, "error": error, "exact": exact},
         "ess": {"value": float(bounds["ess"]), "total_samples": tail.num_samples},
-        "verdict": {
-            "level": verdict.level,
-            "reason": verdict.reason,
-            "advice": verdict.advice,
-        },
     }
 
 
@@ -128,7 +140,7 @@ def _bounds(tree: xr.DataTree | xr.Dataset) -> xr.Dataset:
         bounds = tree["vi_diagnostics"].to_dataset()
     else:
         raise ValueError(f"Expected a group vi_diagnostics, got {sorted(tree.children)}")
-    if "pareto_k" not in bounds or bounds["pareto_k"].ndim:
+    if "pareto_k" not in bounds or bounds["pareto_k"].dims not in ((), ("chain",)):
         raise ValueError(f"Expected one pareto_k for all data, got {sorted(map(str, bounds))}")
     return bounds
 

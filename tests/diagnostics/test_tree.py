@@ -43,6 +43,7 @@ def test_groups_and_dimensions_follow_the_schema():
     tree = make_tree(coords={"school": ["A", "B", "C"]}, dims={"weights": ["part"]})
     assert set(tree.children) == {
         *("posterior", "sample_stats", "log_likelihood", "observed_data", "constant_data"),
+        *("log_prior", "posterior_predictive", "prior", "prior_predictive"),
         *("vi_trace", "vi_diagnostics"),
     }
     posterior = tree["posterior"].to_dataset()
@@ -54,6 +55,12 @@ def test_groups_and_dimensions_follow_the_schema():
     assert posterior.sizes == {"chain": 1, "draw": 300, "school": 3, "part": 4}
     assert list(posterior["school"].values) == ["A", "B", "C"]
     assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "school")
+    assert tree["posterior_predictive"]["y"].dims == ("chain", "draw", "school")
+    assert tree["log_prior"]["weights"].dims == ("chain", "draw")
+    assert tree["log_prior"]["theta"].dims == ("chain", "draw", "school")
+    prior, predicted = (tree[name].to_dataset() for name in ("prior", "prior_predictive"))
+    assert set(prior.data_vars) == set(posterior.data_vars) and set(predicted) >= {"y"}
+    assert prior.sizes["draw"] == predicted.sizes["draw"] == 500
     assert tree["observed_data"]["y"].dims == ("school",)
     np.testing.assert_array_equal(tree["observed_data"]["y"], Y.numpy())
     np.testing.assert_array_equal(tree["constant_data"]["sigma"], SIGMA.numpy())
@@ -112,8 +119,64 @@ def test_a_model_without_a_plate_has_scalar_sites():
 
 
 def test_optional_groups_are_left_out():
-    tree = make_tree(history=None, log_likelihood=False)
-    assert not {"vi_trace", "log_likelihood"} & set(tree.children)
+    options = {"history": None, "log_likelihood": False, "predictions": False}
+    tree = make_tree(**options, num_prior_samples=0)
+    assert set(tree.children) == {
+        *("posterior", "sample_stats", "log_prior", "observed_data", "constant_data"),
+        "vi_diagnostics",
+    }
+
+
+def chained(y):
+    z = pyro.sample("z", dist.Normal(3.0, 2.0))
+    first = pyro.sample("first", dist.Normal(z, 1.0), obs=y[0])
+    pyro.sample("second", dist.Normal(10 * first, 1.0), obs=y[1])
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_predictions_are_of_all_observed_sites_together(vectorize):
+    guide, args = AutoNormal(chained, init_scale=0.5), (torch.tensor([1.0, 2.0]),)
+    guide(*args)
+    options = {"num_samples": 400, "num_prior_samples": 400, "vectorize": vectorize, "seed": 0}
+    tree = from_svi(chained, guide, args=args, **options)
+    z = tree["posterior"]["z"][0]
+    predicted, prior = tree["posterior_predictive"], tree["prior_predictive"]
+    assert float((predicted["first"] - z).std()) == pytest.approx(1.0, rel=0.1)
+    assert float(predicted["first"].mean() - z.mean()) == pytest.approx(0.0, abs=0.2)
+    for group in (predicted, prior):
+        assert float((group["second"] - 10 * group["first"]).std()) == pytest.approx(1.0, rel=0.1)
+    assert float(prior["first"].mean()) == pytest.approx(3.0, abs=0.4)
+    assert float(tree["prior"]["z"].std()) == pytest.approx(2.0, rel=0.1)
+    np.testing.assert_allclose(
+        tree["log_prior"]["z"], dist.Normal(3.0, 2.0).log_prob(torch.tensor(z.values))[None], 1e-5
+    )
+    without = from_svi(chained, guide, args=args, **options, predictions=False)
+    assert without["posterior"].to_dataset().equals(tree["posterior"].to_dataset())
+
+
+def test_a_prior_that_cannot_be_drawn_is_said():
+    def improper():
+        prior = dist.ImproperUniform(dist.constraints.real, (), ())
+        z = pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.25))
+
+    guide = AutoNormal(improper, init_loc_fn=lambda site: torch.zeros(()))
+    with pytest.warns(UserWarning, match="The prior cannot be drawn from"):
+        tree = from_svi(improper, guide, num_samples=50, vectorize=False, seed=0)
+    assert not {"prior", "prior_predictive"} & set(tree.children)
+    assert "posterior_predictive" in tree.children
+
+
+def test_predictions_beyond_memory_are_left_out_unless_asked_for(monkeypatch):
+    monkeypatch.setattr("pyro_flowkit.diagnostics.tree.MAX_NUMBERS", 899)
+    with pytest.warns(UserWarning, match="would be 900 numbers"):
+        assert "posterior_predictive" not in make_tree().children
+    assert "posterior_predictive" in make_tree(predictions=True).children
+
+
+def test_bounds_per_datum_are_kept():
+    pointwise = xr.Dataset({"elbo": ("obs_id", np.zeros(3))}, {"obs_id": np.arange(3)})
+    assert make_tree(pointwise=pointwise)["vi_pointwise"]["elbo"].dims == ("obs_id",)
 
 
 @pytest.mark.parametrize(
