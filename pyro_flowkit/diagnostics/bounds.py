@@ -11,8 +11,8 @@ of ``K`` draws, an unbiased estimate of the bound. Its standard error is that of
 independent blocks. Fewer than 10 blocks say too little about their own spread: then it is the
 larger one of that and of the delta method inside the blocks, ``sqrt((K / (K - 1) (K sum_k p_k^2 -
 1)) / (K B))`` with ``p_k = w_k / sum_j w_j`` averaged over the ``B`` blocks. Both are optimistic
-where pareto k is above 0.7: the largest weights have then not been seen. The error of the evidence is
-that of the delta method, widened by what pareto k says of the unseen weights (see `tails`).
+where pareto k is above 0.7: the largest weights have then not been seen. `diagnose` widens the error
+of the evidence by what pareto k says of these.
 """
 
 import math
@@ -33,7 +33,6 @@ from pyro_flowkit.diagnostics.schema import (
     STANDARD_ERROR,
     schema_attrs,
 )
-from pyro_flowkit.diagnostics.tails import error_factor
 from pyro_flowkit.ops.psis import MIN_DRAWS, log_mean_error, pareto_k_threshold, psis
 
 DEFAULT_PARTICLES = (1, 10, 100, 1000)
@@ -145,8 +144,7 @@ def bounds_dataset(
         "iwae": torch.stack([bound for bound, _ in ladder], -1),
         "iwae_se": torch.stack([error for _, error in ladder], -1),
         "log_evidence": log_evidence,
-        "log_evidence_se": error_factor(pareto_k, num_samples)
-        * log_mean_error(smoothed, log_evidence),
+        "log_evidence_se": log_mean_error(smoothed, log_evidence),
         "pareto_k": pareto_k,
         "pareto_k_sd": _pareto_k_spread(log_weights),
         "ess": torch.exp(2 * smoothed.logsumexp(-1) - (2 * smoothed).logsumexp(-1)),

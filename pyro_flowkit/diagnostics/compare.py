@@ -167,7 +167,8 @@ def _check_same_data(trees: Mapping[str, xr.DataTree]) -> None:
     first, *rest = observed
     for name in rest:
         same = observed[name].keys() == observed[first].keys() and all(
-            np.array_equal(values, observed[first][site]) for site, values in observed[name].items()
+            np.array_equal(values, observed[first][site], equal_nan=True)
+            for site, values in observed[name].items()
         )
         if not same:
             raise ValueError(

@@ -215,6 +215,12 @@ def _message(gaps: xr.Dataset) -> str:
             f"The optimisation stopped short: its last sixth still gained {late:.3f} nats, which "
             "are missing from the amortisation gap. Take more num_steps."
         )
+    exceeded = int((gaps["approximation_gap"] + 4 * gaps["approximation_gap_se"] < -_SMALL).sum())
+    if gaps["log_evidence"].attrs["kind"] == EXACT and exceeded:
+        parts.append(
+            f"For {exceeded} of {gaps.sizes['obs_id']} data the ELBO is above exact_log_evidence, "
+            "which no bound can be: check that it is that of this model."
+        )
     if gaps["log_evidence"].attrs["kind"] != EXACT and above:
         parts.append(
             f"Pareto k is above {gaps.attrs['pareto_k_threshold']:.2f} for {above} of "

@@ -84,7 +84,8 @@ def latent_usage(
         KL of all latents, ``kl_total``. The attribute ``message`` is the `latent_verdict`.
 
     Raises:
-        ValueError: as `pointwise_bounds`, and for less than two data or draws.
+        ValueError: as `pointwise_bounds`, for less than two data or draws, and for a guide of point
+            estimates alone (``Delta``), which has no KL.
     """
     tensors = check_data(data)
     num_data = len(tensors[0])
@@ -110,6 +111,7 @@ def latent_usage(
             ):
                 # Settled by the first batch: a last batch of one row would fit any plate.
                 plate, dim = data_plate(particles, len(rows[0]), plate)
+                _check_random(particles)
                 vectorize = particles.stacked
                 view = _View(particles, dim, len(rows[0]))
                 for name, value in view.columns().items():
@@ -221,6 +223,20 @@ class _View:
         return value.reshape(self.particles.size, self.size, -1).double().cpu()
 
 
+def _check_random(particles: Particles) -> None:
+    fns = [site["fn"] for _, site in sample_sites(particles.guide_trace)]
+    if all(isinstance(_innermost(fn), dist.Delta) for fn in fns):
+        raise ValueError(
+            "Expected a guide with random latents, got point estimates (Delta) only: they have no KL"
+        )
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def _kl_by_dimension(guide_site: Any, model_site: Any) -> Tensor | None:
     """KL of every dimension by itself, or None where dimensions depend on each other."""
     q, p = (_univariate(site["fn"]) for site in (guide_site, model_site))
@@ -263,7 +279,7 @@ def _dataset(moments: dict[str, Tensor], names: list[str], num_samples: int) -> 
     between = (moments["mean"].var(0) - inside / num_samples).clamp(min=0.0)
     noise = inside / num_samples * math.sqrt(2.0 / (len(moments["mean"]) - 1))
     prior_variance = moments["prior_square"].mean(0) - moments["prior_mean"].mean(0).square()
-    explained = between / (between + inside)
+    explained = (between / (between + inside)).nan_to_num(0.0)  # 0 / 0: the same for all data
     active = between > torch.maximum(ACTIVE * prior_variance, _CLEAR * noise)
     values = {
         "kl": (moments["kl"].mean(0), ESTIMATE, "nats"),

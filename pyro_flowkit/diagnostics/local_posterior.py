@@ -7,6 +7,7 @@ offsets from the encoder's, zero at first, in units of the encoder's own posteri
 
     loc = loc_0 + scale_0 m,   scale = scale_0 exp(r)          Normal, StudentT, LogNormal, ...
     loc = loc_0 + L_0 m,       L = L_0 lower(r)                with a scale_tril
+    loc = loc_0 + sd_0 m,      factor = factor_0 + sd_0 f      with a cov_factor
     context = context_0 + s c                                  flows; s the spread over the data
     T(T^-1(parameter_0) + r)                                   others; T = transform_to(...)
 
@@ -173,6 +174,10 @@ def _plain(fn: Any, name: str, dim: int) -> Family:
         lower = transform_to(constraints.lower_cholesky)
         move["loc"] = lambda offset: loc + (tril @ offset.unsqueeze(-1)).squeeze(-1)
         move["scale_tril"] = lambda offset: tril @ lower(offset)
+    elif "loc" in values and "cov_factor" in values:
+        loc, factor, scale = values["loc"], values["cov_factor"], fn.variance.detach().sqrt()
+        move["loc"] = lambda offset: loc + scale * offset
+        move["cov_factor"] = lambda offset: factor + scale.unsqueeze(-1) * offset
     elif "loc" in values and "scale" in values:
         loc, scale = values["loc"], values["scale"]
         move["loc"] = lambda offset: loc + scale * offset

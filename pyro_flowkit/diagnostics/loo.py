@@ -58,6 +58,8 @@ def loo_approximate_posterior(
         ArviZ's own it has ``mcse``, the Monte Carlo standard error of the sum from the finite
         number of draws. The effective number of parameters comes from weighted draws, unlike that
         of ``az.loo_approximate_posterior``, whose first half is of the guide's draws as they are.
+        Masked data, whose log-likelihood is zero in all draws, have values per datum of zero and
+        count neither as data points nor in the standard error.
 
     Warns:
         UserWarning: if pareto k of a datum is above ``min(1 - 1 / log10(S), 0.7)``, or that of the
@@ -93,6 +95,7 @@ def loo_approximate_posterior(
             ),
             stacklevel=2,
         )
+    scored = (rows != 0).any(-1)
     template = likelihood.isel(chain=0, draw=0, drop=True)
 
     def per_datum(name: str, value: Tensor) -> xr.DataArray:
@@ -101,10 +104,10 @@ def loo_approximate_posterior(
 
     return _elpd_data(
         elpd=float(elpd_i.sum()),
-        se=math.sqrt(len(rows)) * float(elpd_i.std(correction=0)),
+        se=math.sqrt(int(scored.sum())) * float(elpd_i[scored].std(correction=0)),
         p=float((lpd_i - elpd_i).sum()),
         n_samples=guide.num_samples,
-        n_data_points=len(rows),
+        n_data_points=int(scored.sum()),
         warning=above > 0 or not guide.is_light,
         elpd_i=per_datum("loo_i", elpd_i) if pointwise else None,
         pareto_k=per_datum("pareto_k", pareto_k) if pointwise else None,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from pyro_flowkit.diagnostics.plots import _style
@@ -31,7 +32,7 @@ def plot_guides(
     guides: Mapping[str, Draws],
     reference: Draws | None = None,
     *,
-    var_names: Sequence[str] | None = None,
+    var_names: str | Sequence[str] | None = None,
     axes: "Axes | np.ndarray | None" = None,
     reference_label: str = "reference",
 ) -> "np.ndarray":
@@ -60,6 +61,10 @@ def plot_guides(
         ValueError: if there is no guide, a variable is missing or not finite, no variable or more
             than 8 are left, or ``axes`` have another shape.
     """
+    if isinstance(guides, xr.DataTree | xr.Dataset):
+        raise ValueError(
+            f"Expected guides by name, such as {{'guide': tree}}, got a {type(guides).__name__}"
+        )
     if not guides:
         raise ValueError("Expected at least one guide, got none")
     sources = dict(guides) if reference is None else {reference_label: reference, **guides}
@@ -108,7 +113,7 @@ def _columns(name: str, draws: Draws) -> dict[str, np.ndarray]:
             array = array.transpose(*sample_dims, *event_dims)
             values = array.to_numpy().reshape(-1, *(array.sizes[dim] for dim in event_dims))
         else:
-            values = np.asarray(array)
+            values = np.asarray(torch.as_tensor(array).detach().cpu())
             if values.ndim == 0:
                 raise ValueError(f"Expected draws of '{site}' in '{name}', got a single number")
             labels = [np.arange(size) for size in values.shape[1:]]
@@ -119,7 +124,7 @@ def _columns(name: str, draws: Draws) -> dict[str, np.ndarray]:
 
 
 def _names(
-    columns: Mapping[str, dict[str, np.ndarray]], var_names: Sequence[str] | None
+    columns: Mapping[str, dict[str, np.ndarray]], var_names: str | Sequence[str] | None
 ) -> list[str]:
     everywhere = [
         name for name in next(iter(columns.values())) if all(name in c for c in columns.values())
@@ -128,7 +133,7 @@ def _names(
         names = everywhere
     else:
         names = []
-        for wanted in var_names:
+        for wanted in [var_names] if isinstance(var_names, str) else var_names:
             found = [name for name in everywhere if wanted in (name, name.split("[")[0])]
             if not found:
                 raise ValueError(f"Expected var_names among {everywhere}, got '{wanted}'")
@@ -162,11 +167,11 @@ def _panels(axes: Any, count: int) -> np.ndarray:
     return panels
 
 
-def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
+def _limits(values: Sequence[np.ndarray], margin: float = 0.05) -> tuple[float, float]:
     ends = np.array([np.quantile(value, [0.005, 0.995]) for value in values])
     low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
-    margin = 0.05 * (high - low) or 0.5
-    return low - margin, high + margin
+    width = margin * (high - low) or 0.5
+    return low - width, high + width
 
 
 def _marginal(
@@ -176,9 +181,11 @@ def _marginal(
     limits: tuple[float, float],
     styles: Mapping[str, tuple[str, str, str]],
 ) -> None:
-    grid = np.linspace(*limits, 4 * _GRID)
     for source, own in columns.items():
         values = _thinned(own[name])
+        # Where a guide is much narrower than the others, the grid of all has no point in it.
+        ends = (limits, _limits([own[name]]))
+        grid = np.unique(np.concatenate([np.linspace(*end, 4 * _GRID) for end in ends]))
         mean = float(own[name].mean())
         density = _density([values], grid[None])
         if source not in styles:
@@ -207,10 +214,10 @@ def _pair(
     limits: tuple[tuple[float, float], tuple[float, float]],
     styles: Mapping[str, tuple[str, str, str]],
 ) -> None:
-    grids = [np.linspace(*limit, _GRID) for limit in limits]
-    points = np.stack(np.meshgrid(*grids)).reshape(2, -1)
     for source, own in columns.items():
         x, y = own[names[0]], own[names[1]]
+        grids = [np.linspace(*_limits([draws], 0.2), _GRID) for draws in (x, y)]
+        points = np.stack(np.meshgrid(*grids)).reshape(2, -1)
         density = _density([_thinned(x), _thinned(y)], points)
         if density is not None:
             density = density.reshape(_GRID, _GRID)

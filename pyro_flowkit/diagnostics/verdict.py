@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import torch
 import xarray as xr
 
-from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail
+from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail, error_factor
 
 _GOOD_K = 0.5
 _GOOD_GAP = 0.1
@@ -67,6 +68,7 @@ def diagnose(
     """Judges a guide by its pareto k and its gap.
 
     =================================================  ======
+    ELBO above the exact log evidence (one is wrong)   bad
     pareto k > 1, or above the threshold               bad
     gap surely > 0.5 nats                              bad
     gap perhaps > 0.5 nats, and 0.5 < pareto k         bad
@@ -76,7 +78,8 @@ def diagnose(
 
     The threshold is ``min(1 - 1 / log10(S), 0.7)`` for ``S`` draws (Vehtari et al. 2024), the gap
     the exact log evidence, where it is known, or else its PSIS estimate, minus the ELBO. "Surely"
-    and "perhaps" are two standard errors below and above it. A heavy tail hides the weights that
+    and "perhaps" are two standard errors below and above it. An ELBO is above the exact log
+    evidence if it is so by more than 0.1 nats and four standard errors. A heavy tail hides the weights that
     the estimate of the evidence would need: with a pareto k above 0.5 it is mostly too small, and
     the gap with it, so that the upper end counts.
 
@@ -95,7 +98,8 @@ def diagnose(
         ``advice``).
 
     Raises:
-        ValueError: if there is no ``vi_diagnostics`` and no ``pareto_k``.
+        ValueError: if there is no ``vi_diagnostics`` and no ``pareto_k``, or an exact log evidence
+            that is not finite.
     """
     bounds = _bounds(tree)
     if bounds["pareto_k"].ndim:
@@ -122,9 +126,12 @@ def _judged(bounds: xr.Dataset) -> tuple[Verdict, dict[str, dict[str, Any]]]:
     """The verdict on one guide, and the checks behind it."""
     elbo, exact = float(bounds["elbo"]), "exact_log_evidence" in bounds
     evidence = float(bounds["exact_log_evidence" if exact else "log_evidence"])
+    if exact and not math.isfinite(evidence):
+        raise ValueError(f"Expected a finite exact_log_evidence, got {evidence}")
     gap = evidence - elbo
     tail = Tail(int(bounds.attrs["num_samples"]), float(bounds["pareto_k"]), gap)
-    evidence_se = 0.0 if exact else float(bounds["log_evidence_se"])
+    factor = float(error_factor(torch.tensor(tail.pareto_k), tail.num_samples))
+    evidence_se = 0.0 if exact else factor * float(bounds["log_evidence_se"])
     error = math.hypot(float(bounds["elbo_se"]), evidence_se)
     return _judge(elbo, tail, error, exact), {
         "pareto_k": {"value": tail.pareto_k, "error": tail.error, "threshold": tail.threshold},
@@ -152,6 +159,14 @@ def _judge(elbo: float, tail: Tail, error: float, exact: bool) -> Verdict:
             "bad",
             f"the ELBO is {elbo}: the guide draws values that the model excludes",
             "Give the guide the support of the model's latents.",
+        )
+    if exact and gap + 4 * error < -_GOOD_GAP:
+        return Verdict(
+            "bad",
+            f"the ELBO of {elbo:.2f} +- {error:.2f} nats is above the exact log evidence of "
+            f"{elbo + gap:.2f}, which no bound can be: one of the two is wrong",
+            "Check that the exact log evidence is that of this model (constants, prior, all data) "
+            "and that the guide has the support of its latents.",
         )
     too_small = not exact and not k <= _GOOD_K
     gap_in_words = (

@@ -43,7 +43,7 @@ def psis(log_weights: Tensor, *, dim: int | None = None) -> tuple[Tensor, Tensor
       are bounded): pareto k is 0;
     - ``-inf`` (a draw outside of the target's support) is a weight of zero: it counts as a draw and
       stays ``-inf``. Where fewer than 5 draws of the tail exceed the largest weight outside of it,
-      because nearly all weights are zero beside them, pareto k is ``inf``.
+      because nearly all weights are zero beside them, or where the fit fails, pareto k is ``inf``.
 
     Args:
         log_weights: ``log p - log q`` in nats, any floating dtype and shape, draws along ``dim``.
@@ -132,7 +132,10 @@ def _smooth_(log_weights: Tensor, resolution: float) -> float:
     if exceeding < _MIN_TAIL:
         return math.inf
     tail = weights[:exceeding].flip(0) - cutoff
-    k, sigma = fit_generalized_pareto(tail)
+    try:
+        k, sigma = fit_generalized_pareto(tail)
+    except ZeroDivisionError:  # weights that differ by hundreds of nats leave the fit no scale
+        return math.inf
     if not math.isfinite(k) or sigma <= 0:
         return math.inf
     log_survival = -(torch.arange(0.5, exceeding, dtype=torch.float64) / exceeding).neg().log1p()
