@@ -24,7 +24,7 @@ from pyro_flowkit.training.files import check_plain
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.optimizer import (
-    gradient_norm,
+    GradientNorm,
     load_optimizer_state,
     load_parameter_state,
     optimizer_state,
@@ -98,6 +98,7 @@ class Loop:
         self._seconds = self._before = 0.0  # that the fit has taken; of them before it was resumed
         self._optimizer_awaits: dict[str, Any] = {}
         self._reason = ""
+        self._gradient_norm = GradientNorm()
         self._is_final = False  # ended for good, not by a limit or a wish
 
     def run(self, settings: Mapping[str, Any]) -> FitResult:
@@ -196,7 +197,9 @@ class Loop:
         if loss.fresh:
             self._take_fresh()
         value = self._ranks.average(parameters, value)
-        norm_tensor = gradient_norm(parameters)
+        # While this list lives, the optimizer need not make objects of the gradients a second time.
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm_tensor = self._gradient_norm(parameters, grads)
         norm = math.nan if failure else norm_tensor.item()
         if not failure and not math.isfinite(value):
             failure = f"loss {value}"
@@ -209,7 +212,7 @@ class Loop:
             self._skip(failure)
         else:
             self._in_a_row, self._updated = 0, state.step
-            if self._clip_norm is not None:
+            if self._clip_norm is not None and norm > self._clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm_tensor)
             self._optimizer.step()
             self._schedule.after_step()
