@@ -8,7 +8,10 @@ The likelihood of a datum, log p(x) = log E_p(z)[p(x | z)], is out of reach; tra
 ELBO, E_q[log p(x, z) - log q(z | x)], which is log p(x) minus KL(q(z | x) || p(z | x)). A flow as the
 posterior shrinks that gap. A flow as the prior lets p(z) follow where the encoder puts the data.
 
-    python -m models.vae --prior flow --posterior flow
+    python -m models.vae --prior flow --posterior flow --gaps 50
+
+With ``--gaps`` it also says how much of the gap is the family's, how much the encoder's, and which latents have
+collapsed.
 
 References:
     Diederik P. Kingma, Max Welling. Auto-Encoding Variational Bayes. ICLR 2014.
@@ -33,7 +36,12 @@ from torch import Tensor, nn
 
 from models._prepare import FAST_ROWS, binary, dequantized, load
 from pyro_flowkit import SplineFlow
-from pyro_flowkit.diagnostics import compare_densities, pointwise_bounds
+from pyro_flowkit.diagnostics import (
+    compare_densities,
+    inference_gaps,
+    latent_usage,
+    pointwise_bounds,
+)
 from pyro_flowkit.training import FitResult, fit
 
 PRIORS = ("standard", "flow")
@@ -212,6 +220,9 @@ def train(
     )
 
 
+_GAPS_HELP = "test rows whose gap is split into the family's and the encoder's; latents in use, too"
+
+
 def main(argv: Sequence[str] | None = None) -> xr.Dataset:
     """Train a VAE, print its bounds on the test data; returns these per datum."""
     args = _parser().parse_args(argv)
@@ -265,6 +276,12 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
         print(f"{quantity:<11} {row['kind']:<12} {value:<32} {row['bits_per_dim']:.3f}")
     tightest = table.iloc[-1]
     print(f"gap, {table.index[-1]} - ELBO: {tightest['gap']:.2f} ({tightest['gap_se']:.2f}) nats")
+    if args.gaps:
+        rows = dataset.test[: args.gaps]
+        print(f"Of {len(rows)} test rows, whose posteriors are optimised one by one:")
+        gaps = inference_gaps(vae.model, vae.guide, rows, num_samples=num_samples, seed=args.seed)
+        print(gaps.attrs["message"])
+        print(latent_usage(vae.model, vae.guide, dataset.test, seed=args.seed).attrs["message"])
     return bounds
 
 
@@ -289,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         "--copies", type=int, default=16, help="noisy copies of each training image"
     )
     parser.add_argument("--num-samples", type=int, default=1000, help="importance draws per datum")
+    parser.add_argument("--gaps", type=int, default=0, metavar="ROWS", help=_GAPS_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="a few steps on a few rows, to try it")
     return parser

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_flowkit.diagnostics.schema import EXACT, LOWER_BOUND
+from pyro_flowkit.diagnostics.schema import EXACT, LOWER_BOUND, as_tree
 from pyro_flowkit.diagnostics.verdict import diagnose
 
 _DIFF_KINDS = {
@@ -123,6 +123,7 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """
     if not trees:
         raise ValueError("Expected at least one tree, got none")
+    trees = {name: as_tree(tree) for name, tree in trees.items()}
     _check_same_data(trees)
     rows = []
     for name, tree in trees.items():

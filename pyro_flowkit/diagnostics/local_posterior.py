@@ -8,6 +8,7 @@ offsets from the encoder's, zero at first, in units of the encoder's own posteri
     loc = loc_0 + scale_0 m,   scale = scale_0 exp(r)          Normal, StudentT, LogNormal, ...
     loc = loc_0 + L_0 m,       L = L_0 lower(r)                with a scale_tril
     loc = loc_0 + sd_0 m,      factor = factor_0 + sd_0 f      with a cov_factor
+    a = a_0 exp(r),            b = b_0 exp(r + u m)            Gamma, Beta; u = sd of log(a / b)
     context = context_0 + s c                                  flows; s the spread over the data
     T(T^-1(parameter_0) + r)                                   others; T = transform_to(...)
 
@@ -31,6 +32,7 @@ from pyro_flowkit.transforms.base import ConditionedTransform
 
 _SAME = 1e-3  # nats, and relative
 _LEAST_SPREAD = 0.1
+_PAIRS = (("concentration", "rate"), ("concentration1", "concentration0"))
 _REDUNDANT = {"scale_tril": ("covariance_matrix", "precision_matrix"), "logits": ("probs",)}
 
 
@@ -182,9 +184,18 @@ def _plain(fn: Any, name: str, dim: int) -> Family:
         loc, scale = values["loc"], values["scale"]
         move["loc"] = lambda offset: loc + scale * offset
         move["scale"] = lambda offset: scale * offset.exp()
+    pair = next((pair for pair in _PAIRS if set(pair) <= set(values)), None)
+    if pair is not None:
+        start, second = (values[n] for n in pair)
+        # Along a fixed ratio the width changes, across it the mean.
+        variance = 1 / start + (0 if pair[1] == "rate" else 1 / second)
+        unit = variance.sqrt().clamp(max=1.0)
+        move[pair[1]] = lambda offset: second * (unit * offset).exp()
 
     def build(offsets: Sequence[Tensor]) -> Any:
         freed = {n: move[n](offset) for n, offset in zip(names, offsets, strict=True)}
+        if pair is not None:
+            freed[pair[1]] = freed[pair[1]] * freed[pair[0]] / start
         try:
             return type(fn)(**freed)
         except TypeError as error:  # the constructor asks for more

@@ -30,6 +30,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.reweight import guide_weights
+from pyro_flowkit.diagnostics.schema import as_tree
 from pyro_flowkit.diagnostics.tails import Tail, error_factor
 from pyro_flowkit.ops.psis import psis
 
@@ -71,6 +72,7 @@ def loo_approximate_posterior(
             log-likelihood, several observed sites and no ``var_name``, or a log-likelihood that is
             not finite.
     """
+    tree = as_tree(tree)
     log_weight = guide_weights(tree)
     likelihood = _log_likelihood(tree, var_name, tuple(log_weight.shape))
     data_dims = [dim for dim in likelihood.dims if dim not in _DRAWS]

@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 
 from pyro_flowkit.diagnostics.plots import _style
+from pyro_flowkit.diagnostics.schema import as_tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ _REGIONS = (0.9, 0.5)
 _MOST_VARIABLES = 8
 _GRID = 60
 _MOST_DRAWS = 2000
+_TALLEST = 4.0  # times the lowest peak
 _SAMPLE_DIMS = ("chain", "draw", "sample")
 
 
@@ -51,11 +53,12 @@ def plot_guides(
         reference_label: the name of the reference.
 
     Returns:
-        The ``(n, n)`` array of Axes; those above the diagonal are empty. On the diagonal densities
-        (a vertical line for draws that do not vary, as of a point estimate) with a marker at the
-        mean, below it contours around 50 % and 90 % of the draws with a marker at the mean. Axes
-        end at the 0.5 % and 99.5 % quantiles of whatever reaches farthest. Densities are kernel
-        estimates from at most 2,000 draws, evenly spaced among all.
+        The ``(n, n)`` array of Axes; those above the diagonal are empty. On the diagonal densities,
+        cut at four times the height of the lowest of them, with a marker at the mean (a vertical
+        line for draws that do not vary, as of a point estimate), below it contours around 50 % and
+        90 % of the draws with a marker at the mean. Axes end at the 0.5 % and 99.5 % quantiles of
+        whatever reaches farthest. Densities are kernel estimates from at most 2,000 draws, evenly
+        spaced among all.
 
     Raises:
         ValueError: if there is no guide, a variable is missing or not finite, no variable or more
@@ -96,6 +99,7 @@ def plot_guides(
 
 def _columns(name: str, draws: Draws) -> dict[str, np.ndarray]:
     """The draws of every scalar by its label."""
+    draws = as_tree(draws)
     if isinstance(draws, xr.DataTree):
         if "posterior" not in draws.children:
             raise ValueError(
@@ -113,7 +117,7 @@ def _columns(name: str, draws: Draws) -> dict[str, np.ndarray]:
             array = array.transpose(*sample_dims, *event_dims)
             values = array.to_numpy().reshape(-1, *(array.sizes[dim] for dim in event_dims))
         else:
-            values = np.asarray(torch.as_tensor(array).detach().cpu())
+            values = np.asarray(array.detach().cpu() if isinstance(array, torch.Tensor) else array)
             if values.ndim == 0:
                 raise ValueError(f"Expected draws of '{site}' in '{name}', got a single number")
             labels = [np.arange(size) for size in values.shape[1:]]
@@ -141,7 +145,7 @@ def _names(
     if not 1 <= len(names) <= _MOST_VARIABLES:
         raise ValueError(
             f"Expected 1 to {_MOST_VARIABLES} variables that all draws have, got {len(names)} "
-            f"({', '.join(names) or 'none'}): choose with var_names"
+            f"({', '.join(names[: _MOST_VARIABLES + 1]) or 'none'}): choose with var_names"
         )
     for source, own in columns.items():
         for name in names:
@@ -181,13 +185,17 @@ def _marginal(
     limits: tuple[float, float],
     styles: Mapping[str, tuple[str, str, str]],
 ) -> None:
+    drawn = {}
     for source, own in columns.items():
         values = _thinned(own[name])
         # Where a guide is much narrower than the others, the grid of all has no point in it.
         ends = (limits, _limits([own[name]]))
         grid = np.unique(np.concatenate([np.linspace(*end, 4 * _GRID) for end in ends]))
-        mean = float(own[name].mean())
-        density = _density([values], grid[None])
+        drawn[source] = (grid, _density([values], grid[None]))
+    peaks = [float(density.max()) for _, density in drawn.values() if density is not None] or [1.0]
+    top = min(max(peaks), _TALLEST * min(peaks))
+    for source, (grid, density) in drawn.items():
+        mean = float(columns[source][name].mean())
         if source not in styles:
             if density is not None:
                 ax.fill_between(grid, density, color="0.85", linewidth=0)
@@ -198,10 +206,10 @@ def _marginal(
             ax.axvline(mean, color=color, linestyle=line, linewidth=1.4)
             continue
         ax.plot(grid, density, color=color, linestyle=line, linewidth=1.4)
-        height = float(np.interp(mean, grid, density))
+        height = min(top, float(np.interp(mean, grid, density)))
         ax.plot(mean, height, marker, color=color, markersize=5, markeredgecolor="white")
     ax.set_xlim(limits)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.08 * top)
     ax.set_yticks([])
     for side in ("left", "right", "top"):
         ax.spines[side].set_visible(False)

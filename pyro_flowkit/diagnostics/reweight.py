@@ -20,6 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.particles import evaluation
+from pyro_flowkit.diagnostics.schema import as_tree
 from pyro_flowkit.diagnostics.tails import Tail, error_factor
 
 _DRAWS = ("chain", "draw")
@@ -63,6 +64,7 @@ def reweight(
             groups differ in their draws, if ``num_samples`` is less than 1, or if pareto k is above
             1 or unknown: a few draws would be the posterior.
     """
+    tree = as_tree(tree)
     log_weight = guide_weights(tree)
     if "posterior" not in tree.children:
         raise ValueError(f"Expected a group posterior, got {sorted(tree.children)}")

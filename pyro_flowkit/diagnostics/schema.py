@@ -32,6 +32,12 @@ def schema_attrs(sample_dims: Sequence[str] = (), **extra: Any) -> dict[str, Any
     return attrs | extra
 
 
+def as_tree(data: Any) -> Any:
+    """ArviZ 0.23's InferenceData, such as ``az.from_netcdf`` returns it, as a tree; others as they are."""
+    convert = getattr(data, "to_datatree", None)
+    return convert() if convert is not None else data
+
+
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)

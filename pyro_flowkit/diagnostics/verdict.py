@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 import xarray as xr
 
+from pyro_flowkit.diagnostics.schema import as_tree
 from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail, error_factor
 
 _GOOD_K = 0.5
@@ -79,9 +80,9 @@ def diagnose(
     The threshold is ``min(1 - 1 / log10(S), 0.7)`` for ``S`` draws (Vehtari et al. 2024), the gap
     the exact log evidence, where it is known, or else its PSIS estimate, minus the ELBO. "Surely"
     and "perhaps" are two standard errors below and above it. An ELBO is above the exact log
-    evidence if it is so by more than 0.1 nats and four standard errors. A heavy tail hides the weights that
-    the estimate of the evidence would need: with a pareto k above 0.5 it is mostly too small, and
-    the gap with it, so that the upper end counts.
+    evidence if it is so by more than 0.1 nats and four standard errors. A heavy tail hides the
+    weights that the estimate of the evidence would need: with a pareto k above 0.5 it is mostly too
+    small, and the gap with it, so that the upper end counts.
 
     Args:
         tree: the result of `from_svi`, of `evidence_bounds`, or of `join_restarts`, which is judged
@@ -141,6 +142,7 @@ def _judged(bounds: xr.Dataset) -> tuple[Verdict, dict[str, dict[str, Any]]]:
 
 
 def _bounds(tree: xr.DataTree | xr.Dataset) -> xr.Dataset:
+    tree = as_tree(tree)
     if isinstance(tree, xr.Dataset):
         bounds = tree
     elif "vi_diagnostics" in tree.children:

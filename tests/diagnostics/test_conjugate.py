@@ -307,3 +307,29 @@ def test_the_verdict_returns_what_arviz_diagnose_returns(problem, capsys):
     assert capsys.readouterr().out == ""
     diagnose(bad, show_diagnostics=True)
     assert capsys.readouterr().out.startswith("bad: pareto k is")
+
+
+def test_an_elbo_above_the_exact_evidence_is_no_good_guide(problem):
+    tree = tree_of(problem, "full rank")
+    bounds = tree["vi_diagnostics"].to_dataset()
+    verdict = diagnose(bounds.assign(exact_log_evidence=bounds["elbo"] - 1.0))
+    assert verdict.level == "bad" and "above the exact log evidence" in verdict.reason
+    assert diagnose(bounds.assign(exact_log_evidence=bounds["elbo"] - 0.01)).level == "good"
+    with pytest.raises(ValueError, match="finite exact_log_evidence, got nan"):
+        diagnose(bounds.assign(exact_log_evidence=np.nan))
+
+
+def test_missing_values_of_the_same_data_are_the_same(problem):
+    tree = tree_of(problem, "full rank")
+    observed = xr.Dataset({"y": ("row", [1.0, np.nan])})
+    tree["observed_data"] = xr.DataTree(observed)
+    assert len(compare_guides({"a": tree, "b": tree.copy()})) == 2
+
+
+def test_the_data_of_the_installed_arviz_are_taken_as_trees(problem):
+    tree = tree_of(problem, "full rank")
+    data = to_arviz(tree)
+    assert diagnose(data) == diagnose(tree)
+    assert compare_guides({"a": data}).equals(compare_guides({"a": tree}))
+    assert reweight(data, seed=0)["posterior"].equals(reweight(tree, seed=0)["posterior"])
+    assert loo_approximate_posterior(data).mcse == loo_approximate_posterior(tree).mcse

@@ -561,3 +561,58 @@ def test_the_dataset_goes_through_netcdf(tmp_path):
     with xr.open_dataset(tmp_path / "gaps.nc", engine="h5netcdf") as opened:
         xr.testing.assert_equal(opened.load(), gaps)
         assert opened.attrs["message"] == gaps.attrs["message"]
+
+
+def test_an_elbo_above_the_exact_evidence_is_said():
+    exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(DATA)
+    gaps = inference_gaps(local_model, local_guide, DATA, exact_log_evidence=exact, **FAST)
+    assert "above" not in gaps.attrs["message"]
+    wrong = exact - torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0])
+    gaps = inference_gaps(local_model, local_guide, DATA, exact_log_evidence=wrong, **FAST)
+    assert "For 2 of 7 data the ELBO is above exact_log_evidence" in gaps.attrs["message"]
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-4])
+def test_a_low_rank_posterior_is_moved_in_its_own_units(noise):
+    data = DATA[:, None].expand(-1, 2)
+    scale = noise / math.sqrt(1 + noise**2)
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, noise).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            loc, wide = x / (1 + noise**2) + scale, scale * torch.ones_like(x)
+            fn = dist.LowRankMultivariateNormal(loc, 0.3 * wide[..., None], 0.2 * wide**2)
+            pyro.sample("z", fn)
+
+    exact = dist.Normal(0.0, math.sqrt(1 + noise**2)).log_prob(data).sum(-1)
+    gaps = inference_gaps(
+        model, guide, data, exact_log_evidence=exact, num_steps=150, num_samples=500, seed=0
+    )
+    assert float(gaps["amortization_gap"].min()) > 0.5
+    assert float(gaps["approximation_gap"].mean()) < 0.02
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_gamma_and_beta_posteriors_are_moved_in_their_own_units(count):
+    """Poisson counts and binary outcomes: the conjugate posterior is found, however narrow it is."""
+    counts, ones = count * DATA.abs().ceil(), (count * (DATA + 3) / 6).floor()
+
+    def model(x):
+        with pyro.plate("rows", len(counts)):
+            rate = pyro.sample("rate", dist.Gamma(torch.full_like(x, 2.0), 1.0))
+            share = pyro.sample("share", dist.Beta(torch.full_like(x, 2.0), 2.0))
+            pyro.sample("x", dist.Poisson(count * rate), obs=counts)
+            pyro.sample("y", dist.Binomial(count, share), obs=ones)
+
+    def guide(x):
+        with pyro.plate("rows", len(counts)):
+            pyro.sample("rate", dist.Gamma((2 + counts) / 2, torch.full_like(x, 1.0 + count) / 2.5))
+            pyro.sample("share", dist.Beta((2 + ones) / 2, (2 + count - ones) / 3))
+
+    gaps = inference_gaps(model, guide, DATA, num_steps=150, num_samples=500, seed=0)
+    assert float(gaps["amortization_gap"].mean()) > 0.3
+    assert float(gaps["approximation_gap"].mean()) < 0.01

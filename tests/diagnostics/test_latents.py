@@ -181,3 +181,29 @@ def test_bad_arguments_are_refused_with_numbers():
         latent_usage(collapsed_model, collapsed_guide, torch.zeros(3), num_samples=1)
     with pytest.raises(ValueError, match=r"active, got \['elbo'\]"):
         latent_verdict(xr.Dataset({"elbo": 1.0}))
+
+
+def test_a_point_estimate_is_no_posterior():
+    def guide(x, fn):
+        with pyro.plate("rows", len(x), dim=-2):
+            with pyro.plate("two", 2, dim=-1):
+                pyro.sample("a", dist.Delta(x[:, None].expand(-1, 2)))
+            pyro.sample("scale", fn(x.new_ones(len(x), 1)))
+
+    with pytest.raises(ValueError, match="got point estimates"):
+        latent_usage(collapsed_model, lambda x: guide(x, dist.Delta), torch.randn(5))
+    mixed = latent_usage(
+        collapsed_model, lambda x: guide(x, lambda one: dist.LogNormal(one, 1.0)), torch.randn(5)
+    )
+    assert mixed["active"].to_numpy().tolist() == [True, True, False]
+
+
+def test_a_latent_that_never_varies_explains_nothing():
+    def guide(x):
+        with pyro.plate("rows", len(x), dim=-2):
+            with pyro.plate("two", 2, dim=-1):
+                pyro.sample("a", dist.Normal(x.new_zeros(len(x), 2), 1.0))
+            pyro.sample("scale", dist.Delta(x.new_ones(len(x), 1)))
+
+    usage = latent_usage(collapsed_model, guide, torch.randn(5)).sel(latent="scale")
+    assert float(usage["variance_explained"]) == float(usage["information"]) == 0.0

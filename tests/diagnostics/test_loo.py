@@ -164,3 +164,15 @@ def test_a_reweighted_tree_goes_to_arviz():
     ours = loo_approximate_posterior(tree)
     theirs = arviz.loo(to_arviz(reweight(tree, seed=0)))
     assert abs(numbers(theirs)[0] - numbers(ours)[0]) < 4 * ours.mcse
+
+
+def test_masked_data_are_no_data_points():
+    tree = make_tree()
+    likelihood = tree["log_likelihood"]["y"]
+    whole = loo_approximate_posterior(tree)
+    likelihood[..., 0, 1] = 0.0
+    masked = loo_approximate_posterior(tree)
+    assert (whole.n_data_points, masked.n_data_points) == (12, 11)
+    values = np.delete(numbers(whole)[2].to_numpy(), 1)
+    assert numbers(masked)[0] == pytest.approx(values.sum())
+    assert masked.se == pytest.approx(math.sqrt(11) * values.std())

@@ -148,3 +148,23 @@ def infinite():
 def test_what_cannot_be_drawn_is_refused(guides, options, message):
     with pytest.raises(ValueError, match=message):
         plot_guides(guides, **options)
+
+
+def test_a_guide_much_narrower_than_the_reference_is_drawn():
+    narrow = {name: 1e-6 * values for name, values in as_dict().items()}
+    panels = plot_guides({"narrow": narrow}, as_dict())
+    density = panels[0, 0].lines[1].get_ydata()
+    assert density.max() > 1e5  # the reference's grid alone has no point in it
+    assert len(panels[1, 0].collections) == 2
+    reference = panels[0, 0].lines[0].get_ydata()
+    assert reference.max() > 0.2 * panels[0, 0].get_ylim()[1]  # and it stays in sight
+
+
+def test_a_single_name_and_tensors_with_gradients_are_taken():
+    draws = {"theta": torch.randn(50, 2, requires_grad=True), "mu": torch.randn(50)}
+    assert plot_guides({"a": draws}, var_names="theta").shape == (2, 2)
+
+
+def test_a_tree_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="guides by name, .* got a DataTree"):
+        plot_guides(as_tree())

@@ -122,3 +122,10 @@ def test_the_program_prints_bounds_as_bounds(likelihood, capsys):
         line = next(line for line in printed.splitlines() if line.startswith(quantity))
         assert "lower bound" in line
     assert f"{float(bounds['elbo'].mean()):.2f}" in printed and "gap, IWAE-10 - ELBO" in printed
+
+
+def test_the_program_says_what_the_gap_is_made_of_and_which_latents_are_in_use(capsys):
+    main(["--fast", "--gaps", "2"])
+    printed = capsys.readouterr().out
+    assert "Of 2 test rows" in printed
+    assert "are the family's (approximation)" in printed and "posterior collapse" in printed

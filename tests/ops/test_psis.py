@@ -131,3 +131,11 @@ def test_a_few_weights_above_nothing_have_pareto_k_inf():
 def test_bad_input_is_refused_with_numbers(log_weights, message):
     with pytest.raises(ValueError, match=message):
         psis(log_weights)
+
+
+@pytest.mark.parametrize("scale", [300.0, 700.0, 1e4])
+def test_weights_that_differ_by_hundreds_of_nats_are_no_error(scale):
+    generator = torch.Generator().manual_seed(0)
+    log_weights = scale * torch.randn(100, 1000, generator=generator, dtype=torch.float64)
+    smoothed, k = psis(log_weights)
+    assert bool((k > 0.7).all()) and not bool(smoothed.isnan().any())
