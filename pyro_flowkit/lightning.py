@@ -31,6 +31,7 @@ from pyro_flowkit.training.data import RowBatches, as_batch, as_rows
 from pyro_flowkit.training.losses import STORE, Variational
 from pyro_flowkit.training.objective import chosen_loss, recipe_of
 from pyro_flowkit.training.optimizer import Factory, build_optimizer
+from pyro_flowkit.training.registered import DIVIDER
 from pyro_flowkit.training.schedule import SCHEDULES
 from pyro_flowkit.training.state import copied, random_state, set_random_state, write_into
 
@@ -151,8 +152,7 @@ class FlowModule(LightningModule):
                     "expected an objective with differentiable_loss, which Lightning needs, "
                     f"got {type(loss.objective).__name__}"
                 )
-        for module in loss.modules:
-            module.train()
+        loss.set_mode(training=True)
         loss.prepare(batch, data_size, check_plates)
         self._loss = loss
         self.programs = nn.ModuleList(loss.modules)
@@ -291,10 +291,10 @@ class FlowModule(LightningModule):
             if not key.startswith(STORE):
                 continue
             name = key.removeprefix(STORE)
-            if "$$$" in name:
+            if DIVIDER in name:
                 raise ValueError(
                     f"expected the networks of model and guide to belong to a module, got pyro.module"
-                    f"({name.split('$$$')[0]!r}, ...) in a plain function: Lightning could neither save its buffers "
+                    f"({name.split(DIVIDER)[0]!r}, ...) in a plain function: Lightning could neither save its buffers "
                     "nor move it. Make the function a method of an nn.Module that holds the network"
                 )
             parameter = nn.Parameter(tensor.detach())

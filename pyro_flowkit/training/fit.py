@@ -245,8 +245,7 @@ def fit(
         raise ValueError(
             "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
         )
-    for module in loss.modules:
-        module.train()
+    loss.set_mode(training=True)
     loss.prepare(first, batches.size, check_plates)
     begun = time.perf_counter()
     start, interrupted = None, False

@@ -281,8 +281,7 @@ class Loop:
         if self._keep_better is not None:
             kept = kept if self._ranks.share(self._keep_better()) else 0
             self._ranks.broadcast(self._loss.tensors().values())
-        for module in self._loss.modules:
-            module.eval()
+        self._loss.set_mode(training=False)
         self._optimizer.zero_grad(set_to_none=True)
         if failed:
             warnings.warn(f"fit stopped early: {self._reason}", RuntimeWarning, stacklevel=4)

@@ -28,6 +28,7 @@ from pyro_flowkit.training.plates import (
     latent_names,
     trace_pair,
 )
+from pyro_flowkit.training.registered import DIVIDER, buffers_of, registered_modules
 from pyro_flowkit.training.state import module_tensors, modules_of, write_into
 
 Batch = tuple[torch.Tensor, ...]
@@ -43,6 +44,7 @@ class Loss:
 
     Attributes:
         modules: The modules that are trained.
+        registered: Those that plain functions register by `pyro.module`, by name.
         learned: The trainable parameters found so far, by name.
         fresh: Those of them that nobody has taken note of yet.
         param_names: Entries of the param store that the programs touched.
@@ -52,6 +54,8 @@ class Loss:
     def __init__(self, args: tuple, kwargs: dict[str, Any], *programs: Any) -> None:
         self._args, self._kwargs = args, kwargs
         self.modules = modules_of(*programs)
+        self.registered: dict[str, torch.nn.Module] = {}
+        self._given = programs
         self.learned: dict[str, torch.Tensor] = {}
         self.fresh: list[torch.Tensor] = []
         self.param_names: dict[str, None] = {}
@@ -99,7 +103,13 @@ class Loss:
         for name in self.param_names:
             if name in params and id(params[name]) not in of_modules:
                 tensors[STORE + name] = params[name]
+        tensors |= {STORE + name: buffer for name, buffer in buffers_of(self.registered).items()}
         return tensors
+
+    def set_mode(self, training: bool) -> None:
+        """Puts all modules into training or eval mode."""
+        for module in (*self.modules, *self.registered.values()):
+            module.train(training)
 
     def load(self, saved: Mapping[str, torch.Tensor], batch: Batch) -> None:
         """Writes what :meth:`tensors` gave; entries of the param store that do not exist yet get theirs when they do.
@@ -126,6 +136,16 @@ class Loss:
         for name, parameter in touched.items():
             self.param_names[name] = None
             self._add(of_modules.get(id(parameter), STORE + name), parameter)
+        if any(DIVIDER in name for name in touched):
+            self._find_registered()
+
+    def _find_registered(self) -> None:
+        known, self.registered = self.registered, registered_modules(*self._given)
+        for name in self.registered.keys() - known.keys():
+            self.registered[name].train()
+            for path, buffer in buffers_of({name: self.registered[name]}).items():
+                if path in self.awaited:
+                    buffer.copy_(self.awaited.pop(path))
 
     def _collect_modules(self) -> None:
         for module, prefix in zip(self.modules, map(str, range(len(self.modules))), strict=True):

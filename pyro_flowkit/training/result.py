@@ -13,6 +13,7 @@ import pyro
 import torch
 
 from pyro_flowkit.training.files import read_file, write_file
+from pyro_flowkit.training.registered import DIVIDER, buffers_of, registered_modules
 from pyro_flowkit.training.state import check_fit, copied, module_tensors, modules_of, write_into
 
 KIND = "fit result"
@@ -112,6 +113,7 @@ class FitResult:
         content = {
             "modules": [dict(module.state_dict()) for module in self._modules()],
             "params": copied(self._params()),
+            "buffers": copied(self._buffers()),
             "history": {key: torch.from_numpy(value) for key, value in self.history.items()},
             "stop_reason": self.stop_reason,
             "best_step": self.best_step,
@@ -151,7 +153,8 @@ class FitResult:
         modules, states = result._modules(), content["modules"]
         if len(modules) != len(states):
             raise ValueError(f"expected {len(states)} modules as in the file, got {len(modules)}")
-        live, saved = [result._params()], [content["params"]]
+        live = [result._params(), result._buffers()]
+        saved = [content["params"], content["buffers"]]
         for module, state in zip(modules, states, strict=True):
             live.append(module.state_dict(keep_vars=True))
             saved.append(state)
@@ -170,6 +173,12 @@ class FitResult:
             for name in self.param_names
             if name in params and id(params[name]) not in of_modules
         }
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers of the modules that plain functions have registered."""
+        fitted = {name.partition(DIVIDER)[0] for name in self.param_names if DIVIDER in name}
+        registered = registered_modules(self.model, self.guide)
+        return buffers_of({name: registered[name] for name in registered if name in fitted})
 
     def _modules(self) -> list[torch.nn.Module]:
         return modules_of(self.model, self.guide)

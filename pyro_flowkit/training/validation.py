@@ -24,6 +24,7 @@ VALIDATION_SEED = 20190511
 
 class _Evaluates(Protocol):
     modules: list[torch.nn.Module]
+    registered: dict[str, torch.nn.Module]
 
     def parameters(self) -> list[torch.Tensor]: ...
 
@@ -49,7 +50,7 @@ class Validator:
         with (
             torch.random.fork_rng(devices=devices),
             torch.no_grad(),
-            evaluating(loss.modules),
+            evaluating([*loss.modules, *loss.registered.values()]),
         ):
             torch.manual_seed(VALIDATION_SEED)
             for number, batch in enumerate(self._batches()):
