@@ -194,22 +194,21 @@ class LoaderBatches:
     def _begin(self) -> None:
         self._random, self._position = random_state(), 0
         self._own_random = [generator.get_state() for generator in self._generators()]
-        sampler: Any = self._loader.sampler
-        if hasattr(sampler, "set_epoch"):  # of several processes, each of which takes its part
-            sampler.set_epoch(self._epoch)
+        for part in self._parts():
+            if hasattr(part, "set_epoch"):  # of several processes, each of which takes its share
+                part.set_epoch(self._epoch)
         self._epoch += 1
         self._iterator = iter(self._loader)
 
-    def _generators(self) -> list[torch.Generator]:
-        """The loader's own ones."""
+    def _parts(self) -> list[Any]:
+        """The loader and whatever chooses rows for it."""
         batch_sampler = getattr(self._loader, "batch_sampler", None)
-        parts = (
-            self._loader,
-            self._loader.sampler,
-            batch_sampler,
-            getattr(batch_sampler, "sampler", None),
-        )
-        found = [getattr(part, "generator", None) for part in parts]
+        inner = getattr(batch_sampler, "sampler", None)
+        parts = (self._loader, self._loader.sampler, batch_sampler, inner)
+        return list({id(part): part for part in parts}.values())
+
+    def _generators(self) -> list[torch.Generator]:
+        found = [getattr(part, "generator", None) for part in self._parts()]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def state_dict(self) -> dict[str, Any]:

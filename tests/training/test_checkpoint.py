@@ -16,7 +16,7 @@ import torch
 from pyro.infer import TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyro_flowkit import SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
@@ -87,6 +87,12 @@ def density_from_a_loader_with_a_generator(rows: torch.Tensor, **options) -> Fit
     return fit(Dropping(), data=loader, **options)
 
 
+def density_from_a_distributed_sampler(rows: torch.Tensor, **options) -> FitResult:
+    data = TensorDataset(rows)
+    sampler = DistributedSampler(data, num_replicas=2, rank=1, seed=5)
+    return fit(Dropping(), data=DataLoader(data, batch_size=20, sampler=sampler), **options)
+
+
 def density_from_a_function(rows: torch.Tensor, **options) -> FitResult:
     return fit(Dropping(), data=lambda step: rows[step % 7 :: 3], average=0.9, **options)
 
@@ -130,6 +136,7 @@ CALLS = {
         density,
         density_from_a_loader,
         density_from_a_loader_with_a_generator,
+        density_from_a_distributed_sampler,
         density_from_a_function,
         spline_flow,
         spline_guide,

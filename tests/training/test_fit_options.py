@@ -16,7 +16,13 @@ from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+)
 
 from pyro_flowkit import SplineFlow, ops
 from pyro_flowkit.guides import AutoSplineFlow
@@ -56,6 +62,24 @@ def test_a_loader_gives_every_row_in_every_epoch(rows: torch.Tensor) -> None:
         assert torch.equal(torch.cat(epoch).sort().values, rows[:, 0].sort().values)
     assert not torch.equal(flow.seen[0], flow.seen[3])
     assert result.stop_reason == "max_epochs"
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_sampler_of_several_processes_is_told_the_epoch(rows: torch.Tensor, inner: bool) -> None:
+    seen = []
+    for rank in range(2):
+        sampler = DistributedSampler(rows, num_replicas=2, rank=rank)
+        choice = (
+            {"batch_sampler": BatchSampler(sampler, 30, False)} if inner else {"sampler": sampler}
+        )
+        loader = DataLoader(TensorDataset(rows), **choice, **({} if inner else {"batch_size": 30}))
+        flow = Location()
+        fit(flow, data=loader, max_epochs=2, progress=False)
+        seen.append(flow.seen)
+    for epoch in range(2):
+        both = torch.cat([seen[0][epoch], seen[1][epoch]])
+        assert torch.equal(both.sort().values, rows[:, 0].sort().values)
+    assert not torch.equal(seen[0][0], seen[0][1])
 
 
 def test_a_loader_trains_what_rows_in_memory_train(rows: torch.Tensor) -> None:
