@@ -247,6 +247,10 @@ def fit(
         )
     loss.set_mode(training=True)
     loss.prepare(first, batches.size, check_plates)
+    if kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
+        raise ValueError(
+            f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"
+        )
     begun = time.perf_counter()
     start, interrupted = None, False
     if isinstance(guide, AutoSplineFlow) and recipe.gaussian_start and not batches.minibatched:

@@ -18,13 +18,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_flowkit.training.device import moved
 from pyro_flowkit.training.messengers import KLWeight, ParamCapture
 from pyro_flowkit.training.plates import (
     check_plates,
     effective_size,
+    enumerated_names,
     latent_names,
     trace_pair,
 )
@@ -228,6 +229,7 @@ class Variational(Loss):
         self._has_guide = has_guide
         self._normalizer = 1.0
         self._sizes: dict[int, float] = {}
+        self.enumerated: list[str] = []  # sites that the objective sums out
         self.objective = Trace_ELBO()
 
     @property
@@ -265,6 +267,8 @@ class Variational(Loss):
             ValueError: If there is no guide but a latent site, or the plates are wrong.
         """
         model_trace, guide_trace = self.touch(batch)
+        if isinstance(self._objective, TraceEnum_ELBO):
+            self.enumerated = enumerated_names(model_trace) + enumerated_names(guide_trace)
         latent = [] if self._has_guide else latent_names(model_trace)
         if latent:
             raise ValueError(

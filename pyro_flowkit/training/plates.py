@@ -42,11 +42,17 @@ def sample_sites(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def latent_names(model_trace: Any) -> list[str]:
     """Latent sites of a model that a guide has to cover (not those to be enumerated)."""
+    enumerated = set(enumerated_names(model_trace))
     return [
         name
         for name, site in sample_sites(model_trace)
-        if not site["is_observed"] and not (site["infer"] or {}).get("enumerate")
+        if not site["is_observed"] and name not in enumerated
     ]
+
+
+def enumerated_names(trace: Any) -> list[str]:
+    """Sites that are to be enumerated."""
+    return [name for name, site in sample_sites(trace) if (site["infer"] or {}).get("enumerate")]
 
 
 def effective_size(model_trace: Any, batch_size: int) -> float:

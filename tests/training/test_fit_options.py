@@ -12,7 +12,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import JitTrace_ELBO, Trace_ELBO
+from pyro import poutine
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
@@ -194,6 +195,20 @@ def test_kl_schedule_by_numbers_rises_in_a_line_and_then_is_one(rows: torch.Tens
             kl_schedule=(0.5, 0.1),
             progress=False,
         )
+
+
+def test_kl_schedule_refuses_enumerated_sites() -> None:
+    def mixture(x: torch.Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc + z, 1.0), obs=x)
+
+    guide = AutoNormal(poutine.block(mixture, hide=["z"]))
+    options = {"args": (torch.zeros(4),), "objective": TraceEnum_ELBO(max_plate_nesting=1)}
+    with pytest.raises(ValueError, match=r"no kl_schedule with enumerated sites.*\['z'\]"):
+        fit(mixture, guide, kl_schedule=(0.5, 0.5), progress=False, **options)
+    fit(mixture, guide, max_steps=2, progress=False, **options)
 
 
 def test_no_annealed_state_is_the_best(rows: torch.Tensor) -> None:
