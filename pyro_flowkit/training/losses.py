@@ -62,6 +62,7 @@ class Loss:
         self.param_names: dict[str, None] = {}
         self.awaited: dict[str, torch.Tensor] = {}
         self._known: set[int] = set()
+        self._familiar: set[str] = set()  # entries of the store that nothing new can be learned of
         self._parameters: list[torch.Tensor] = []
         self._frozen = [
             parameter
@@ -136,6 +137,7 @@ class Loss:
         of_modules = {id(tensor): name for name, tensor in module_tensors(self.modules).items()}
         for name, parameter in touched.items():
             self.param_names[name] = None
+            self._familiar.add(name)
             self._add(of_modules.get(id(parameter), STORE + name), parameter)
         if any(DIVIDER in name for name in touched):
             self._find_registered()
@@ -285,6 +287,10 @@ class Variational(Loss):
         self._refreeze()
         self._collect(capture.found)
         self._collect_modules()
+        # Guides of this package have their buffers in the store, too, as entries of the same memory.
+        own = {tensor.data_ptr() for tensor in module_tensors(self.modules).values()}
+        params = pyro.get_param_store()._params
+        self._familiar |= {name for name, entry in params.items() if entry.data_ptr() in own}
         return traces
 
     def traces(self, batch: Batch) -> tuple[Any, Any]:
@@ -310,16 +316,15 @@ class Variational(Loss):
     def _total(self, batch: Batch, estimate: Callable[..., Any]) -> Any:
         inputs = (*self._programs, *batch, *self._args)
         params = pyro.get_param_store()._params
-        if self.awaited or params.keys() != self.param_names.keys():
+        if self.awaited or not self._familiar.issuperset(params):
             with ParamCapture(self.param_names, self.awaited) as capture:
                 total = estimate(*inputs, **self._kwargs)
             self._collect(capture.found)
             return total
         # All that is in the store is known: what a step adds to it can be told without watching every site.
         total = estimate(*inputs, **self._kwargs)
-        if len(params) > len(self.param_names):
-            new = {name: params[name] for name in params if name not in self.param_names}
-            self._collect(new)
+        if len(params) > len(self._familiar):
+            self._collect({name: params[name] for name in params.keys() - self._familiar})
         return total
 
     def evaluate(self, batch: Batch) -> float:

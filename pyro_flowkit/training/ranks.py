@@ -85,7 +85,6 @@ class Ranks:
             self._do(distributed.broadcast, sent, src=0)
             tensor.copy_(sent)
 
-    @torch.no_grad()
     def average(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Averages the gradients of all parameters in one go, and the loss with them, which is returned.
 
@@ -94,6 +93,12 @@ class Ranks:
         """
         if self.count == 1:
             return loss
+        with (
+            torch.no_grad()
+        ):  # not around all of it: entering takes longer than there is to do alone
+            return self._average(parameters, loss)
+
+    def _average(self, parameters: Sequence[Tensor], loss: float) -> float:
         flags = [0.0 if p.grad is None else 1.0 for p in parameters]
         dtype = torch.float32
         for parameter in parameters:
