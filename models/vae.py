@@ -166,7 +166,7 @@ class VAE(PyroModule):
     def _posterior(self, x: Tensor) -> dist.TorchDistribution:
         hidden = self.encoder((x - self.loc) / self.scale)
         if self.posterior is not None:
-            return self.posterior(hidden)
+            return self.posterior(hidden, path_gradient=True)
         loc, raw_scale = hidden.chunk(2, dim=-1)
         return dist.Normal(loc, 1e-4 + F.softplus(raw_scale)).to_event(1)
 

@@ -13,7 +13,9 @@ from torch import Tensor
 import pyro_flowkit.transforms as T
 from pyro_flowkit import FlowDistribution, SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.ops import backend
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.transforms.coupling import _Coupling
 
 TINY = {"num_transforms": 2, "hidden_dims": [8, 8], "count_bins": 4}
 KINDS = {
@@ -76,6 +78,21 @@ def test_gradient_equals_one_made_by_hand(kind: str) -> None:
     for name in got:
         assert torch.allclose(got[name], by_hand[name], atol=1e-8), name
     assert any((got[name] - plain[name]).abs().max() > 1e-2 for name in got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_derivative_at_a_draw_is_carried_along_and_no_coupling_inverted(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, context = tiny(kind)
+    d = flow(context, path_gradient=True)
+    x = d.rsample((6,))
+    monkeypatch.setattr(d, "_pull", None)
+    inverted, original = [], _Coupling._backward
+    monkeypatch.setattr(_Coupling, "_backward", lambda *args: inverted.append(1) or original(*args))
+    parts = d.score_parts(x)
+    assert torch.equal(parts.entropy_term, parts.log_prob)
+    assert len(inverted) == (0 if backend() == "fused" else 2)
 
 
 def test_gradient_is_zero_for_every_draw_at_the_exact_posterior() -> None:

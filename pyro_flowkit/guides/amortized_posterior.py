@@ -13,7 +13,7 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor, nn
 
-from pyro_flowkit.flow_distribution import FlowDistribution
+from pyro_flowkit.flow_distribution import FlowDistribution, path_term
 from pyro_flowkit.guides.posterior import MAX_ROUGHNESS
 from pyro_flowkit.transforms.base import ConditionalFlowTransformModule, ConditionedTransform
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
@@ -27,7 +27,24 @@ class AmortizedPosterior(FlowDistribution):
     def score_parts(self, value: Tensor) -> ScoreParts:
         if not self._takes_path_gradient or torch.jit.is_tracing():  # a trace cannot choose
             return super().score_parts(value)
-        log_prob = self.log_prob(value)
+        log_prob, pushed = self._with_derivatives(value)
+        if pushed:
+            paths, derivatives, u = [value], [pushed[-1]], pushed[-2]
+        else:
+            paths, derivatives, u = self._pulled(value)
+        if not bool(u.square().mean() < MAX_ROUGHNESS):
+            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
+        entropy_term = path_term(log_prob, paths, derivatives)
+        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+
+    @property
+    def _pushes_derivatives(
+        self,
+    ) -> bool:  # the base says nothing of the derivative at the global draws
+        return super()._pushes_derivatives and self._global_context is None
+
+    def _pulled(self, value: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What the gradient goes through, the derivatives of log q with respect to these, and u."""
         point = value.detach().requires_grad_()
         features = self.transforms[-1].context.detach()
         paths, points = [value], [point]
@@ -43,12 +60,7 @@ class AmortizedPosterior(FlowDistribution):
             unscaled, ladj = affine.inverse_and_ladj(point)
             fixed = self._pull(unscaled, base, flow) + ladj
         u, *derivatives = torch.autograd.grad(fixed, [unscaled, *points], torch.ones_like(fixed))
-        if not bool(u.square().mean() < MAX_ROUGHNESS):
-            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
-        entropy_term = log_prob.detach()
-        for path, derivative in zip(paths, derivatives, strict=True):
-            entropy_term = entropy_term + ((path - path.detach()) * derivative).sum(-1)
-        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+        return paths, derivatives, u
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "AmortizedPosterior":
         new = super().expand(batch_shape, _instance)

@@ -28,7 +28,7 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import FlowDistribution
+from pyro_flowkit.flow_distribution import FlowDistribution, path_term
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
@@ -90,34 +90,21 @@ class GuidePosterior(FlowDistribution):
     def score_parts(self, value: Tensor) -> ScoreParts:
         if not self._takes_path_gradient or torch.jit.is_tracing():  # a trace cannot choose
             return super().score_parts(value)
-        draw = self._draw
-        log_prob = self.log_prob(value)
-        if draw is not None and log_prob is draw.log_prob:
-            derivative, u = self._pushed(draw.inputs, value)
+        log_prob, derivatives = self._with_derivatives(value)
+        if derivatives:
+            derivative = derivatives[-1]
+            u = derivatives[sum(not isinstance(layer, _AFFINE) for layer in self.transforms)]
         else:
             derivative, u = self._pulled(value)
         is_path = self.noise.favours_path and bool(u.square().mean() < MAX_ROUGHNESS)
         entropy_term = log_prob.clone()
         if is_path:
-            # the value of log q, and its derivative with fixed parameters, without a second pass through its graph
-            entropy_term = log_prob.detach() + ((value - value.detach()) * derivative).sum(-1)
+            entropy_term = path_term(log_prob, [value], [derivative])
         self._watch(value, entropy_term, derivative, is_path)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
-    def _pushed(self, inputs: list[Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivative of log q at a draw, and u, carried along from the base; nothing is inverted."""
-        point = inputs[0].detach().requires_grad_()
-        derivative = torch.autograd.grad(self.base_dist.log_prob(point).sum(), point)[0]
-        outputs: list[Any] = [*inputs[1:], value]
-        u = derivative
-        for layer, x, y in zip(self.transforms, inputs, outputs, strict=True):
-            derivative = layer.pushed_derivative(x, y, derivative)
-            if not isinstance(layer, _AFFINE):
-                u = derivative
-        return derivative, u
-
     def _pulled(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for any value."""
+        """The derivative of log q, and u, at any value."""
         point = value.detach().requires_grad_()
         with self._fixed() as (base, transforms):
             flow = [t for t in transforms if not isinstance(t, _AFFINE)]

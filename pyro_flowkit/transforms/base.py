@@ -15,7 +15,7 @@ calls: the log-det that an inverse computed travels with the tensor that it retu
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,13 +67,7 @@ class Bijection(Transform):
         Returns:
             The derivative of log q_Y with respect to y, without a graph.
         """
-        with torch.enable_grad():
-            point = y.detach().requires_grad_()
-            back, inverse_ladj = self.inverse_and_ladj(point)
-            outputs, grads = [back, inverse_ladj], [derivative, torch.ones_like(inverse_ladj)]
-            if not inverse_ladj.requires_grad:
-                del outputs[1], grads[1]
-            return torch.autograd.grad(outputs, point, grads)[0]
+        return _pushed_by_inverse(self.inverse_and_ladj, y, derivative)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
@@ -104,6 +98,18 @@ class Bijection(Transform):
 
     def _check_input(self, x: Tensor) -> None:
         check_vector(x, self.input_dim, type(self).__name__)
+
+
+def _pushed_by_inverse(
+    inverse_and_ladj: Callable[[Tensor], tuple[Tensor, Tensor]], y: Tensor, derivative: Tensor
+) -> Tensor:
+    with torch.enable_grad():
+        point = y.detach().requires_grad_()
+        back, inverse_ladj = inverse_and_ladj(point)
+        outputs, grads = [back, inverse_ladj], [derivative, torch.ones_like(inverse_ladj)]
+        if not inverse_ladj.requires_grad:
+            del outputs[1], grads[1]
+        return torch.autograd.grad(outputs, point, grads)[0]
 
 
 class InverseLogDet:
@@ -256,6 +262,13 @@ class ConditionalFlowTransformModule(nn.Module):
         """Map back under a context; the log-det is that of the inverse map."""
         raise NotImplementedError
 
+    def pushed_derivative(
+        self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
+    ) -> Tensor:
+        """As :meth:`Bijection.pushed_derivative`, with the context held fixed as well."""
+        fixed = context.detach()
+        return _pushed_by_inverse(lambda y: self.inverse_and_ladj(y, fixed), y, derivative)
+
     def condition(self, context: Tensor) -> "ConditionedTransform":
         """The transform for this context, shape ``(*batch, context_dim)``.
 
@@ -329,6 +342,9 @@ class ConditionedTransform(Bijection):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_ladj(y, self.context)
+
+    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+        return self.transform.pushed_derivative(x, y, derivative, self.context)
 
     def tracked_tensors(self) -> list[Tensor]:
         return [self.context, *tensors_in(self.transform)]

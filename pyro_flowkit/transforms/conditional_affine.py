@@ -74,6 +74,18 @@ class ConditionalAffine(ConditionalFlowTransformModule):
             ).squeeze(-1)
         return x.to(y.dtype), (-log_scale.sum(-1)).to(y.dtype).expand(x.shape[:-1])
 
+    @torch.no_grad()
+    def pushed_derivative(
+        self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
+    ) -> Tensor:
+        _, log_scale, lower = self._parameters_for(context)
+        pushed = derivative.to(log_scale.dtype)
+        if lower is not None:
+            pushed = torch.linalg.solve_triangular(
+                lower.mT, pushed.unsqueeze(-1), upper=True, unitriangular=True
+            ).squeeze(-1)
+        return (pushed * (-log_scale).exp()).to(derivative.dtype)
+
     def _parameters_for(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Location and logarithm of the scale ``(*batch, D)``, and N ``(*batch, D, D)`` where it is not zero."""
         context = context.to(self.weight.dtype)

@@ -94,6 +94,9 @@ class _Coupling(nn.Module):
             and conditioner.is_plain()
         ):
             packed, layout = conditioner.packed, conditioner.layout
+            if context is not None and context.dim() < x.dim():  # one context for several draws
+                if torch.broadcast_shapes(context.shape[:-1], x.shape[:-1]) == x.shape[:-1]:
+                    context = context.expand(*x.shape[:-1], -1)
             if coupling.applies(x, context, packed, shared_params, layout):
                 return coupling.spline_coupling(
                     x,
@@ -212,6 +215,12 @@ class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         self._check_inputs(y, context)
         return self._backward(y, context)
+
+    def pushed_derivative(
+        self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
+    ) -> Tensor:
+        found = self._pushed_by_kernel(y, derivative)
+        return super().pushed_derivative(x, y, derivative, context) if found is None else found
 
 
 def spline_coupling(
