@@ -176,8 +176,9 @@ print(
 # and the difference is exactly $\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$: what the posterior's family cannot express costs nats. Averaging K importance
 # weights inside of the logarithm (IWAE-K) gives a tighter bound, at K times the price.
 #
-# Both the prior and the posterior are single lines of the program, and a flow fits into each of them. That is all there is to it. The decoder is
-# linear here, as the instrument is, so that everything which is not Gaussian has to come from the prior.
+# Both the prior and the posterior are single lines of the program, and a flow fits into each of them. That is all there is to it. The posterior takes
+# the *path gradient*: of the ELBO's gradient it leaves out the term whose mean is zero, so that near the true posterior hardly any noise is left.
+# The decoder is linear here, as the instrument is, so that everything which is not Gaussian has to come from the prior.
 
 # %%
 NOISE = 0.3
@@ -228,7 +229,7 @@ class VAE(PyroModule):
         with pyro.plate("data", max(self.data_size, len(x)), subsample=x):
             hidden = self.encoder(x)
             if self.posterior is not None:
-                pyro.sample("z", self.posterior(hidden))
+                pyro.sample("z", self.posterior(hidden, path_gradient=True))
             else:
                 loc, log_scale = hidden.chunk(2, dim=-1)
                 pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
