@@ -24,6 +24,7 @@ from pyro.distributions.util import detach, sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.base import (
     Bijection,
     ConditionedTransform,
@@ -59,9 +60,9 @@ class FlowDistribution(dist.TransformedDistribution):
         path_gradient: let ``score_parts`` give the sticking-the-landing estimator (Roeder et al. 2017): the entropy
             term with parameters, context and base parameters held fixed. Pyro's ``Trace_ELBO``, ``JitTrace_ELBO`` and
             ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. Of a draw of its own its derivative is
-            carried along with the draw (Vaitl et al. 2024); for other values, without the fused kernel, or among
-            transforms of others, it costs one extra pass through the conditioners. Both only while gradients are
-            recorded.
+            carried along with the draw (Vaitl et al. 2024), the first derivative only; for other values, without the
+            fused kernel, or among transforms of others, it costs one extra pass through the conditioners. Both only
+            while gradients are recorded.
 
     Shapes: with batch shape B and event shape (D,), ``rsample(S)`` is ``S + B + (D,)`` and ``log_prob`` of it
     ``S + B``, in nats.
@@ -167,7 +168,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def _pushes_derivatives(self) -> bool:
         return (
             self._takes_path_gradient
-            and not torch.jit.is_tracing()  # a trace takes what it is shown for the draw's as constants
+            and not is_transformed()  # torch.jit and torch.func must see every operation
             and len(self.base_dist.event_shape) == 1
             and all(isinstance(transform, Bijection) for transform in self.transforms)
         )

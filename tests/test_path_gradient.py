@@ -95,6 +95,20 @@ def test_the_derivative_at_a_draw_is_carried_along_and_no_coupling_inverted(
     assert len(inverted) == (0 if backend() == "fused" else 2)
 
 
+def test_torch_func_differentiates_it() -> None:
+    flow, context = tiny("conditional_normal")
+    z = torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(context: Tensor) -> Tensor:
+        d = flow(context, path_gradient=True)
+        torch.manual_seed(0)
+        return d.score_parts(d.rsample()).entropy_term @ z[:, 0]
+
+    (expected,) = torch.autograd.grad(loss(context), context)
+    found = torch.func.grad(loss)(context.detach())
+    assert torch.allclose(found, expected, atol=1e-9) and expected.abs().max() > 1e-3
+
+
 def test_gradient_is_zero_for_every_draw_at_the_exact_posterior() -> None:
     flow, _ = tiny("normal")
     target = copy.deepcopy(flow).requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.flow_distribution import FlowDistribution, path_term
 from pyro_flowkit.guides.posterior import MAX_ROUGHNESS
+from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.base import ConditionalFlowTransformModule, ConditionedTransform
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
@@ -25,7 +26,7 @@ class AmortizedPosterior(FlowDistribution):
     _global_context: Tensor | None = None
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        if not self._takes_path_gradient or torch.jit.is_tracing():  # a trace cannot choose
+        if not self._takes_path_gradient or is_transformed():  # a trace cannot choose
             return super().score_parts(value)
         log_prob, pushed = self._with_derivatives(value)
         if pushed:

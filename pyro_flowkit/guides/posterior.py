@@ -29,6 +29,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution, path_term
+from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
@@ -88,7 +89,7 @@ class GuidePosterior(FlowDistribution):
         return new
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        if not self._takes_path_gradient or torch.jit.is_tracing():  # a trace cannot choose
+        if not self._takes_path_gradient or is_transformed():  # a trace cannot choose
             return super().score_parts(value)
         log_prob, derivatives = self._with_derivatives(value)
         if derivatives:
