@@ -220,9 +220,6 @@ def train(
     )
 
 
-_GAPS_HELP = "test rows whose gap is split into the family's and the encoder's; latents in use, too"
-
-
 def main(argv: Sequence[str] | None = None) -> xr.Dataset:
     """Train a VAE, print its bounds on the test data; returns these per datum."""
     args = _parser().parse_args(argv)
@@ -306,7 +303,9 @@ def _parser() -> argparse.ArgumentParser:
         "--copies", type=int, default=16, help="noisy copies of each training image"
     )
     parser.add_argument("--num-samples", type=int, default=1000, help="importance draws per datum")
-    parser.add_argument("--gaps", type=int, default=0, metavar="ROWS", help=_GAPS_HELP)
+    parser.add_argument(
+        "--gaps", type=int, default=0, metavar="ROWS", help="test rows whose gap is split"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="a few steps on a few rows, to try it")
     return parser

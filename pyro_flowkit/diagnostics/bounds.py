@@ -125,6 +125,16 @@ def check_particles(num_particles: Sequence[int], num_samples: int) -> list[int]
     return counts
 
 
+def as_exact(log_evidence: Any, shape: Sequence[int]) -> Tensor:
+    """The exact log evidence that a caller gives, of this shape, in float64."""
+    exact = torch.as_tensor(log_evidence, dtype=torch.float64).detach().cpu()
+    if exact.shape != torch.Size(shape):
+        raise ValueError(
+            f"Expected exact_log_evidence of shape {tuple(shape)}, got {tuple(exact.shape)}"
+        )
+    return exact
+
+
 def bounds_dataset(
     log_weights: Tensor,
     num_particles: Sequence[int],
@@ -150,12 +160,7 @@ def bounds_dataset(
         "ess": torch.exp(2 * smoothed.logsumexp(-1) - (2 * smoothed).logsumexp(-1)),
     }
     if exact_log_evidence is not None:
-        exact = torch.as_tensor(exact_log_evidence, dtype=torch.float64)
-        if exact.shape != elbo.shape:
-            raise ValueError(
-                f"Expected exact_log_evidence of shape {tuple(elbo.shape)}, "
-                f"got {tuple(exact.shape)}"
-            )
+        exact = as_exact(exact_log_evidence, elbo.shape)
         values |= {"exact_log_evidence": exact, "gap": exact - elbo}
     variables = {
         name: (

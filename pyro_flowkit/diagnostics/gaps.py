@@ -24,6 +24,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_flowkit.diagnostics.bounds import as_exact
 from pyro_flowkit.diagnostics.local_optimum import ROUNDS, LocalProblem, new_seed
 from pyro_flowkit.diagnostics.particles import evaluation
 from pyro_flowkit.diagnostics.pointwise import batches, check_data
@@ -110,11 +111,7 @@ def inference_gaps(
     tensors = check_data(data)
     exact = None
     if exact_log_evidence is not None:
-        exact = torch.as_tensor(exact_log_evidence, dtype=torch.float64).detach().cpu()
-        if exact.shape != (len(tensors[0]),):
-            raise ValueError(
-                f"Expected exact_log_evidence of shape {(len(tensors[0]),)}, got {tuple(exact.shape)}"
-            )
+        exact = as_exact(exact_log_evidence, [len(tensors[0])])
     parts: list[tuple[Tensor, ...]] = []
     with evaluation(model, guide, seed=seed):
         for rows in batches(tensors, batch_size or 256):

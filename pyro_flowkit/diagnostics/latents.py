@@ -30,10 +30,12 @@ import xarray as xr
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_flowkit.diagnostics.naming import latent_sites
 from pyro_flowkit.diagnostics.particles import (
     Particles,
     draw_particles,
     evaluation,
+    is_point_mass,
     sample_sites,
     unscaled_log_prob,
 )
@@ -174,11 +176,7 @@ class _View:
 
     def __init__(self, particles: Particles, dim: int, size: int):
         self.particles, self.dim, self.size = particles, dim, size
-        self.sites = {
-            name: site
-            for name, site in sample_sites(particles.model_trace)
-            if not site["is_observed"]
-        }
+        self.sites = dict(latent_sites(particles))
 
     def names(self) -> list[str]:
         """Of the latents, in the order of the columns."""
@@ -225,16 +223,10 @@ class _View:
 
 def _check_random(particles: Particles) -> None:
     fns = [site["fn"] for _, site in sample_sites(particles.guide_trace)]
-    if all(isinstance(_innermost(fn), dist.Delta) for fn in fns):
+    if all(is_point_mass(fn) for fn in fns):
         raise ValueError(
             "Expected a guide with random latents, got point estimates (Delta) only: they have no KL"
         )
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _kl_by_dimension(guide_site: Any, model_site: Any) -> Tensor | None:

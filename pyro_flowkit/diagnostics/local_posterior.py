@@ -26,7 +26,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_flowkit.diagnostics.particles import sample_sites
+from pyro_flowkit.diagnostics.particles import innermost, is_point_mass, sample_sites
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.transforms.base import ConditionedTransform
 
@@ -109,7 +109,7 @@ def local_families(first: Any, second: Any, dim: int) -> dict[str, Family]:
     families = {}
     for name, site in sample_sites(first):
         fn, value = site["fn"], site["value"].detach().clone()
-        if site["is_observed"] or isinstance(_innermost(fn), dist.Delta):
+        if site["is_observed"] or is_point_mass(fn):
             continue
         if not fn.has_rsample:
             raise ValueError(
@@ -281,12 +281,6 @@ def _differs_by_datum(fn: Any, dim: int) -> bool:
     return False
 
 
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
 def _nothing_to_free(fn: Any, name: str) -> ValueError:
     return ValueError(
         "Expected a distribution whose parameters can be set free for every datum (Normal, "
@@ -296,4 +290,4 @@ def _nothing_to_free(fn: Any, name: str) -> ValueError:
 
 
 def _kind(fn: Any) -> str:
-    return type(_innermost(fn) if isinstance(fn, torch.distributions.Independent) else fn).__name__
+    return type(innermost(fn) if isinstance(fn, torch.distributions.Independent) else fn).__name__

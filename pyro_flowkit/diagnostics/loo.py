@@ -19,7 +19,6 @@ draws, so their errors do not average out: with ``v_is = r_is / sum_t r_it``,
 where ``c_i >= 1`` makes up for weights of infinite variance (`tails.error_factor`).
 """
 
-import importlib.metadata
 import math
 import warnings
 from typing import Any
@@ -30,11 +29,10 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.reweight import guide_weights
-from pyro_flowkit.diagnostics.schema import as_tree
+from pyro_flowkit.diagnostics.schema import DRAWS, arviz_generation, as_tree
 from pyro_flowkit.diagnostics.tails import Tail, error_factor
 from pyro_flowkit.ops.psis import psis
 
-_DRAWS = ("chain", "draw")
 _DATA_AT_ONCE = 256
 
 
@@ -75,9 +73,9 @@ def loo_approximate_posterior(
     tree = as_tree(tree)
     log_weight = guide_weights(tree)
     likelihood = _log_likelihood(tree, var_name, tuple(log_weight.shape))
-    data_dims = [dim for dim in likelihood.dims if dim not in _DRAWS]
+    data_dims = [dim for dim in likelihood.dims if dim not in DRAWS]
     data_shape = [likelihood.sizes[dim] for dim in data_dims]
-    values = np.array(likelihood.transpose(*data_dims, *_DRAWS), dtype=np.float64)
+    values = np.array(likelihood.transpose(*data_dims, *DRAWS), dtype=np.float64)
     rows = torch.as_tensor(values).reshape(math.prod(data_shape), log_weight.numel())
     elpd_i, lpd_i, pareto_k, mcse, guide = _loo(rows, log_weight.flatten())
 
@@ -152,7 +150,7 @@ def _log_likelihood(
     if name not in names:
         raise ValueError(f"Expected var_name to be one of {names}, got '{name}'")
     likelihood = group[name]
-    shape = tuple(likelihood.sizes.get(dim, 0) for dim in _DRAWS)
+    shape = tuple(likelihood.sizes.get(dim, 0) for dim in DRAWS)
     if shape != draws:
         raise ValueError(
             f"Expected log_likelihood of '{name}' with (chain, draw) of {draws}, got {shape}"
@@ -171,7 +169,7 @@ def _elpd_data(*, mcse: float, **values: Any) -> Any:
     import arviz
 
     container: Any = arviz.ELPDData
-    if int(importlib.metadata.version("arviz").split(".")[0]) < 1:
+    if arviz_generation() < 1:
         names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
         kept = {names.get(key, key): value for key, value in values.items() if value is not None}
         return container(data=[*kept.values(), mcse], index=[*kept, "mcse"])

@@ -14,9 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.particles import Particles, plates_of, sample_sites
-from pyro_flowkit.diagnostics.schema import schema_attrs
-
-DRAWS = ("chain", "draw")
+from pyro_flowkit.diagnostics.schema import DRAWS, schema_attrs
 
 
 class Namer:

@@ -285,7 +285,7 @@ def _check_first_particle(
     """Raises ValueError unless the first particle run by itself has the same log densities."""
     alone = prototype.guide_trace.copy()
     for name, site in list(sample_sites(alone)):
-        if _is_delta(site["fn"]):
+        if is_point_mass(site["fn"]):
             # Follows from the other sites; replayed, a last digit would cost all of its density.
             alone.remove_node(name)
             continue
@@ -320,7 +320,13 @@ def _refuse_subsampling(model_trace: Any) -> None:
                 )
 
 
-def _is_delta(fn: Any) -> bool:
+def is_point_mass(fn: Any) -> bool:
+    """Whether a distribution is a ``Delta``, whatever it is wrapped in."""
+    return isinstance(innermost(fn), Delta)
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution inside of ``to_event``, ``mask``, transforms and the like."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return fn

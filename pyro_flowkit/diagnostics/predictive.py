@@ -5,7 +5,7 @@ observed site reads the draw of that site.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def posterior_predictive(
     sites = [name for name, _ in observed_sites(particles)]
     with evaluation(seed=seed), _Unobserve(sites), poutine.replay(trace=particles.guide_trace):
         drawn = trace_again(particles, model, args, kwargs, particles.size)
-    return _values(particles, drawn, sites)
+    return _values(drawn, sites)
 
 
 def prior_draws(
@@ -60,7 +60,7 @@ def prior_draws(
             for _ in range(num_samples // size):
                 drawn = trace_again(particles, model, args, kwargs, size)
                 for group, names in zip(found, (latent, observed), strict=True):
-                    for name, value in _values(particles, drawn, names).items():
+                    for name, value in _values(drawn, names).items():
                         group.setdefault(name, []).append(value)
         except (NotImplementedError, ValueError, RuntimeError) as error:
             warnings.warn(
@@ -87,11 +87,6 @@ class _Unobserve(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-def _values(like: Particles, drawn: Particles, names: list[str]) -> dict[str, Tensor]:
-    return dict(_views(like, drawn, names))
-
-
-def _views(like: Particles, drawn: Particles, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        site = drawn.model_trace.nodes[name]
-        yield name, drawn.view(site["value"], site["fn"].event_dim).cpu()
+def _values(drawn: Particles, names: list[str]) -> dict[str, Tensor]:
+    sites = ((name, drawn.model_trace.nodes[name]) for name in names)
+    return {name: drawn.view(site["value"], site["fn"].event_dim).cpu() for name, site in sites}

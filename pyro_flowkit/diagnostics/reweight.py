@@ -20,10 +20,9 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.particles import evaluation
-from pyro_flowkit.diagnostics.schema import as_tree
+from pyro_flowkit.diagnostics.schema import DRAWS, as_tree
 from pyro_flowkit.diagnostics.tails import Tail, error_factor
 
-_DRAWS = ("chain", "draw")
 _RESAMPLED = (
     *("posterior", "sample_stats", "log_likelihood", "log_prior"),
     *("posterior_predictive", "predictions"),
@@ -107,7 +106,7 @@ def reweight(
             continue
         dataset = node.to_dataset()
         if name in _RESAMPLED:
-            shape = tuple(dataset.sizes.get(dim, 0) for dim in _DRAWS)
+            shape = tuple(dataset.sizes.get(dim, 0) for dim in DRAWS)
             if shape != tuple(log_weight.shape):
                 raise ValueError(
                     f"Expected (chain, draw) of {tuple(log_weight.shape)} in the group {name}, as "
@@ -131,23 +130,23 @@ def guide_weights(tree: xr.DataTree) -> Tensor:
             "Expected log_weight in the group sample_stats, as from_svi leaves it, got "
             f"{sorted(map(str, stats.data_vars)) or sorted(tree.children)}{hint}"
         )
-    values = stats["log_weight"].transpose(*_DRAWS).to_numpy()
+    values = stats["log_weight"].transpose(*DRAWS).to_numpy()
     return torch.as_tensor(np.asarray(values, dtype=np.float64))
 
 
 def _with_origin(stats: xr.Dataset) -> xr.Dataset:
-    shape = tuple(stats.sizes[dim] for dim in _DRAWS)
+    shape = tuple(stats.sizes[dim] for dim in DRAWS)
     chain, draw = (np.broadcast_to(index, shape) for index in np.indices(shape, sparse=True))
     stats = stats.drop_vars([name for name in _WEIGHTS if name in stats])
-    return stats.assign(guide_chain=(_DRAWS, chain), guide_draw=(_DRAWS, draw))
+    return stats.assign(guide_chain=(DRAWS, chain), guide_draw=(DRAWS, draw))
 
 
 def _take(dataset: xr.Dataset, index: np.ndarray) -> xr.Dataset:
     """The draws at ``index`` into the pool of all chains, as one chain."""
-    chain, draw = np.unravel_index(index, tuple(dataset.sizes[dim] for dim in _DRAWS))
+    chain, draw = np.unravel_index(index, tuple(dataset.sizes[dim] for dim in DRAWS))
     taken = dataset.isel(
         chain=xr.DataArray(chain, dims="new_draw"), draw=xr.DataArray(draw, dims="new_draw")
     )
-    taken = taken.drop_vars(_DRAWS, errors="ignore").rename(new_draw="draw")
+    taken = taken.drop_vars(DRAWS, errors="ignore").rename(new_draw="draw")
     taken = taken.expand_dims(chain=[0]).assign_coords(draw=np.arange(len(index)))
-    return taken.transpose(*_DRAWS, ...)
+    return taken.transpose(*DRAWS, ...)

@@ -16,6 +16,8 @@ ESTIMATE = "estimate"
 STANDARD_ERROR = "standard error"
 DIAGNOSTIC = "diagnostic"
 
+DRAWS = ("chain", "draw")
+
 
 def schema_attrs(sample_dims: Sequence[str] = (), **extra: Any) -> dict[str, Any]:
     """The attributes of one group; ``extra`` values must be str, int, float or lists of str."""
@@ -30,6 +32,11 @@ def schema_attrs(sample_dims: Sequence[str] = (), **extra: Any) -> dict[str, Any
     if sample_dims:
         attrs["sample_dims"] = list(sample_dims)
     return attrs | extra
+
+
+def arviz_generation() -> int:
+    """The major version of the installed ArviZ: 0 with ``InferenceData``, 1 with ``DataTree``."""
+    return int(importlib.metadata.version("arviz").split(".")[0])
 
 
 def as_tree(data: Any) -> Any:

@@ -5,7 +5,6 @@ its two generations; `to_arviz` is the only place that knows which one is instal
 flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for begin with ``vi_``.
 """
 
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from pyro_flowkit.diagnostics.predictive import (
     posterior_predictive,
     prior_draws,
 )
-from pyro_flowkit.diagnostics.schema import schema_attrs
+from pyro_flowkit.diagnostics.schema import arviz_generation, schema_attrs
 from pyro_flowkit.ops.psis import psis
 
 HISTORY_KEYS = ("elbo", "learning_rate", "grad_norm", "seconds")
@@ -160,7 +159,7 @@ def to_arviz(tree: xr.DataTree) -> Any:
     Returns:
         ``tree`` unchanged, or an ``arviz.InferenceData`` with the same groups.
     """
-    if int(importlib.metadata.version("arviz").split(".")[0]) >= 1:
+    if arviz_generation() >= 1:
         return tree
     import arviz
 

@@ -39,9 +39,8 @@ class AmortizedPosterior(FlowDistribution):
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
     @property
-    def _pushes_derivatives(
-        self,
-    ) -> bool:  # the base says nothing of the derivative at the global draws
+    def _pushes_derivatives(self) -> bool:
+        # What is carried along says nothing of the derivative at the global draws.
         return super()._pushes_derivatives and self._global_context is None
 
     def _pulled(self, value: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:

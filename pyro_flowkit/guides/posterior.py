@@ -13,12 +13,7 @@ over the last steps, and the next step takes the gradient whose mean square is s
 with u the derivative of log q before the affine maps at the flow's end, the mean of u^2 is 1 for every Gaussian, and
 above a limit the step takes the ordinary gradient at once. The means of both gradients are the same.
 
-The derivative of log q at a draw is carried along from the base through the layers that made it, each of which solves
-with the transpose of its own Jacobian: no layer is inverted, no conditioner run twice.
-
-Reference:
-    Lorenz Vaitl, Ludwig Winkler, Lorenz Richter, Pan Kessel. Fast and Unified Path Gradient Estimators for Normalizing
-    Flows. ICLR 2024.
+The derivative of log q at a draw is carried along with it, see :mod:`pyro_flowkit.flow_distribution`.
 """
 
 from collections.abc import Sequence

@@ -93,9 +93,8 @@ class Ranks:
         """
         if self.count == 1:
             return loss
-        with (
-            torch.no_grad()
-        ):  # not around all of it: entering takes longer than there is to do alone
+        # Not around all of it: to enter it takes longer than there is to do alone.
+        with torch.no_grad():
             return self._average(parameters, loss)
 
     def _average(self, parameters: Sequence[Tensor], loss: float) -> float:

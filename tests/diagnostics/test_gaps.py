@@ -24,49 +24,24 @@ from pyro_flowkit.diagnostics import inference_gaps
 from pyro_flowkit.diagnostics.local_posterior import FreePosterior, family_of
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides import AmortizedSplineFlow
+from tests.diagnostics.linear_gaussian import DOUBLE, Z_DIM, LinearGaussian
 
-DOUBLE = torch.float64
-X_DIM, Z_DIM, NUM_DATA, NOISE = 5, 2, 30, 0.9
+NUM_DATA, NOISE = 30, 0.9
 
 
-class LinearGaussianVAE:
+class LinearGaussianVAE(LinearGaussian):
     """The posterior is correlated; the encoder's is shifted and has the wrong scale on purpose."""
 
     def __init__(self, shift=0.3, factor=0.8, full_rank=False):
-        generator = torch.Generator().manual_seed(3)
-
-        def normal(*shape):
-            return torch.randn(shape, generator=generator, dtype=DOUBLE)
-
-        self.weight, self.bias, self.full_rank = normal(X_DIM, Z_DIM), normal(X_DIM), full_rank
-        self.weight[:, 1] = 0.6 * self.weight[:, 0] + 0.4 * self.weight[:, 1]
-        self.precision = torch.eye(Z_DIM, dtype=DOUBLE) + self.weight.T @ self.weight / NOISE**2
-        self.covariance = self.precision.inverse()
-        self.shift = shift * self.covariance.diagonal().sqrt()
-        self.scale = factor * self.precision.diagonal().rsqrt()
-        noise = NOISE * normal(NUM_DATA, X_DIM)
-        self.data = normal(NUM_DATA, Z_DIM) @ self.weight.T + self.bias + noise
-
-    def posterior_mean(self, x):
-        return (x - self.bias) @ self.weight @ self.covariance / NOISE**2
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            prior = dist.Normal(torch.zeros(Z_DIM, dtype=DOUBLE), 1.0).to_event(1)
-            z = pyro.sample("z", prior)
-            pyro.sample("x", dist.Normal(z @ self.weight.T + self.bias, NOISE).to_event(1), obs=x)
+        super().__init__(NUM_DATA, NOISE, seed=3, shift=shift, factor=factor, correlation=0.6)
+        self.full_rank = full_rank
 
     def guide(self, x):
+        if not self.full_rank:
+            return super().guide(x)
         with pyro.plate("data", len(x)):
             mean = self.posterior_mean(x) + self.shift
-            if self.full_rank:
-                pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=self.scale.diag()))
-            else:
-                pyro.sample("z", dist.Normal(mean, self.scale).to_event(1))
-
-    def exact_log_prob(self):
-        covariance = self.weight @ self.weight.T + NOISE**2 * torch.eye(X_DIM, dtype=DOUBLE)
-        return dist.MultivariateNormal(self.bias, covariance).log_prob(self.data)
+            pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=self.scale.diag()))
 
     def exact_split(self):
         mean = self.posterior_mean(self.data)

@@ -8,7 +8,6 @@ gap       = log p(x) - ELBO = KL(q(z | x) || p(z | x))      in closed form for a
 import math
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,47 +15,14 @@ import xarray as xr
 from torch.distributions import kl_divergence
 
 from pyro_flowkit.diagnostics import evidence_bounds, pointwise, pointwise_bounds
+from tests.diagnostics.linear_gaussian import X_DIM, LinearGaussian
 
-X_DIM, Z_DIM, NUM_DATA, NOISE = 5, 2, 60, 0.7
-DOUBLE = torch.float64
+NUM_DATA, NOISE = 60, 0.7
 
 
-class LinearGaussianVAE:
-    """Model and a guide that is wrong on purpose: shifted, too narrow, without correlation."""
-
-    guide_family = dist.Normal
-
+class LinearGaussianVAE(LinearGaussian):
     def __init__(self, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(shape, generator=generator, dtype=DOUBLE)
-
-        self.weight, self.bias = normal(X_DIM, Z_DIM), normal(X_DIM)
-        precision = torch.eye(Z_DIM, dtype=DOUBLE) + self.weight.T @ self.weight / NOISE**2
-        self.covariance = precision.inverse()
-        self.shift = 0.3 * self.covariance.diagonal().sqrt()
-        self.scale = 0.8 * precision.diagonal().rsqrt()
-        noise = NOISE * normal(NUM_DATA, X_DIM)
-        self.data = normal(NUM_DATA, Z_DIM) @ self.weight.T + self.bias + noise
-
-    def posterior_mean(self, x):
-        return (x - self.bias) @ self.weight @ self.covariance / NOISE**2
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            prior = dist.Normal(torch.zeros(Z_DIM, dtype=DOUBLE), 1.0).to_event(1)
-            z = pyro.sample("z", prior)
-            pyro.sample("x", dist.Normal(z @ self.weight.T + self.bias, NOISE).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            mean = self.posterior_mean(x) + self.shift
-            pyro.sample("z", self.guide_family(mean, self.scale).to_event(1))
-
-    def exact_log_prob(self):
-        covariance = self.weight @ self.weight.T + NOISE**2 * torch.eye(X_DIM, dtype=DOUBLE)
-        return dist.MultivariateNormal(self.bias, covariance).log_prob(self.data)
+        super().__init__(NUM_DATA, NOISE, seed=seed)
 
     def exact_gap(self):
         mean = self.posterior_mean(self.data)
