@@ -49,14 +49,14 @@ class Program:
         args: its arguments.
         latents: names of its continuous latents, where others are enumerated; None is all.
         discrete: name of the enumerated site that has a guide of its own beside the one to be changed.
-        start: values of latents to start at, by name.
+        init_loc_fn: where the latents start; None is the guide's default.
     """
 
     model: Callable[..., None]
     args: tuple[Tensor, ...]
     latents: tuple[str, ...] | None = None
     discrete: str | None = None
-    start: dict[str, Tensor] | None = None
+    init_loc_fn: Callable[..., Any] | None = None
 
     @property
     def is_enumerated(self) -> bool:
@@ -65,8 +65,8 @@ class Program:
 
     def guide(self, auto: Callable[..., Any]) -> Any:
         """The guide of the program with this class (or function of a model) for its continuous latents."""
-        if self.start is not None:
-            auto = partial(auto, init_loc_fn=init_to_value(values=self.start))
+        if self.init_loc_fn is not None:
+            auto = partial(auto, init_loc_fn=self.init_loc_fn)
         if self.latents is not None:
             return auto(poutine.block(self.model, expose=list(self.latents)))
         if self.discrete is None:
@@ -220,7 +220,7 @@ def programs() -> dict[str, Program]:
                 ),
             ),
             discrete="assignment",
-            start={"locs": torch.tensor([-4.0, 0.0, 5.0])},
+            init_loc_fn=init_to_value(values={"locs": torch.tensor([-4.0, 0.0, 5.0])}),
         ),
         "state space": Program(
             state_space, (walk.mul(0.5).exp() * torch.randn(1000, generator=draw),)

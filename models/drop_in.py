@@ -54,9 +54,11 @@ def train(program: Program, guide: Any, *, steps: int, num_particles: int, lr: f
 
 
 @torch.no_grad()
-def elbo(program: Program, guide: Any, *, draws: int = DRAWS) -> tuple[float, float]:
+def elbo(
+    program: Program, guide: Any, *, draws: int = DRAWS, batch: int = BATCH
+) -> tuple[float, float]:
     """ELBO by the program's own objective, and its standard error (nats)."""
-    batch = min(BATCH, draws // 2)
+    batch = min(batch, draws // 2)
     objective = program.elbo(batch)
     means = torch.tensor(
         [-objective.loss(program.model, guide, *program.args) for _ in range(draws // batch)],
