@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -148,10 +148,9 @@ def read(path: str | os.PathLike[str]) -> list[Run]:
     return [Run.from_json(line) for line in lines]
 
 
-def missing(cells: Iterable[Cell], runs: Sequence[Run], steps: Sequence[int]) -> list[Cell]:
-    """The cells without a run that took the ELBO after these steps."""
-    done = {run.cell for run in runs if set(steps) <= set(run.steps)}
-    return [cell for cell in cells if cell not in done]
+def has_steps(run: Run, steps: Sequence[int]) -> bool:
+    """Whether a run was to take the ELBO after these steps, the last of them at its end."""
+    return set(steps) <= set(run.steps) and max(steps) == max(run.steps)
 
 
 def append(path: str | os.PathLike[str], run: Run) -> None:

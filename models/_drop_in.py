@@ -196,7 +196,7 @@ def programs() -> dict[str, Program]:
         "baseball": Program(baseball, (torch.tensor(HITS, dtype=torch.float),)),
         "capture-recapture": Program(
             capture_recapture,
-            (_captures(50, 5, draw),),
+            (simulate_captures(50, 5, draw),),
             latents=(
                 "survival_loc",
                 "survival_scale",
@@ -205,7 +205,7 @@ def programs() -> dict[str, Program]:
             ),
         ),
         "hidden Markov": Program(
-            hidden_markov, (_sequences(10, 6, draw),), latents=("transition", "rate")
+            hidden_markov, (simulate_sequences(10, 6, draw),), latents=("transition", "rate")
         ),
         "correlation": Program(correlation, (torch.randn(12, 5, generator=draw) @ factor.mT,)),
         "sparse regression": Program(sparse_regression, (x, noisy)),
@@ -225,11 +225,11 @@ def programs() -> dict[str, Program]:
         "state space": Program(
             state_space, (walk.mul(0.5).exp() * torch.randn(1000, generator=draw),)
         ),
-        "Dirichlet-multinomial": Program(dirichlet_multinomial, (_groups(8, draw),)),
+        "Dirichlet-multinomial": Program(dirichlet_multinomial, (simulate_groups(8, draw),)),
     }
 
 
-def _captures(num_animals: int, num_years: int, draw: torch.Generator) -> Tensor:
+def simulate_captures(num_animals: int, num_years: int, draw: torch.Generator) -> Tensor:
     first = torch.randint(num_years - 1, (num_animals,), generator=draw)
     alive, rows = torch.ones(num_animals, dtype=torch.bool), []
     for t in range(num_years):
@@ -239,7 +239,7 @@ def _captures(num_animals: int, num_years: int, draw: torch.Generator) -> Tensor
     return torch.stack(rows, -1).float()
 
 
-def _sequences(num_sequences: int, num_times: int, draw: torch.Generator) -> Tensor:
+def simulate_sequences(num_sequences: int, num_times: int, draw: torch.Generator) -> Tensor:
     state, rows = torch.zeros(num_sequences, dtype=torch.long), []
     for _ in range(num_times):
         moves = torch.rand(num_sequences, generator=draw) < 0.3
@@ -249,7 +249,7 @@ def _sequences(num_sequences: int, num_times: int, draw: torch.Generator) -> Ten
     return torch.stack(rows, -1)
 
 
-def _groups(num_groups: int, draw: torch.Generator) -> Tensor:
+def simulate_groups(num_groups: int, draw: torch.Generator) -> Tensor:
     logits = torch.tensor([1.0, 0.0, -1.0, -2.0]) + 0.7 * torch.randn(num_groups, 4, generator=draw)
     picks = torch.multinomial(logits.exp(), 20, replacement=True, generator=draw)
     return torch.nn.functional.one_hot(picks, 4).sum(1).float()

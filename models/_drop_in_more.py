@@ -199,7 +199,7 @@ def small_programs() -> dict[str, Program]:
         "scale": points.var() / 2,
         "locs": torch.tensor([1.0, 10.0]),
     }
-    captures = first._captures(40, 3, draw)
+    captures = first.simulate_captures(40, 3, draw)
     walk = torch.randn(60, generator=draw).mul(0.2).cumsum(0)
     return {
         "inclined plane": Program(
@@ -212,7 +212,9 @@ def small_programs() -> dict[str, Program]:
         "Bayesian regression": Program(RuggedRegression(), _terrain(draw)),
         "LKJ": Program(lkj, (torch.randn(100, 4, generator=draw),)),
         "correlation": eight["correlation"],
-        "Dirichlet-multinomial": Program(first.dirichlet_multinomial, (first._groups(5, draw),)),
+        "Dirichlet-multinomial": Program(
+            first.dirichlet_multinomial, (first.simulate_groups(5, draw),)
+        ),
         "horseshoe": eight["sparse regression"],
         "sparse regression": Program(
             kernel_regression, (x, interaction + 0.1 * torch.randn(20, generator=draw))
@@ -234,7 +236,9 @@ def small_programs() -> dict[str, Program]:
             latents=("survival_loc", "survival_scale", "catch", "survival_1", "survival_2"),
         ),
         "hidden Markov": Program(
-            first.hidden_markov, (first._sequences(12, 3, draw),), latents=("transition", "rate")
+            first.hidden_markov,
+            (first.simulate_sequences(12, 3, draw),),
+            latents=("transition", "rate"),
         ),
         "gamma DEF": Program(
             gamma_def, (_sparse_counts(5, 8, draw),), init_loc_fn=init_to_feasible
