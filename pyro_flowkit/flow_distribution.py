@@ -27,11 +27,11 @@ from torch.distributions import Transform
 from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.base import (
     Bijection,
-    ConditionedTransform,
     modules_in,
     stamp,
     tensors_in,
 )
+from pyro_flowkit.transforms.conditional import ConditionedTransform
 
 
 class Draw(NamedTuple):
@@ -79,6 +79,7 @@ class FlowDistribution(dist.TransformedDistribution):
         path_gradient: bool = False,
         validate_args: bool | None = None,
     ):
+        base_dist = _with_batch_of_contexts(base_dist, transforms)
         super().__init__(base_dist, transforms, validate_args=validate_args)
         self.path_gradient = path_gradient
         self._draw: Draw | None = None
@@ -102,8 +103,8 @@ class FlowDistribution(dist.TransformedDistribution):
             if inputs is not None:
                 inputs.append(value)
             if isinstance(transform, Bijection):
-                value, ladj = transform.call_and_ladj(value)
-                own_event_dim = 1
+                value, ladj = transform.call_and_event_ladj(value)
+                own_event_dim = transform.event_dim
             else:
                 x, value = value, transform(value)
                 ladj = transform.log_abs_det_jacobian(x, value)
@@ -119,8 +120,8 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob: Tensor | float = 0.0
         for transform in reversed(transforms):
             if isinstance(transform, Bijection):
-                value, inverse_ladj = transform.inverse_and_ladj(value)
-                own_event_dim = 1
+                value, inverse_ladj = transform.inverse_and_event_ladj(value)
+                own_event_dim = transform.event_dim
             else:
                 y, value = value, transform.inv(value)
                 inverse_ladj = -transform.log_abs_det_jacobian(value, y)
@@ -151,11 +152,9 @@ class FlowDistribution(dist.TransformedDistribution):
         if draw is not None and draw.value() is value:
             if draw.stamp == stamp(self._tracked_tensors(), value):
                 return draw.log_prob
-        event_dim = len(self.event_shape)
-        if _is_empty(value) and value.shape[-event_dim:] == self.event_shape:
-            return value.new_zeros(
-                torch.broadcast_shapes(value.shape[:-event_dim], self.batch_shape)
-            )
+        cut = value.dim() - len(self.event_shape)
+        if _is_empty(value) and value.shape[cut:] == self.event_shape:
+            return value.new_zeros(torch.broadcast_shapes(value.shape[:cut], self.batch_shape))
         if self._validate_args:
             self._validate_sample(value)
         return self._pull(value, self.base_dist, self.transforms)
@@ -259,6 +258,20 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draw": None}
+
+
+def _with_batch_of_contexts(
+    base: torch.distributions.Distribution, transforms: Transform | list[Transform]
+) -> torch.distributions.Distribution:
+    """The base, widened by the batch of each context, so that every context has noise of its own.
+
+    Transforms of vectors have that done by torch; element-wise ones keep the shape of their values.
+    """
+    shape = wide = base.batch_shape + base.event_shape
+    for transform in [transforms] if isinstance(transforms, Transform) else transforms:
+        if isinstance(transform, ConditionedTransform) and wide:
+            wide = transform.widened(wide)
+    return base if wide == shape else base.expand(wide[: len(wide) - len(base.event_shape)])
 
 
 def path_term(log_prob: Tensor, paths: Sequence[Tensor], derivatives: Sequence[Tensor]) -> Tensor:

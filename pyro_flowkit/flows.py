@@ -17,11 +17,8 @@ from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.nn import Activation, default_hidden_dims
 from pyro_flowkit.ops import Tails
-from pyro_flowkit.transforms.base import (
-    ConditionalFlowTransformModule,
-    check_context,
-    check_size,
-)
+from pyro_flowkit.transforms.base import check_context, check_size
+from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
     half_mask,

@@ -28,7 +28,7 @@ from torch.distributions import constraints, transform_to
 
 from pyro_flowkit.diagnostics.particles import innermost, is_point_mass, sample_sites
 from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.transforms.base import ConditionedTransform
+from pyro_flowkit.transforms.conditional import ConditionedTransform
 
 _SAME = 1e-3  # nats, and relative
 _LEAST_SPREAD = 0.1

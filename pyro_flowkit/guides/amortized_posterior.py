@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from pyro_flowkit.flow_distribution import FlowDistribution, path_term
 from pyro_flowkit.guides.posterior import MAX_ROUGHNESS
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.transforms.base import ConditionalFlowTransformModule, ConditionedTransform
+from pyro_flowkit.transforms.conditional import (
+    ConditionalFlowTransformModule,
+    ConditionedTransform,
+)
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 

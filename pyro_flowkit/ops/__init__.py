@@ -7,6 +7,7 @@ from pyro_flowkit.ops.rational_quadratic import (
     rational_quadratic_forward,
     rational_quadratic_inverse,
     spline_columns,
+    spline_elements,
 )
 from pyro_flowkit.ops.settings import SplineSettings, Tails, num_spline_params
 
@@ -20,6 +21,7 @@ __all__ = [
     "rational_quadratic_forward",
     "rational_quadratic_inverse",
     "spline_columns",
+    "spline_elements",
     "use_compiled",
     "use_reference",
 ]

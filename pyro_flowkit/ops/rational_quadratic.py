@@ -62,7 +62,7 @@ def rational_quadratic_forward(
         ValueError: for settings that make no spline, or parameters of another size.
     """
     settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
-    return _elementwise(inputs, params, settings, inverse=False)
+    return spline_elements(inputs, params, settings, inverse=False)
 
 
 def rational_quadratic_inverse(
@@ -78,7 +78,7 @@ def rational_quadratic_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Invert :func:`rational_quadratic_forward`: same arguments; returns x and log dx/dy (nats)."""
     settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
-    return _elementwise(inputs, params, settings, inverse=True)
+    return spline_elements(inputs, params, settings, inverse=True)
 
 
 def spline_columns(
@@ -190,9 +190,10 @@ def _settings(*arguments: Any) -> SplineSettings:
     return _known_settings(*arguments)
 
 
-def _elementwise(
-    inputs: Tensor, params: Tensor, settings: SplineSettings, *, inverse: bool
+def spline_elements(
+    inputs: Tensor, params: Tensor, settings: SplineSettings, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
+    """:func:`rational_quadratic_forward`, or its inverse, for settings that are there already."""
     _check_size(params, settings.num_params, settings, "params")
     if not fused.applies(inputs, params):
         return _in_pytorch(inputs, params, settings, inverse)

@@ -24,6 +24,8 @@ from pyro_flowkit.testing.support import (
     Owner,
     conditioned,
     evaluate,
+    is_elementwise,
+    log_det,
     no_validation,
     perturb_,
     prepared,
@@ -180,23 +182,27 @@ def check_inverse_module(transform: Any) -> None:
 
 
 def check_distribution(transform: Any) -> None:
-    """In a TransformedDistribution: shapes, log-density, gradients twice, and no stale value."""
+    """In a TransformedDistribution: shapes, log-density, gradients twice, and no stale value.
+
+    A batch of contexts is part of the batch shape, but under element-wise transforms, as in Pyro, of the sample shape.
+    """
     context = sample_context(transform, (5,))
     base, d = _distributions(transform, context)
-    batch = () if context is None else (5,)
-    for sample_shape in ((), (3,)):
+    f = conditioned(transform, context)
+    batch = () if context is None or is_elementwise(f) else (5,)
+    once = () if context is None or batch else (5,)
+    for sample_shape in (once, (3, *once)):
         shape, want = d.rsample(sample_shape).shape, (*sample_shape, *batch, transform.input_dim)
         require(shape == want, f"Expected a sample of shape {want}, got {tuple(shape)}.")
     require(d.batch_shape == batch, f"Expected batch_shape {batch}, got {tuple(d.batch_shape)}.")
     with torch.no_grad():
-        value = d.sample((5,) if context is None else ())
-        f = conditioned(transform, context)
+        value = d.sample(() if batch else (5,))
         x = f.inv(value)
-        expected = base.log_prob(x) - f.log_abs_det_jacobian(x, value)
+        expected = base.log_prob(x) - log_det(f, x, value)
         require_close(d.log_prob(value), expected, "log_prob")
     for _ in range(2):
         transform.zero_grad()
-        loss = d.log_prob(d.rsample()).mean() + d.log_prob(value).mean()
+        loss = d.log_prob(d.rsample(once)).mean() + d.log_prob(value).mean()
         if loss.requires_grad:  # a permutation has nothing to learn
             loss.backward()
         for name, parameter in transform.named_parameters():
@@ -222,7 +228,7 @@ def check_conditioner_runs_once(transform: Any) -> None:
     ]
     context = sample_context(transform, (5,))
     _, d = _distributions(transform, context)
-    value = d.sample((5,) if context is None else ())
+    value = d.sample(() if d.batch_shape else (5,))
     calls.clear()
     d.log_prob(value)
     for hook in hooks:

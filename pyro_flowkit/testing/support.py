@@ -80,11 +80,28 @@ def conditioned(transform: Any, context: Tensor | None) -> Any:
 
 
 def evaluate(transform: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-    """y = f(x) and its log-det, then f^-1(y) and its log-det."""
+    """y = f(x) and its log-det, then f^-1(y) and its log-det; element-wise transforms are taken as maps of vectors."""
     f = conditioned(transform, context)
+    if is_elementwise(f) and hasattr(f, "call_and_ladj"):
+        y, ladj = f.call_and_ladj(x)
+        return y, ladj, *f.inverse_and_ladj(y)
     y = f(x)
     back = f.inv(y)
-    return y, f.log_abs_det_jacobian(x, y), back, -f.log_abs_det_jacobian(back, y)
+    return y, log_det(f, x, y), back, -log_det(f, back, y)
+
+
+def is_elementwise(f: Any) -> bool:
+    """Whether log-dets are by element, as ``torch.distributions`` has them where the domain has ``event_dim`` 0."""
+    return f.domain.event_dim == 0
+
+
+def log_det(f: Any, x: Tensor, y: Tensor) -> Tensor:
+    """log|det dy/dx| of the vector, shape ``(*batch,)``."""
+    if is_elementwise(f):
+        if hasattr(f, "call_and_ladj"):
+            return f.call_and_ladj(x)[1]
+        return f.log_abs_det_jacobian(x, y).sum(-1)
+    return f.log_abs_det_jacobian(x, y)
 
 
 class Evaluate(nn.Module):
@@ -149,7 +166,7 @@ def require_finite_at(transform: Any, value: float) -> None:
         x = sample_points(transform, (size,)).masked_fill(own, value).requires_grad_()
         transform.zero_grad()
         y = g(x)
-        ladj = g.log_abs_det_jacobian(x, y)
+        ladj = log_det(g, x, y)
         if math.isinf(value):
             diagonal = y.diagonal().tolist()
             require(diagonal == [value] * size, f"Expected {value} ({where}), got {diagonal}.")

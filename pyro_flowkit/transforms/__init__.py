@@ -15,12 +15,14 @@ from pyro.distributions.transforms import *  # noqa: F403
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.base import (
     Bijection,
-    ConditionalFlowTransformModule,
-    ConditionedTransform,
     FlowTransformModule,
     InverseTransformModule,
 )
 from pyro_flowkit.transforms.compose import Compose, ConditionalCompose, iterated
+from pyro_flowkit.transforms.conditional import (
+    ConditionalFlowTransformModule,
+    ConditionedTransform,
+)
 from pyro_flowkit.transforms.coupling import (
     ConditionalSplineCoupling,
     SplineCoupling,

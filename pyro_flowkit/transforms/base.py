@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from pyro.distributions import TransformModule, constraints
-from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform
 
@@ -31,11 +30,14 @@ _HINT = "_inverse_ladj"
 class Bijection(Transform):
     """A transform of vectors given by ``call_and_ladj`` and ``inverse_and_ladj``.
 
-    ``sign``, the sign of the Jacobian's determinant, is +1 unless a subclass says otherwise.
+    ``sign``, the sign of the Jacobian's determinant, is +1 unless a subclass says otherwise. ``event_dim`` is that of
+    domain and codomain: 1, or 0 for an element-wise transform, whose ``log_abs_det_jacobian`` then has one log-det for
+    every element, as Pyro and ``torch.distributions`` have it.
     """
 
     bijective = True
     sign = 1
+    event_dim = 1
     input_dim: int
 
     @property
@@ -54,6 +56,18 @@ class Bijection(Transform):
         """Map ``(*batch, input_dim)`` back; the log-det is that of the inverse map."""
         raise NotImplementedError
 
+    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`call_and_ladj`, with a log-det for every event of the domain.
+
+        That is the same, shape ``(*batch,)``, but for element-wise transforms (``event_dim`` 0), which give one for
+        every element, shape ``(*batch, input_dim)``.
+        """
+        return self.call_and_ladj(x)
+
+    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`inverse_and_ladj`, with a log-det for every event of the domain."""
+        return self.inverse_and_ladj(y)
+
     def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
         r"""The derivative of a log-density, carried through the map, whose parameters are held fixed.
 
@@ -67,26 +81,26 @@ class Bijection(Transform):
         Returns:
             The derivative of log q_Y with respect to y, without a graph.
         """
-        return _pushed_by_inverse(self.inverse_and_ladj, y, derivative)
+        return pushed_by_inverse(self.inverse_and_ladj, y, derivative)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        x, inverse_ladj = self.inverse_and_ladj(y)
+        x, inverse_ladj = self.inverse_and_event_ladj(y)
         if x is not y and not torch.compiler.is_compiling():
             x.__dict__[_HINT] = InverseLogDet(self, y, inverse_ladj)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dy/dx| (nats), shape ``(*batch,)``; free when ``x`` has just come from ``inv(y)``."""
+        """log|det dy/dx| (nats) of every event of the domain; free when ``x`` has just come from ``inv(y)``."""
         if not torch.compiler.is_compiling():
             remembered = x.__dict__.get(_HINT)
             if isinstance(remembered, InverseLogDet):
                 inverse_ladj = remembered.take(self, y)
                 if inverse_ladj is not None:
                     return -inverse_ladj
-        return self.call_and_ladj(x)[1]
+        return self.call_and_event_ladj(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> "Bijection":
         """Return self: nothing is cached between calls, whatever the size."""
@@ -100,9 +114,10 @@ class Bijection(Transform):
         check_vector(x, self.input_dim, type(self).__name__)
 
 
-def _pushed_by_inverse(
+def pushed_by_inverse(
     inverse_and_ladj: Callable[[Tensor], tuple[Tensor, Tensor]], y: Tensor, derivative: Tensor
 ) -> Tensor:
+    """:meth:`Bijection.pushed_derivative` of any map, by autograd through its inverse."""
     with torch.enable_grad():
         point = y.detach().requires_grad_()
         back, inverse_ladj = inverse_and_ladj(point)
@@ -205,6 +220,7 @@ class InverseTransformModule(FlowTransformModule):
     def __init__(self, transform: FlowTransformModule):
         super().__init__(transform.input_dim)
         self.transform = transform
+        self.event_dim = transform.event_dim
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -231,130 +247,11 @@ class InverseTransformModule(FlowTransformModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform.call_and_ladj(y)
 
+    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_event_ladj(x)
 
-class ConditionalFlowTransformModule(nn.Module):
-    """A transform whose map depends on a context; ``condition(context)`` gives a transform.
-
-    A plain module, registered as a virtual subclass of Pyro's ``ConditionalTransformModule``: the metaclass of Pyro's
-    own keeps it from going through ``to_pyro_module_``.
-    """
-
-    def __init__(self, input_dim: int, context_dim: int):
-        super().__init__()
-        check_size("input_dim", input_dim)
-        check_size("context_dim", context_dim)
-        self.input_dim = input_dim
-        self.context_dim = context_dim
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return constraints.real_vector
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.domain
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``(*batch, input_dim)`` forward under a context ``(*batch, context_dim)``; the two broadcast."""
-        raise NotImplementedError
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Map back under a context; the log-det is that of the inverse map."""
-        raise NotImplementedError
-
-    def pushed_derivative(
-        self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
-    ) -> Tensor:
-        """As :meth:`Bijection.pushed_derivative`, with the context held fixed as well."""
-        fixed = context.detach()
-        return _pushed_by_inverse(lambda y: self.inverse_and_ladj(y, fixed), y, derivative)
-
-    def condition(self, context: Tensor) -> "ConditionedTransform":
-        """The transform for this context, shape ``(*batch, context_dim)``.
-
-        Raises:
-            ValueError: if the context is missing or of another size.
-        """
-        check_context(context, self.context_dim, type(self).__name__)
-        return ConditionedTransform(self, context)
-
-    def _check_inputs(self, x: Tensor, context: Tensor | None) -> None:
-        check_vector(x, self.input_dim, type(self).__name__)
-        check_context(context, self.context_dim, type(self).__name__)
-
-    @property
-    def inv(self) -> "ConditionalInverseTransformModule":
-        return ConditionalInverseTransformModule(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        forget_unconstrained(self)
-        return self.__dict__.copy()
-
-
-ConditionalTransformModule.register(ConditionalFlowTransformModule)
-
-
-class ConditionalInverseTransformModule(ConditionalFlowTransformModule):
-    """The inverse of a conditional transform."""
-
-    def __init__(self, transform: ConditionalFlowTransformModule):
-        super().__init__(transform.input_dim, transform.context_dim)
-        self.transform = transform
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return self.transform.codomain
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.transform.domain
-
-    @property
-    def inv(self) -> ConditionalFlowTransformModule:
-        return self.transform
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_ladj(x, context)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_ladj(y, context)
-
-
-class ConditionedTransform(Bijection):
-    """A conditional transform with its context filled in; a context batch becomes part of the batch shape."""
-
-    def __init__(self, transform: ConditionalFlowTransformModule, context: Tensor):
-        super().__init__(cache_size=0)
-        self.transform = transform
-        self.context = context
-        self.input_dim = transform.input_dim
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return self.transform.domain
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.transform.codomain
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_ladj(x, self.context)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_ladj(y, self.context)
-
-    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
-        return self.transform.pushed_derivative(x, y, derivative, self.context)
-
-    def tracked_tensors(self) -> list[Tensor]:
-        return [self.context, *tensors_in(self.transform)]
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        batch_shape = torch.broadcast_shapes(shape[:-1], self.context.shape[:-1])
-        return torch.Size([*batch_shape, *shape[-1:]])
-
-    inverse_shape = forward_shape
-    __hash__ = object.__hash__
+    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_event_ladj(y)
 
 
 def check_size(name: str, value: int, least: int = 1) -> None:

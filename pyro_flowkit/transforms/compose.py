@@ -8,11 +8,8 @@ from typing import Any, cast
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.transforms.base import (
-    ConditionalFlowTransformModule,
-    FlowTransformModule,
-    check_context,
-)
+from pyro_flowkit.transforms.base import FlowTransformModule, check_context
+from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.coupling import half_mask
 
 AnyTransform = FlowTransformModule | ConditionalFlowTransformModule
@@ -22,14 +19,23 @@ class _Composition:
     """What the two compositions share: the parts, in the order in which forward applies them."""
 
     parts: nn.ModuleList
+    event_dim: int
+
+    def _setup(self, parts: Sequence["AnyTransform"]) -> None:
+        self.parts = nn.ModuleList(parts)
+        self.event_dim = max(part.event_dim for part in parts)  # 0 where all are element-wise
 
     @property
     def domain(self) -> constraints.Constraint:
-        return self.parts[0].domain
+        return self._of_event(self.parts[0].domain)
 
     @property
     def codomain(self) -> constraints.Constraint:
-        return self.parts[-1].codomain
+        return self._of_event(self.parts[-1].codomain)
+
+    def _of_event(self, constraint: constraints.Constraint) -> constraints.Constraint:
+        missing = self.event_dim - constraint.event_dim
+        return constraints.independent(constraint, missing) if missing else constraint
 
     def _run(
         self, value: Tensor, context: Tensor | None, method: str, *, backwards: bool = False
@@ -55,7 +61,7 @@ class Compose(_Composition, FlowTransformModule):
 
     def __init__(self, parts: Sequence[FlowTransformModule]):
         super().__init__(_common_dim(parts, FlowTransformModule))
-        self.parts = nn.ModuleList(parts)
+        self._setup(parts)
 
     @property
     def sign(self) -> int:
@@ -66,6 +72,16 @@ class Compose(_Composition, FlowTransformModule):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(y, None, "inverse_and_ladj", backwards=True)
+
+    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.event_dim:
+            return self.call_and_ladj(x)
+        return self._run(x, None, "call_and_event_ladj")
+
+    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.event_dim:
+            return self.inverse_and_ladj(y)
+        return self._run(y, None, "inverse_and_event_ladj", backwards=True)
 
 
 class ConditionalCompose(_Composition, ConditionalFlowTransformModule):
@@ -80,7 +96,7 @@ class ConditionalCompose(_Composition, ConditionalFlowTransformModule):
         super().__init__(
             _common_dim(parts, (FlowTransformModule, ConditionalFlowTransformModule)), context_dim
         )
-        self.parts = nn.ModuleList(parts)
+        self._setup(parts)
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_dim, type(self).__name__)
@@ -89,6 +105,18 @@ class ConditionalCompose(_Composition, ConditionalFlowTransformModule):
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_dim, type(self).__name__)
         return self._run(y, context, "inverse_and_ladj", backwards=True)
+
+    def call_and_event_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self.event_dim:
+            return self.call_and_ladj(x, context)
+        check_context(context, self.context_dim, type(self).__name__)
+        return self._run(x, context, "call_and_event_ladj")
+
+    def inverse_and_event_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self.event_dim:
+            return self.inverse_and_ladj(y, context)
+        check_context(context, self.context_dim, type(self).__name__)
+        return self._run(y, context, "inverse_and_event_ladj", backwards=True)
 
 
 def _common_dim(parts: Sequence[AnyTransform], kinds: type | tuple[type, ...]) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP
-from pyro_flowkit.transforms.base import ConditionalFlowTransformModule
+from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 
 
 class ConditionalAffine(ConditionalFlowTransformModule):

@@ -29,11 +29,8 @@ from pyro_flowkit.nn import MLP, Activation, default_hidden_dims, make_condition
 from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, fused, spline_columns
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
-from pyro_flowkit.transforms.base import (
-    ConditionalFlowTransformModule,
-    FlowTransformModule,
-    check_size,
-)
+from pyro_flowkit.transforms.base import FlowTransformModule, check_size
+from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
 
 
@@ -60,7 +57,7 @@ class _Coupling(nn.Module):
 
     @property
     def domain(self) -> constraints.Constraint:
-        return domain_of(self.settings)
+        return constraints.independent(domain_of(self.settings), 1)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_inside(x, self.settings, type(self).__name__)

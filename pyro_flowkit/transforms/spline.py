@@ -1,6 +1,7 @@
 """Element-wise splines: every dimension through a rational-quadratic spline of its own.
 
-``Spline`` learns the parameters themselves; ``ConditionalSpline`` reads them from a context.
+``Spline`` learns the parameters themselves; ``ConditionalSpline`` reads them from a context. Both have ``event_dim`` 0, as
+in Pyro: over ``Normal(zeros(D), ones(D))`` they make D independent elements, over that ``.to_event(1)`` one vector.
 
 Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_flowkit.nn import default_hidden_dims, make_conditioner
-from pyro_flowkit.ops import Columns, SplineSettings, Tails, spline_columns
-from pyro_flowkit.transforms.base import ConditionalFlowTransformModule, FlowTransformModule
+from pyro_flowkit.ops import Columns, SplineSettings, Tails, spline_columns, spline_elements
+from pyro_flowkit.transforms.base import FlowTransformModule
+from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 
 
 def domain_of(settings: SplineSettings) -> constraints.Constraint:
-    """Where a spline of these settings is defined, and where its values are."""
+    """Where one spline of these settings is defined, and where its values are."""
     if settings.tails is None:
-        return constraints.independent(constraints.interval(-settings.bound, settings.bound), 1)
-    return constraints.real_vector
+        return constraints.interval(-settings.bound, settings.bound)
+    return constraints.real
 
 
 def check_inside(inputs: Tensor, settings: SplineSettings, owner: str) -> None:
@@ -56,17 +58,28 @@ class Spline(FlowTransformModule):
         count_bins: number of bins.
         bound: the spline lives on ``[-bound, bound]``.
         tails: "linear", "circular" or None; see :func:`~pyro_flowkit.ops.rational_quadratic_forward`.
+        order: "quadratic", the only one there is; Pyro's "linear" is refused.
 
-    Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats.
+    Shapes: ``(*batch, D)`` to ``(*batch, D)``; ``log_abs_det_jacobian`` has shape ``(*batch, D)``, the log-det of
+    ``call_and_ladj``, which is that of the whole vector, ``(*batch,)``; in nats.
 
     Raises:
         ValueError: for settings that make no spline, with the numbers.
     """
 
+    event_dim = 0
+
     def __init__(
-        self, input_dim: int, count_bins: int = 8, bound: float = 3.0, *, tails: Tails = "linear"
+        self,
+        input_dim: int,
+        count_bins: int = 8,
+        bound: float = 3.0,
+        *,
+        tails: Tails = "linear",
+        order: str = "quadratic",
     ):
         super().__init__(input_dim)
+        check_order(order)
         self.settings = SplineSettings(count_bins, float(bound), tails)
         self.columns = Columns(input_dim, own=(), shared=tuple(range(input_dim)))
         self.params = nn.Parameter(torch.zeros(input_dim * self.settings.num_params))
@@ -81,10 +94,22 @@ class Spline(FlowTransformModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._map(y, inverse=True)
 
+    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._map_elements(x, inverse=False)
+
+    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._map_elements(y, inverse=True)
+
     def _map(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         check_inside(x, self.settings, type(self).__name__)
         return spline_columns(x, None, self.params, self.columns, self.settings, inverse=inverse)
+
+    def _map_elements(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        self._check_input(x)
+        check_inside(x, self.settings, type(self).__name__)
+        params = self.params.unflatten(-1, (self.input_dim, self.settings.num_params))
+        return spline_elements(x, params, self.settings, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}, {describe(self.settings)}"
@@ -98,7 +123,12 @@ class ConditionalSpline(ConditionalFlowTransformModule):
         context_dim: size of the context.
         conditioner: module ``(inputs of size 0, context) -> (*batch, D * num_spline_params)``.
         count_bins, bound, tails: as for :class:`Spline`.
+
+    Shapes: as for :class:`Spline`. A batch of contexts does not become part of a distribution's batch shape, as it does
+    under transforms of vectors; see :class:`~pyro_flowkit.transforms.ConditionedTransform`.
     """
+
+    event_dim = 0
 
     def __init__(
         self,
@@ -125,11 +155,26 @@ class ConditionalSpline(ConditionalFlowTransformModule):
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return self._map(y, context, inverse=True)
 
+    def call_and_event_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self._map_elements(x, context, inverse=False)
+
+    def inverse_and_event_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self._map_elements(y, context, inverse=True)
+
     def _map(self, x: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        params = self._params(x, context)
+        return spline_columns(x, params, None, self.columns, self.settings, inverse=inverse)
+
+    def _map_elements(
+        self, x: Tensor, context: Tensor, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        params = self._params(x, context).unflatten(-1, (self.input_dim, self.settings.num_params))
+        return spline_elements(x, params, self.settings, inverse=inverse)
+
+    def _params(self, x: Tensor, context: Tensor) -> Tensor:
         self._check_inputs(x, context)
         check_inside(x, self.settings, type(self).__name__)
-        params = self.conditioner(x[..., :0], context)
-        return spline_columns(x, params, None, self.columns, self.settings, inverse=inverse)
+        return self.conditioner(x[..., :0], context)
 
     def extra_repr(self) -> str:
         return (
@@ -146,8 +191,7 @@ def spline(
     order: str = "quadratic",
 ) -> Spline:
     """An element-wise :class:`Spline`; Pyro's helper of the same name."""
-    check_order(order)
-    return Spline(input_dim, count_bins, bound, tails=tails)
+    return Spline(input_dim, count_bins, bound, tails=tails, order=order)
 
 
 def conditional_spline(
