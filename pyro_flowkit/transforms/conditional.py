@@ -183,7 +183,8 @@ class ConditionedTransform(Bijection):
         if torch.jit.is_tracing():  # sizes are tensors there
             return
         batch, own = value.shape[:-1], self.context.shape[:-1]
-        if torch.broadcast_shapes(batch, own) != batch:
+        pairs = zip(reversed(own), reversed(batch), strict=False)
+        if len(own) > len(batch) or any(size not in (1, given) for size, given in pairs):
             raise ValueError(
                 f"Expected values whose batch shape contains that of the context, {tuple(own)}, got {tuple(batch)}: "
                 f"the element-wise {type(self.transform).__name__} keeps the shape of its values, as Pyro's does. "

@@ -1,7 +1,7 @@
 """Element-wise splines: every dimension through a rational-quadratic spline of its own.
 
-``Spline`` learns the parameters themselves; ``ConditionalSpline`` reads them from a context. Both have ``event_dim`` 0, as
-in Pyro: over ``Normal(zeros(D), ones(D))`` they make D independent elements, over that ``.to_event(1)`` one vector.
+``Spline`` learns the parameters themselves; ``ConditionalSpline`` reads them from a context. Both have ``event_dim`` 0,
+as in Pyro: over ``Normal(zeros(D), ones(D))`` they make D independent elements, over that ``.to_event(1)`` one vector.
 
 Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
@@ -165,9 +165,7 @@ class ConditionalSpline(ConditionalFlowTransformModule):
         params = self._params(x, context)
         return spline_columns(x, params, None, self.columns, self.settings, inverse=inverse)
 
-    def _map_elements(
-        self, x: Tensor, context: Tensor, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _map_elements(self, x: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         params = self._params(x, context).unflatten(-1, (self.input_dim, self.settings.num_params))
         return spline_elements(x, params, self.settings, inverse=inverse)
 
