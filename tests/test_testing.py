@@ -11,6 +11,14 @@ class Wrong(T.Spline):
     """A correct spline, for the faulty ones below to change in one point."""
 
 
+class LogDetByElement(Wrong):
+    """Right for the vector, wrong for its elements."""
+
+    def call_and_event_ladj(self, x):
+        y, ladj = super().call_and_event_ladj(x)
+        return y, ladj.flip(-1)
+
+
 class LogDetSign(Wrong):
     def call_and_ladj(self, x):
         y, ladj = super().call_and_ladj(x)
@@ -114,6 +122,7 @@ class NoSizeCheck(Wrong):
 
 
 FAULTS = {
+    LogDetByElement: ["log_det"],
     LogDetSign: ["log_det", "round_trip"],
     InverseIsForward: ["round_trip"],
     Shifted: ["identity_at_init", "edges"],
@@ -172,8 +181,11 @@ def test_a_slope_below_one_at_the_bound_is_caught():
 
 
 def test_any_transform_module_of_pyro_can_be_checked():
-    from pyro.distributions.transforms import AffineCoupling
+    from pyro.distributions.transforms import AffineCoupling, Spline
     from pyro.nn import DenseNN
+
+    def elementwise():
+        return Spline(2, order="quadratic").double()
 
     def affine_coupling():
         transform = AffineCoupling(1, DenseNN(1, [8], [1, 1]))
@@ -181,6 +193,7 @@ def test_any_transform_module_of_pyro_can_be_checked():
         return transform
 
     testing.check_transform(affine_coupling, only=["round_trip", "log_det"])
+    testing.check_transform(elementwise, only=["round_trip", "log_det"])
 
 
 def test_unknown_checks_and_options_are_refused():

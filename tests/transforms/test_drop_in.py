@@ -1,5 +1,7 @@
 """Transforms that share a name with Pyro's have its shapes: event_dim, batch and event shapes, with a context too."""
 
+import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pyro
@@ -11,6 +13,7 @@ import torch
 import pyro_flowkit.transforms as T
 from pyro_flowkit import FlowDistribution
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.testing.support import no_validation, torch_jit_deprecations
 
 DIM, CONTEXT, ROWS = 4, 3, 5
 
@@ -136,6 +139,42 @@ def test_an_elementwise_spline_has_one_log_density_for_every_element() -> None:
     density = dist.TransformedDistribution(elements, [transform])
     total = density.log_prob(grid[:, None].expand(-1, 2)).exp().sum(0) * (grid[1] - grid[0])
     torch.testing.assert_close(total, torch.ones(2), atol=1e-3, rtol=0)
+
+
+class LogDetByElement(torch.nn.Module):
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x, context):
+        f = (
+            self.transform.condition(context)
+            if hasattr(self.transform, "condition")
+            else self.transform
+        )
+        return f.log_abs_det_jacobian(x, f(x))
+
+
+@pytest.mark.parametrize("make", [T.spline, partial(T.conditional_spline, context_dim=CONTEXT)])
+def test_log_dets_by_element_keep_dtypes_and_empty_batches_and_go_through_compilers(make) -> None:
+    module = LogDetByElement(perturb_(make(DIM), 0.2))
+    x, context = 2.0 * torch.randn(ROWS, DIM), torch.randn(ROWS, CONTEXT)
+    expected = module(x, context)
+    assert module(x[:0], context[:0]).shape == (0, DIM)
+    torch.testing.assert_close(
+        copy.deepcopy(module).double()(x.double(), context.double()).float(), expected
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        got = module(x.to(dtype), context.to(dtype))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), expected, atol=0.1, rtol=0.1)
+    with no_validation():  # the compiler turns validation off for good; leaving restores it
+        compiled = torch.compile(module, fullgraph=True, backend="eager")(x, context)
+    torch.testing.assert_close(compiled, expected)
+    with torch_jit_deprecations():
+        traced = torch.jit.trace(module, (x, context), check_trace=False)
+    again = (torch.cat([x, x]), torch.cat([context, context]))
+    torch.testing.assert_close(traced(*again), module(*again))
 
 
 def test_a_stack_of_elementwise_splines_is_elementwise_and_any_other_is_not() -> None:
