@@ -21,13 +21,12 @@ from typing import Any, Literal, cast
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoCallable, AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.util import ignore_jit_warnings
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flow_distribution import _fixed_seed
@@ -35,6 +34,7 @@ from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
 from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE, Recipe
+from pyro_flowkit.guides.constrained import constrain
 from pyro_flowkit.guides.data_plate import (
     PlateCall,
     choose_plate,
@@ -46,6 +46,12 @@ from pyro_flowkit.guides.global_context import centred
 from pyro_flowkit.guides.global_spline_flow import GlobalSplineFlow, check_covered
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.guides.supports import (
+    Edges,
+    bijection_to,
+    initialisation,
+    refuse_changing_supports,
+)
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
@@ -138,7 +144,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
             raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
         if affine not in ("full", "diagonal", None):
             raise ValueError(f'Expected affine to be "full" or "diagonal", got {affine!r}.')
-        init_loc_fn = init_to_median if init_loc_fn is None else init_loc_fn
+        init_loc_fn = initialisation(init_loc_fn)
         AutoGuide.__init__(self, InitMessenger(init_loc_fn)(model), create_plates=create_plates)
         self._conversions = []
         self._plain_model = (model,)
@@ -192,6 +198,8 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         trace = cast(poutine.Trace, self.prototype_trace)
         nodes = [node for _, node in trace.iter_stochastic_nodes()]
         Latents(nodes)  # says which latents cannot be handled
+        refuse_changing_supports(trace, self._plain_model[0], args, kwargs)
+        self._edges = Edges()
         frame = choose_plate(nodes, self.plate_name)
         self._plate, self._dim = frame.name, frame.dim
         local = [node for node in nodes if _is_inside(node, frame.name)]
@@ -326,19 +334,16 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
                 f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True}
             )
         for site, unconstrained in self._local.unpack(latent):
-            to = biject_to(site.support)
-            value = to(unconstrained)
-            log_density: Any = 0.0
-            if poutine.get_mask() is not False:
-                log_density = to.inv.log_abs_det_jacobian(value, unconstrained)
-                log_density = sum_rightmost(
-                    log_density, log_density.dim() - value.dim() + site.event_dim
-                )
+            to = bijection_to(site.support)
+            value, log_density = constrain(to, unconstrained, site.event_dim)
+            if not torch.jit.is_tracing():
+                self._edges.note(site.name, site.support, value, site.size)
             with ExitStack() as stack:
                 for name in site.plates:
                     stack.enter_context(plates[name])
                 delta = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
                 result[site.name] = pyro.sample(site.name, delta)
+        self._edges.check()
         return result
 
     def _posterior(self, features: Tensor, global_context: Tensor | None) -> AmortizedPosterior:

@@ -8,13 +8,13 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.fixed_draws import global_draws, local_quantiles
 from pyro_flowkit.guides.global_context import centred
 from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 
@@ -43,7 +43,7 @@ class AmortizedSummaries(AutoGuide):
         """
         self._require_setup()
         return {
-            site.name: biject_to(site.support)(unconstrained)
+            site.name: bijection_to(site.support)(unconstrained)
             for site, unconstrained in self._local.unpack_rows(latent)
         }
 
@@ -98,7 +98,7 @@ class AmortizedSummaries(AutoGuide):
         values = self._fixed_global_draws(args, kwargs)
         result = {}
         for site in self._global.sites:
-            to = biject_to(site.support)
+            to = bijection_to(site.support)
             unconstrained = to.inv(values[site.name])
             result[site.name] = to(torch.quantile(unconstrained, levels.to(unconstrained), dim=0))
         return result

@@ -24,9 +24,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
@@ -43,6 +41,7 @@ from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.summaries import Summaries
+from pyro_flowkit.guides.supports import bijection_to, initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
@@ -153,9 +152,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
             raise ValueError(
                 f'Expected affine to be "full", "diagonal", "low_rank" or None, got {affine!r}.'
             )
-        AutoContinuous.__init__(
-            self, model, init_loc_fn=init_to_median if init_loc_fn is None else init_loc_fn
-        )
+        AutoContinuous.__init__(self, model, init_loc_fn=initialisation(init_loc_fn))
         self._given = (model, init_loc_fn is not None)
         # how training went, not what was learned: no part of the state_dict, but of checkpoints
         self.register_buffer("_noise_squares", GradientNoise.at_first(), persistent=False)
@@ -194,7 +191,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
                 f"Expected the guide to say where to start, got {sorted(decided)}, too."
             )
         warm_start = gaussian_of(guide)
-        new = cls(guide.model, init_loc_fn=init_to_median, **settings)
+        new = cls(guide.model, init_loc_fn=initialisation(None), **settings)
         new._warm_start = warm_start
         return new
 
@@ -273,7 +270,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
 
     def _start_at(self, loc: Tensor) -> None:
         for site, unconstrained in self._unpack_latent(loc):
-            site["value"] = biject_to(site["fn"].support)(unconstrained)
+            site["value"] = bijection_to(site["fn"].support)(unconstrained)
 
     def _cut(
         self, angular: list[int], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,7 +8,8 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
-from torch.distributions import biject_to
+
+from pyro_flowkit.guides.supports import bijection_to
 
 
 def unpack(
@@ -37,7 +38,7 @@ def unpack(
         padding = (1,) * (0 if nesting is None else nesting - own)
         unconstrained = latent[..., start : start + size].reshape((*sample_shape, *padding, *shape))
         start += size
-        transform = biject_to(site["fn"].support)
+        transform = bijection_to(site["fn"].support)
         values[name] = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, values[name])
         total = total + sum_rightmost(ladj, ladj.dim() - len(sample_shape))
@@ -66,7 +67,7 @@ def pack(guide: AutoContinuous, values: Mapping[str, Tensor]) -> tuple[Tensor, T
     sample_shape = torch.broadcast_shapes(*sample_shapes.values())
     parts, total = [], torch.zeros(())
     for name, site in sites.items():
-        transform = biject_to(site["fn"].support)
+        transform = bijection_to(site["fn"].support)
         unconstrained = transform.inv(values[name])
         ladj = transform.log_abs_det_jacobian(unconstrained, values[name])
         total = total.to(ladj) + sum_rightmost(ladj, ladj.dim() - len(sample_shapes[name]))

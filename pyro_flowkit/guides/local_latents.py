@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 from pyro.distributions.util import detach
-from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
+
+from pyro_flowkit.guides.supports import bijection_of, bijection_to
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Latents:
         """The vector of global latents, shape ``(*batch, size)``, from constrained values; particles to the left."""
         parts = []
         for site in self.sites:
-            value = biject_to(site.support).inv(values[site.name])
+            value = bijection_to(site.support).inv(values[site.name])
             rank = value.dim() - site.unconstrained_event_dim
             left = value.shape[: rank - len(site.batch_shape)]
             parts.append(value.reshape(*left, *(1 for _ in site.batch_shape), site.size))
@@ -100,7 +101,7 @@ class Latents:
         """Mean over the rows of the prototype of the unconstrained values, shape ``(size,)``."""
         parts = []
         for site in self.sites:
-            value = biject_to(site.support).inv(nodes[site.name]["value"].detach())
+            value = bijection_to(site.support).inv(nodes[site.name]["value"].detach())
             rows = cast(int, self.dim) - site.unconstrained_event_dim
             parts.append(value.mean(rows).reshape(-1))
         return torch.cat(parts)
@@ -108,8 +109,7 @@ class Latents:
 
 def _site(node: dict[str, Any], dim: int | None) -> Site:
     fn, value = node["fn"], node["value"]
-    with helpful_support_errors(node):
-        unconstrained = biject_to(fn.support).inv(value)
+    unconstrained = bijection_of(node).inv(value)
     batch_shape = list(value.shape[: value.dim() - fn.event_dim])
     event_shape = tuple(unconstrained.shape[len(batch_shape) :])
     if dim is not None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
+from pyro_flowkit.guides.constrained import ConstrainedLatents
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import pack, unpack
+from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
 
 MAX_ROWS = 1000  # that pass through the model at a time
@@ -55,13 +56,12 @@ class Evidence:
         return self.pareto_k <= self.pareto_k_threshold
 
 
-class Summaries(AutoContinuous):
+class Summaries(ConstrainedLatents):
     """Draws, densities, quantiles and evidence of a guide whose posterior is a :class:`FlowDistribution`."""
 
     _require_setup: Callable[[], None]
     sync_with_store: Callable[..., Any]
     get_posterior: Callable[..., FlowDistribution]
-    _given: tuple[Any, bool]
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:
@@ -194,6 +194,11 @@ class Summaries(AutoContinuous):
         density = LatentDensity(model, self, args, kwargs)
         posterior = self.get_posterior()
         latent = self._draw(num_samples)
+        edges = Edges()
+        for name, value in unpack(self, latent)[0].items():
+            site = self.prototype_trace.nodes[name]
+            edges.note(name, site["fn"].support, value, site["value"].numel())
+        edges.warn()
         log_weights = [
             (density(rows).double() - posterior.log_prob(rows).double()).cpu()
             for rows in latent.split(MAX_ROWS)

@@ -1,0 +1,87 @@
+"""An ``AutoContinuous`` that maps onto supports by :mod:`pyro_flowkit.guides.supports`, not by PyTorch's registry."""
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_flowkit.guides.supports import (
+    Edges,
+    bijection_of,
+    bijection_to,
+    refuse_changing_supports,
+)
+
+
+class ConstrainedLatents(AutoContinuous):
+    """Those methods of ``AutoContinuous`` that go from one space to the other."""
+
+    _given: tuple[Any, bool]
+    _edges: Edges
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        AutoGuide._setup_prototype(self, *args, **kwargs)
+        self._edges = Edges()
+        self._unconstrained_shapes = {}
+        self._cond_indep_stacks = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            self._unconstrained_shapes[name] = bijection_of(site).inv(site["value"]).shape
+            self._cond_indep_stacks[name] = site["cond_indep_stack"]
+        self.latent_dim = sum(math.prod(shape) for shape in self._unconstrained_shapes.values())
+        if self.latent_dim == 0:
+            raise RuntimeError(
+                f"{type(self).__name__} found no latent variables; use an empty guide instead."
+            )
+        refuse_changing_supports(self.prototype_trace, self._given[0], args, kwargs)
+
+    def _init_loc(self) -> Tensor:
+        parts = []
+        for _, site in self.prototype_trace.iter_stochastic_nodes():
+            unconstrained = bijection_to(site["fn"].support).inv(site["value"].detach())
+            parts.append(unconstrained.reshape(-1))
+        return torch.cat(parts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for site, unconstrained in self._unpack_latent(latent):
+            name, fn = site["name"], site["fn"]
+            value, log_density = constrain(bijection_to(fn.support), unconstrained, fn.event_dim)
+            if not torch.jit.is_tracing():
+                self._edges.note(name, fn.support, value, site["value"].numel())
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                delta = dist.Delta(value, log_density=log_density, event_dim=fn.event_dim)
+                result[name] = pyro.sample(name, delta)
+        self._edges.check()
+        return result
+
+
+def constrain(
+    transform: Transform, unconstrained: Tensor, event_dim: int
+) -> tuple[Tensor, Tensor | float]:
+    """Values of a latent, and -log|det dvalue/dunconstrained| in nats; 0.0 where no density is asked for.
+
+    Args:
+        transform: onto the support.
+        unconstrained: shape ``(*batch, *unconstrained_event)``.
+        event_dim: of the values.
+
+    Returns:
+        The values, shape ``(*batch, *event)``, and log-dets ``(*batch,)``.
+    """
+    value = transform(unconstrained)
+    if poutine.get_mask() is False:
+        return value, 0.0
+    log_density = -transform.log_abs_det_jacobian(unconstrained, value)
+    return value, sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
