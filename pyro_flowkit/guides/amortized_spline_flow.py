@@ -21,7 +21,6 @@ from typing import Any, Literal, cast
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoCallable, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
@@ -52,6 +51,7 @@ from pyro_flowkit.guides.supports import (
     initialisation,
     refuse_changing_supports,
 )
+from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
@@ -101,7 +101,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
     keeps its own unless that was called.
 
     Raises:
-        ValueError: for bad settings or an encoder's output of another shape; at setup, for a discrete latent, no or
+        ValueError: for bad settings or an encoder's output of another shape; at setup, for a support that is refused (``docs/supports.md``), no or
             several plates that could be meant, or a global guide that leaves latents out.
         RuntimeError: from whatever needs parameters before setup.
     """
@@ -336,7 +336,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         for site, unconstrained in self._local.unpack(latent):
             to = bijection_to(site.support)
             value, log_density = constrain(to, unconstrained, site.event_dim)
-            if not torch.jit.is_tracing():
+            if not is_transformed():
                 self._edges.note(site.name, site.support, value, site.size)
             with ExitStack() as stack:
                 for name in site.plates:

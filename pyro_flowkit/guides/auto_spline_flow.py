@@ -113,8 +113,9 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
     (:mod:`pyro_flowkit.guides.circular`).
 
     Raises:
-        ValueError: for bad settings; at setup, for a discrete latent, a latent on the sphere, or latents inside a
-            subsampled plate, with what to do instead.
+        ValueError: for bad settings; at setup, for a latent whose support real numbers cannot be mapped onto (discrete,
+            a sphere) or that follows other latents, and for latents inside a subsampled plate, with what to do
+            instead. ``docs/supports.md`` has a table.
         RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
     """
 

@@ -19,6 +19,7 @@ from pyro_flowkit.guides.supports import (
     bijection_to,
     refuse_changing_supports,
 )
+from pyro_flowkit.ops.eager import is_transformed
 
 
 class ConstrainedLatents(AutoContinuous):
@@ -56,7 +57,7 @@ class ConstrainedLatents(AutoContinuous):
         for site, unconstrained in self._unpack_latent(latent):
             name, fn = site["name"], site["fn"]
             value, log_density = constrain(bijection_to(fn.support), unconstrained, fn.event_dim)
-            if not torch.jit.is_tracing():
+            if not is_transformed():
                 self._edges.note(name, fn.support, value, site["value"].numel())
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[name]:

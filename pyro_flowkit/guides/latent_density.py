@@ -52,7 +52,10 @@ class LatentDensity:
     def __call__(self, latent: Tensor) -> Tensor:
         """log p(x, u) in nats for ``u`` of shape ``(n, D)``, shape ``(n,)``."""
         if self.is_vectorized:
-            return self._together(latent)
+            try:
+                return self._together(latent)
+            except torch.linalg.LinAlgError:  # of one particle; the others have a density
+                pass
         return torch.stack([self._alone(row) for row in latent.unbind(0)])
 
     def _together(self, latent: Tensor) -> Tensor:
@@ -69,7 +72,11 @@ class LatentDensity:
 
     def _alone(self, latent: Tensor) -> Tensor:
         values, total = unpack(self._guide, latent)
-        for site in _observed(self._trace(values)):
+        try:
+            sites = list(_observed(self._trace(values)))
+        except torch.linalg.LinAlgError:  # a matrix singular in this dtype, far out
+            return total * math.nan
+        for site in sites:
             total = total + site["log_prob"].sum()
         return total
 

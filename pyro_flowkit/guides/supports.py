@@ -106,8 +106,9 @@ def bijection_of(site: dict[str, Any]) -> Transform:
     try:
         support = fn.support
     except (NotImplementedError, AttributeError):
+        kind = type(getattr(fn, "base_dist", fn)).__name__
         raise ValueError(
-            f"Expected a support for {name!r}, got {type(fn).__name__}, which has none: give its class the property "
+            f"Expected a support for {name!r}, got {kind}, which has none: give its class the property "
             "support, one of pyro.distributions.constraints."
         ) from None
     try:
@@ -132,7 +133,9 @@ def initialisation(init_loc_fn: Callable[..., Any] | None) -> Callable[[dict[str
 
 def _initialise(init_loc_fn: Callable[..., Any] | None, site: dict[str, Any]) -> Tensor:
     try:
-        return (init_to_median if init_loc_fn is None else init_loc_fn)(site)
+        with warnings.catch_warnings():  # the sample of a Wishart only gives the shape
+            warnings.filterwarnings("ignore", "Singular sample detected")
+            return (init_to_median if init_loc_fn is None else init_loc_fn)(site)
     except NotImplementedError:
         transform = bijection_of(site)
         if init_loc_fn is not None:
