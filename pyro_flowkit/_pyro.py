@@ -46,6 +46,7 @@ PRIVATE_NAMES = (
     ("pyro.infer.autoguide.guides.AutoContinuous", "_loc_scale"),
     ("pyro.infer.autoguide.guides.AutoContinuous", "_create_plates"),
     ("pyro.infer.autoguide.guides.AutoGuide.__init__", "_prototype_frames"),
+    ("pyro.distributions.MaskedDistribution.__init__", "_mask"),
     ("pyro.infer.ELBO", "_get_trace"),
     ("pyro.infer.ELBO", "_get_traces"),
 )

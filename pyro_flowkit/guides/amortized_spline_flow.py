@@ -33,7 +33,6 @@ from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
 from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE, Recipe
-from pyro_flowkit.guides.constrained import constrain
 from pyro_flowkit.guides.data_plate import (
     PlateCall,
     choose_plate,
@@ -45,12 +44,14 @@ from pyro_flowkit.guides.global_context import centred
 from pyro_flowkit.guides.global_spline_flow import GlobalSplineFlow, check_covered
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.guides.masked_rows import MaskedRows, RowMasks
 from pyro_flowkit.guides.supports import (
     Edges,
     bijection_to,
     initialisation,
     refuse_changing_supports,
 )
+from pyro_flowkit.guides.without_masked import whole_model
 from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
@@ -96,6 +97,13 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         affine: scale of the affine map, "full" (lower triangular) or "diagonal"; None is "full" up to 32 local latents.
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO``, of local and global draws together.
 
+    Masked local latents (``poutine.mask``, ``fn.mask``, ``obs_mask``), with masks that may change from call to call: a
+    row that is masked as a whole, such as one of padding, has no log q. Where a part of a row's values is masked, these
+    have the guide's initial normal distribution as their density (:mod:`pyro_flowkit.guides.masked_rows`), which the
+    guide can follow if the encoder sees the mask. Both count only what nothing else in the model depends on, as in
+    :class:`AutoSplineFlow`. The guide reads the masks off the model, which it runs up to its last latent, without
+    gradients, if any local latent has one at setup.
+
     Plates around a local latent, other than the data's, are part of its datum and must not be subsampled. Device and
     dtype are those of the model's local latents; ``.to()`` or ``.double()`` before the first call wins. The encoder
     keeps its own unless that was called.
@@ -115,6 +123,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
     _prototype_frames: dict[str, Any]
     flow: SplineFlow
     affine: ConditionalAffine
+    masked_loc: Tensor
 
     def __init__(
         self,
@@ -213,6 +222,8 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
             raise ValueError("Expected global latents for condition_on_global=True, got none.")
         self._prototype_call = PlateCall(frame.full_size or frame.size, frame.size)
         self._first_values = {node["name"]: node["value"].detach() for node in others}
+        model = whole_model(self, self._plain_model[0])
+        self._masked = MaskedRows(model, trace, self._local, args, kwargs)
         self._build(self._local.initial(trace.nodes))
         lighten(trace)
 
@@ -224,6 +235,8 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         hidden_dims = self._hidden_dims or [min(128, max(32, 10 * (size + context_dim)))] * 2
         flow = SplineFlow(size, context_dim, hidden_dims=hidden_dims, **self._flow_settings)
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
+        if self._masked.names:
+            self.register_buffer("masked_loc", loc.clone())
         kind = self.affine_kind or ("full" if size <= 32 else "diagonal")
         self.affine = ConditionalAffine(
             loc, self.init_scale, context_dim, kind, hidden_dims=hidden_dims
@@ -331,21 +344,40 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         features = self._encode(args, kwargs)
         with plates[self._plate] as rows:
             posterior = self._posterior(self._features_of(rows, features), global_context)
+        masks = self._row_masks(rows, args, kwargs)
+        with plates[self._plate], masks.around():
             latent = pyro.sample(
                 f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True}
             )
         for site, unconstrained in self._local.unpack(latent):
-            to = bijection_to(site.support)
-            value, log_density = constrain(to, unconstrained, site.event_dim)
+            value = bijection_to(site.support)(unconstrained)
+            log_density: Any = 0.0
+            if poutine.get_mask() is not False:
+                log_density = masks.log_density(site, unconstrained, value)
             if not is_transformed():
-                self._edges.note(site.name, site.support, value, site.size)
+                counted = masks.counted(site, value)
+                self._edges.note(site.name, site.support, counted, site.size)
             with ExitStack() as stack:
+                stack.enter_context(masks.around())
                 for name in site.plates:
                     stack.enter_context(plates[name])
                 delta = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
                 result[site.name] = pyro.sample(site.name, delta)
         self._edges.check()
         return result
+
+    def _row_masks(self, rows: Any, args: tuple, kwargs: dict) -> RowMasks:
+        """What the model keeps of these rows; to be asked outside of the plate, which the model enters."""
+        if not self._masked.names:
+            return RowMasks()
+        return self._masked.read(
+            self._plain_model[0],
+            {**self._first_values, self._plate: rows},
+            args,
+            kwargs,
+            reference=(self.masked_loc, self.init_scale),
+            init_loc_fn=self.init_loc_fn,
+        )
 
     def _posterior(self, features: Tensor, global_context: Tensor | None) -> AmortizedPosterior:
         return condition(

@@ -43,6 +43,7 @@ from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import bijection_to, initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
+from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
@@ -79,7 +80,7 @@ class Recipe:
     gaussian_start: bool = True
 
 
-class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
+class AutoSplineFlow(LazyGuide, Summaries, WithoutMasked, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -112,17 +113,22 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
     ``init_loc_fn`` gives, until ``fit`` finds a better one. On the line the ELBO would be no bound
     (:mod:`pyro_flowkit.guides.circular`).
 
+    Masked latents (``poutine.mask``, ``fn.mask``, ``obs_mask``): an element that is masked, and that nothing else in
+    the model depends on, is no part of the guide. It has the value of ``init_loc_fn``, and neither log p nor log q: a
+    row that was padded, or what ``obs_mask`` has in the place of an observation. A masked element that the model
+    depends on has a flat density, as Pyro's ``dist.Normal(0, 1).mask(False)``, and a log q like every other latent.
+    Which is which is settled at setup; a call with another mask is an error (:mod:`pyro_flowkit.guides.masked`).
+
     Raises:
         ValueError: for bad settings; at setup, for a latent whose support real numbers cannot be mapped onto (discrete,
             a sphere) or that follows other latents, and for latents inside a subsampled plate, with what to do
-            instead. ``docs/supports.md`` has a table.
+            instead (``docs/supports.md`` has a table); for a mask that is not that of the setup.
         RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
     """
 
     _warns_of_other_name = True
     latent_dim: int
     _init_loc: Callable[[], Tensor]
-    _unpack_latent: Callable[[Tensor], Any]
     _create_plates: Callable[..., Any]
     _cond_indep_stacks: dict[str, Any]
     _unconstrained_shapes: dict[str, torch.Size]
@@ -213,6 +219,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         try:
             super()._setup_prototype(*args, **kwargs)
             self._refuse_subsampled_latents()
+            self._leave_out_idle(args, kwargs)
         except Exception:
             self.prototype_trace = None  # a guide that was refused is not set up
             raise
@@ -226,7 +233,7 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
         )
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
         self._noise_squares = self._noise_squares.to(loc)
-        blocks = _blocks([shape.numel() for shape in self._unconstrained_shapes.values()])
+        blocks = _blocks([size for size in self._site_sizes().values() if size])
         self.hierarchy = (
             HierarchicalAffine(blocks).to(loc) if self._hierarchical and len(blocks) > 1 else None
         )
@@ -246,6 +253,8 @@ class AutoSplineFlow(LazyGuide, Summaries, StoreModule):
             raise ValueError(
                 f"Expected the latents of the guide to start from, {sizes} (site: unconstrained values), got {own}."
             )
+        if self.idle is not None:
+            gaussian = gaussian.marginal(self.idle.columns)
         self.affine.restart(gaussian.loc, gaussian.scale)
         if isinstance(self.affine, CircularAffine):
             self.affine.centre.copy_(gaussian.loc[self.affine.columns])

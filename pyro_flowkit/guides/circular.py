@@ -133,7 +133,10 @@ def angular_columns(guide: Any) -> list[int]:
         if isinstance(fn, ANGULAR):
             columns += range(start, start + size)
         start += size
-    return columns
+    if guide.idle is None:
+        return columns
+    place = {column: i for i, column in enumerate(guide.idle.columns.tolist())}
+    return [place[column] for column in columns if column in place]
 
 
 def periodic_columns(

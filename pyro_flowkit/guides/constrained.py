@@ -11,7 +11,6 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
 from pyro_flowkit.guides.supports import (
     Edges,
@@ -56,9 +55,13 @@ class ConstrainedLatents(AutoContinuous):
         result = {}
         for site, unconstrained in self._unpack_latent(latent):
             name, fn = site["name"], site["fn"]
-            value, log_density = constrain(bijection_to(fn.support), unconstrained, fn.event_dim)
+            value = bijection_to(fn.support)(unconstrained)
+            log_density: Tensor | float = 0.0
+            if poutine.get_mask() is not False:
+                log_density = self._log_density(site, unconstrained, value)
             if not is_transformed():
-                self._edges.note(name, fn.support, value, site["value"].numel())
+                counted = self._counted(name, value)
+                self._edges.note(name, fn.support, counted, site["value"].numel())
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[name]:
                     stack.enter_context(plates[frame.name])
@@ -67,22 +70,12 @@ class ConstrainedLatents(AutoContinuous):
         self._edges.check()
         return result
 
+    def _log_density(self, site: dict[str, Any], unconstrained: Tensor, value: Tensor) -> Tensor:
+        """-log|det dvalue/dunconstrained| in nats, shape ``(*batch,)``."""
+        transform = bijection_to(site["fn"].support)
+        ladj = transform.log_abs_det_jacobian(unconstrained, value)
+        return -sum_rightmost(ladj, ladj.dim() - value.dim() + site["fn"].event_dim)
 
-def constrain(
-    transform: Transform, unconstrained: Tensor, event_dim: int
-) -> tuple[Tensor, Tensor | float]:
-    """Values of a latent, and -log|det dvalue/dunconstrained| in nats; 0.0 where no density is asked for.
-
-    Args:
-        transform: onto the support.
-        unconstrained: shape ``(*batch, *unconstrained_event)``.
-        event_dim: of the values.
-
-    Returns:
-        The values, shape ``(*batch, *event)``, and log-dets ``(*batch,)``.
-    """
-    value = transform(unconstrained)
-    if poutine.get_mask() is False:
-        return value, 0.0
-    log_density = -transform.log_abs_det_jacobian(unconstrained, value)
-    return value, sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
+    def _counted(self, name: str, value: Tensor) -> Tensor:
+        """The draws of a latent that may be at the edge of its support, NaN elsewhere."""
+        return value

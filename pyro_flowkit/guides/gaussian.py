@@ -45,6 +45,13 @@ class Gaussian:
             return self.loc + draws @ self.scale.mT
         return self.loc + draws * self.scale
 
+    def marginal(self, columns: Tensor) -> "Gaussian":
+        """The Gaussian of some dimensions."""
+        if self.scale.dim() == 1:
+            return Gaussian(self.loc[columns], self.scale[columns])
+        rows = self.scale[columns]
+        return Gaussian(self.loc[columns], torch.linalg.cholesky(rows @ rows.mT))
+
     def entropy(self) -> Tensor:
         """Entropy in nats."""
         diagonal = self.scale.diagonal() if self.scale.dim() == 2 else self.scale

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.guides.without_masked import all_values
 
 
 def centred(guide: Any, latents: Latents, values: Mapping[str, Tensor]) -> Tensor:
@@ -40,10 +41,16 @@ def centred(guide: Any, latents: Latents, values: Mapping[str, Tensor]) -> Tenso
 
 def _loc_scale(guide: Any, latents: Latents, draws: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(guide, AutoSplineFlow):
-        unit = torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
+        unit = torch.eye(guide.latent_dim, dtype=draws.dtype, device=draws.device)
         loc, _ = guide.affine.call_and_ladj(torch.zeros_like(unit[0]))
         columns, _ = guide.affine.call_and_ladj(unit)
-        return loc, (columns - loc).square().sum(0).sqrt()
+        scale = (columns - loc).square().sum(0).sqrt()
+        if guide.idle is not None:
+            loc, scale = (
+                all_values(guide, loc),
+                guide.idle.all_of(scale, torch.ones_like(guide.idle.fixed)),
+            )
+        return loc, scale
     if isinstance(guide, AutoNormal):
         pairs = [guide._get_loc_and_scale(site.name) for site in latents.sites]
         loc, scale = (

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.guides.without_masked import all_values, ladj_of, vector_of
 
 
 def unpack(
@@ -30,6 +30,7 @@ def unpack(
     sample_shape = latent.shape[:-1]
     values: dict[str, Tensor] = {}
     total = latent.new_zeros(sample_shape)
+    latent = all_values(guide, latent)
     start = 0
     for name, site in _sites(guide).items():
         shape = tuple(guide._unconstrained_shapes[name])
@@ -40,8 +41,7 @@ def unpack(
         start += size
         transform = bijection_to(site["fn"].support)
         values[name] = transform(unconstrained)
-        ladj = transform.log_abs_det_jacobian(unconstrained, values[name])
-        total = total + sum_rightmost(ladj, ladj.dim() - len(sample_shape))
+        total = total + ladj_of(guide, name, unconstrained, values[name], len(sample_shape))
     return values, total
 
 
@@ -69,11 +69,11 @@ def pack(guide: AutoContinuous, values: Mapping[str, Tensor]) -> tuple[Tensor, T
     for name, site in sites.items():
         transform = bijection_to(site["fn"].support)
         unconstrained = transform.inv(values[name])
-        ladj = transform.log_abs_det_jacobian(unconstrained, values[name])
-        total = total.to(ladj) + sum_rightmost(ladj, ladj.dim() - len(sample_shapes[name]))
+        ladj = ladj_of(guide, name, unconstrained, values[name], len(sample_shapes[name]))
+        total = total.to(ladj) + ladj
         part = unconstrained.reshape((*sample_shapes[name], -1))
         parts.append(part.expand(*sample_shape, -1))
-    return torch.cat(parts, dim=-1), total.expand(sample_shape)
+    return vector_of(guide, torch.cat(parts, dim=-1)), total.expand(sample_shape)
 
 
 def _sites(guide: AutoContinuous) -> dict[str, Any]:

@@ -197,7 +197,8 @@ class Summaries(ConstrainedLatents):
         edges = Edges()
         for name, value in unpack(self, latent)[0].items():
             site = self.prototype_trace.nodes[name]
-            edges.note(name, site["fn"].support, value, site["value"].numel())
+            counted = self._counted(name, value)
+            edges.note(name, site["fn"].support, counted, site["value"].numel())
         edges.warn()
         log_weights = [
             (density(rows).double() - posterior.log_prob(rows).double()).cpu()
