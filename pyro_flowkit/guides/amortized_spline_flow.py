@@ -24,7 +24,6 @@ import pyro.distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoCallable, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.util import ignore_jit_warnings
 from torch import Tensor, nn
 
 from pyro_flowkit._pyro import StoreModule
@@ -32,19 +31,21 @@ from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
-from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE, Recipe
+from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE
 from pyro_flowkit.guides.data_plate import (
     PlateCall,
     choose_plate,
-    plate_call,
     refuse_other_subsampled,
+    split,
 )
-from pyro_flowkit.guides.encode import encode, warn_of_untrained
+from pyro_flowkit.guides.data_rows import DataRows
+from pyro_flowkit.guides.encode import warn_of_untrained
 from pyro_flowkit.guides.global_context import centred
 from pyro_flowkit.guides.global_spline_flow import GlobalSplineFlow, check_covered
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.local_latents import Latents
-from pyro_flowkit.guides.masked_rows import MaskedRows, RowMasks
+from pyro_flowkit.guides.masked_rows import MaskedRows
+from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.supports import (
     Edges,
     bijection_to,
@@ -57,7 +58,7 @@ from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 
-class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
+class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, DataRows, StoreModule):
     """Guide for a model with a latent for every datum::
 
         def model(x):
@@ -98,11 +99,10 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO``, of local and global draws together.
 
     Masked local latents (``poutine.mask``, ``fn.mask``, ``obs_mask``), with masks that may change from call to call: a
-    row that is masked as a whole, such as one of padding, has no log q. Where a part of a row's values is masked, these
-    have the guide's initial normal distribution as their density (:mod:`pyro_flowkit.guides.masked_rows`), which the
-    guide can follow if the encoder sees the mask. Both count only what nothing else in the model depends on, as in
-    :class:`AutoSplineFlow`. The guide reads the masks off the model, which it runs up to its last latent, without
-    gradients, if any local latent has one at setup.
+    row that is masked as a whole, such as one of padding, has no log q; a part of a row has the guide's initial normal
+    density (:mod:`pyro_flowkit.guides.masked_rows`), which the guide can follow if the encoder sees the mask. Both
+    count only what nothing else in the model depends on, as in :class:`AutoSplineFlow`. The guide runs the model up to
+    its last latent, without gradients, to read the masks, if any local latent has one at setup.
 
     Plates around a local latent, other than the data's, are part of its datum and must not be subsampled. Device and
     dtype are those of the model's local latents; ``.to()`` or ``.double()`` before the first call wins. The encoder
@@ -117,13 +117,8 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
 
     _warns_of_other_name = True
     _keep_own_entries = ("global_guide",)
-    encoder: nn.Module | None
     global_guide: Any
-    plates: dict[str, pyro.plate]
-    _prototype_frames: dict[str, Any]
     flow: SplineFlow
-    affine: ConditionalAffine
-    masked_loc: Tensor
 
     def __init__(
         self,
@@ -212,18 +207,15 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         self._edges = Edges()
         frame = choose_plate(nodes, self.plate_name)
         self._plate, self._dim = frame.name, frame.dim
-        local = [node for node in nodes if _is_inside(node, frame.name)]
-        others = [node for node in nodes if not _is_inside(node, frame.name)]
-        refuse_other_subsampled(
-            local if self.global_guide is not None else [*local, *others], frame.name
-        )
+        local, others = split(nodes, frame.name)
+        refuse_other_subsampled(nodes if self.global_guide is None else local, frame.name)
         self._local, self._global = Latents(local, frame.dim), Latents(others)
         if self.condition_on_global and not others:
             raise ValueError("Expected global latents for condition_on_global=True, got none.")
         self._prototype_call = PlateCall(frame.full_size or frame.size, frame.size)
         self._first_values = {node["name"]: node["value"].detach() for node in others}
-        model = whole_model(self, self._plain_model[0])
-        self._masked = MaskedRows(model, trace, self._local, args, kwargs)
+        whole = whole_model(self, self._plain_model[0])
+        self._masked = MaskedRows(whole, trace, self._local, args, kwargs)
         self._build(self._local.initial(trace.nodes))
         lighten(trace)
 
@@ -275,59 +267,6 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
         return Recipe(lr=3e-3, num_particles=4, scheduler="cosine")
 
-    # Plates
-
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
-        if self.master is not None:
-            return super()._create_plates(*args, **kwargs)
-        plates: Any = () if self.create_plates is None else self.create_plates(*args, **kwargs)
-        self.plates = {p.name: p for p in ([plates] if isinstance(plates, pyro.plate) else plates)}
-        for name, frame in sorted(self._prototype_frames.items()):
-            if name in self.plates:
-                continue
-            if name == self._plate:
-                self.plates[name] = self._plate_call(args, kwargs).plate(name, self._dim)
-            else:
-                self.plates[name] = pyro.plate(name, frame.size, dim=frame.dim)
-        return self.plates
-
-    def _plate_call(self, args: tuple, kwargs: dict) -> PlateCall:
-        model = self._plain_model[0]
-        if model is not None:
-            return plate_call(model, self._plate, self._first_values, args, kwargs)
-        rows = len(self._encode(args, kwargs))  # unpickled, without its model: as in the prototype
-        call = self._prototype_call
-        return PlateCall(max(rows, call.size) if call.rows < call.size else rows, rows)
-
-    # Features
-
-    def _encode(self, args: tuple, kwargs: dict) -> Tensor:
-        """The encoder's features, shape ``(rows, context_dim)``."""
-        encoder: Any = self._encoder_function[0] if self.encoder is None else self.encoder
-        features = encode(encoder, args, kwargs, self.context_dim)
-        return features.to(self.affine.weight)
-
-    def _features_of(self, rows: Any, features: Tensor) -> Tensor:
-        """The features of the rows of a plate, placed at its dim."""
-        plate = self.plates[self._plate]
-        with ignore_jit_warnings():
-            count = int(features.shape[0])
-            if count != plate.subsample_size:
-                if count != plate.size:
-                    sizes = f"{plate.subsample_size}" + (
-                        f", or {plate.size} for all data"
-                        if plate.size != plate.subsample_size
-                        else ""
-                    )
-                    raise ValueError(
-                        f"Expected the encoder to return a row for each datum of plate {self._plate!r}, {sizes}, got "
-                        f"{count}."
-                    )
-                features = features.index_select(0, rows.to(features.device))
-        return features.reshape(-1, *(1 for _ in range(-1 - self._dim)), self.context_dim)
-
-    # Draws
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""
         if self.prototype_trace is None:
@@ -365,19 +304,6 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
                 result[site.name] = pyro.sample(site.name, delta)
         self._edges.check()
         return result
-
-    def _row_masks(self, rows: Any, args: tuple, kwargs: dict) -> RowMasks:
-        """What the model keeps of these rows; to be asked outside of the plate, which the model enters."""
-        if not self._masked.names:
-            return RowMasks()
-        return self._masked.read(
-            self._plain_model[0],
-            {**self._first_values, self._plate: rows},
-            args,
-            kwargs,
-            reference=(self.masked_loc, self.init_scale),
-            init_loc_fn=self.init_loc_fn,
-        )
 
     def _posterior(self, features: Tensor, global_context: Tensor | None) -> AmortizedPosterior:
         return condition(
@@ -421,7 +347,3 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, StoreModule):
         new = super().__deepcopy__(memo)
         new._plain_model = self._plain_model
         return new
-
-
-def _is_inside(node: dict[str, Any], plate: str) -> bool:
-    return any(frame.name == plate for frame in node["cond_indep_stack"])

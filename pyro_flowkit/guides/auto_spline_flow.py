@@ -17,7 +17,6 @@ References:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
 import pyro.distributions as dist
@@ -28,22 +27,17 @@ from torch import Tensor
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
-from pyro_flowkit.guides.circular import (
-    CircularAffine,
-    Cut,
-    angular_columns,
-    best_cut,
-    periodic_columns,
-)
-from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
+from pyro_flowkit.guides.circular import CircularAffine, angular_columns
+from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
+from pyro_flowkit.guides.recipe import Recipe
+from pyro_flowkit.guides.start import Start
 from pyro_flowkit.guides.summaries import Summaries
-from pyro_flowkit.guides.supports import bijection_to, initialisation
+from pyro_flowkit.guides.supports import initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
-from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
@@ -55,32 +49,7 @@ MAX_BLOCKS = 4
 MAX_FULL_DIM = 200
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say: plain values.
-
-    Attributes:
-        lr: initial learning rate of Adam.
-        affine_lr: the same for the parameters of the affine map, which moves ten times as far in a step of a given
-            rate; it needs less once it has started at the best Gaussian.
-        hierarchy_lr: the same for those of the hierarchical affine map, whose outputs are divided by the square root of
-            the number of their terms.
-        num_particles: draws of the guide in a step.
-        scheduler: name of the learning rate's schedule.
-        max_steps: optimizer steps.
-        gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
-    """
-
-    lr: float = 1e-3
-    affine_lr: float = 3e-4
-    hierarchy_lr: float = 2e-3
-    num_particles: int = 128
-    scheduler: str = "flat_cosine"
-    max_steps: int = 4000
-    gaussian_start: bool = True
-
-
-class AutoSplineFlow(LazyGuide, Summaries, WithoutMasked, StoreModule):
+class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -246,54 +215,6 @@ class AutoSplineFlow(LazyGuide, Summaries, WithoutMasked, StoreModule):
         if self._warm_start is not None:
             self._start_warm(*self._warm_start)
         self._convert()
-
-    def _start_warm(self, sizes: dict[str, int], gaussian: Gaussian) -> None:
-        own = {name: shape.numel() for name, shape in self._unconstrained_shapes.items()}
-        if own != sizes:
-            raise ValueError(
-                f"Expected the latents of the guide to start from, {sizes} (site: unconstrained values), got {own}."
-            )
-        if self.idle is not None:
-            gaussian = gaussian.marginal(self.idle.columns)
-        self.affine.restart(gaussian.loc, gaussian.scale)
-        if isinstance(self.affine, CircularAffine):
-            self.affine.centre.copy_(gaussian.loc[self.affine.columns])
-
-    def _choose_loc(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Where ``init_loc_fn`` says; without one the prior's medians, unless the origin is the better start.
-
-        The median of a vague prior may be far out, or underflow.
-        """
-        loc = self._init_loc()
-        model, is_given = self._given
-        if is_given:
-            return loc
-        density = LatentDensity(model, self, args, kwargs)
-        draws = normal_draws(8, loc, seed=0)
-        scale = torch.full_like(loc, self.init_scale)
-        origin = torch.zeros_like(loc)
-        of_median, of_origin = (Gaussian(at, scale).elbo(density, draws) for at in (loc, origin))
-        if of_median >= of_origin:
-            return loc
-        self._start_at(origin)
-        return origin
-
-    def _start_at(self, loc: Tensor) -> None:
-        for site, unconstrained in self._unpack_latent(loc):
-            site["value"] = bijection_to(site["fn"].support)(unconstrained)
-
-    def _cut(
-        self, angular: list[int], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Cut:
-        """Where to cut the angles among the latents: opposite to a given start, or where there is least mass."""
-        model, is_given = self._given
-        density = LatentDensity(model, self, args, kwargs)
-        columns = periodic_columns(density, loc, angular)
-        if is_given:
-            return Cut(columns, loc[columns], loc)
-        cut = best_cut(density, loc, columns)
-        self._start_at(cut.loc)
-        return cut
 
     def _refuse_subsampled_latents(self) -> None:
         for name, stack in self._cond_indep_stacks.items():

@@ -50,6 +50,18 @@ def choose_plate(nodes: list[dict[str, Any]], wanted: str | None) -> Any:
     return candidates[0]
 
 
+def split(
+    nodes: list[dict[str, Any]], plate: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those sites of a trace that lie in a plate, and the others."""
+    inside: list[dict[str, Any]] = []
+    outside: list[dict[str, Any]] = []
+    for node in nodes:
+        is_inside = any(frame.name == plate for frame in node["cond_indep_stack"])
+        (inside if is_inside else outside).append(node)
+    return inside, outside
+
+
 def refuse_other_subsampled(nodes: list[dict[str, Any]], plate: str) -> None:
     """Raise a ValueError if one of these latents lies in another subsampled plate than the data's."""
     for node in nodes:

@@ -1,0 +1,28 @@
+"""How guides want to be trained."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say: plain values.
+
+    Attributes:
+        lr: initial learning rate of Adam.
+        affine_lr: the same for the parameters of the affine map, which moves ten times as far in a step of a given
+            rate; it needs less once it has started at the best Gaussian.
+        hierarchy_lr: the same for those of the hierarchical affine map, whose outputs are divided by the square root of
+            the number of their terms.
+        num_particles: draws of the guide in a step.
+        scheduler: name of the learning rate's schedule.
+        max_steps: optimizer steps.
+        gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
+    """
+
+    lr: float = 1e-3
+    affine_lr: float = 3e-4
+    hierarchy_lr: float = 2e-3
+    num_particles: int = 128
+    scheduler: str = "flat_cosine"
+    max_steps: int = 4000
+    gaussian_start: bool = True
