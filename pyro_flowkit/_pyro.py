@@ -18,7 +18,7 @@ import gc
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -98,10 +98,14 @@ class StoreModule(PyroModule):
                         raise ValueError(_misfit(self._pyro_name, self))
                     with torch.no_grad():
                         tensor.copy_(stored)
+                    self._stored_values_taken()
                 if lend:
                     _lend(self, name, tensor)
             if lend and tensor.requires_grad:
                 _state(name, tensor, constraint=constraints.real, name=name)
+
+    def _stored_values_taken(self) -> None:
+        """Called when values of a store that was loaded have become the module's."""
 
     def _claim_name(self, lend: bool) -> bool:
         """Find the module's name in the store; False if all there is to read there is another module's."""
@@ -173,6 +177,28 @@ def _state(name: str, parameter: Tensor, *, constraint: constraints.Constraint) 
     if "unconstrained" not in parameter.__dict__:
         parameter.__dict__["unconstrained"] = weakref.ref(parameter)  # as the store does
     return parameter
+
+
+class _Attributes(dict):
+    """The attributes of a parameter, with a call when Pyro's param store makes it fit to be saved."""
+
+    def __init__(self, attributes: dict[str, Any], call: "weakref.WeakMethod[Callable[[], None]]"):
+        super().__init__(attributes)
+        self._call = call
+
+    def pop(self, name: str, *default: Any) -> Any:
+        call = self._call() if name == "unconstrained" else None
+        if call is not None:
+            call()
+        return super().pop(name, *default)
+
+
+def before_saving(parameter: nn.Parameter, method: Callable[[], None]) -> None:
+    """Have a method called before the state of the param store is taken, or written to a file.
+
+    ``ParamStoreDict.get_state`` tells nobody, but takes the weak reference off every parameter that it hung there.
+    """
+    parameter.__dict__ = _Attributes(parameter.__dict__, weakref.WeakMethod(method))
 
 
 def _own_tensors(module: StoreModule, prefix: str = "") -> list[tuple[str, Tensor]]:

@@ -32,6 +32,7 @@ from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
+from pyro_flowkit.guides.pace import FLOW, HIERARCHY, Pace
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.start import Start
@@ -74,6 +75,11 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             :class:`~pyro_flowkit.FlowDistribution`), except at steps where it would be the noisier one, as it is far
             from the posterior (:mod:`pyro_flowkit.guides.posterior`).
 
+    In a loop of one's own the guide watches its steps: at any rate from 1e-3 to 5e-2, from one particle on, under Adam,
+    ``ClippedAdam`` or SGD with momentum it moves no farther than its parts bear (:mod:`pyro_flowkit.guides.pace`). The
+    gradients of its parameters are in units of their size for that. Under ``JitTrace_ELBO``, whose trace never calls
+    the guide again, it takes the ordinary gradient and the rate as it is.
+
     Device and dtype are those of the model's latents; ``.to()`` or ``.double()`` before the first call wins.
 
     Angles (latents with the prior ``VonMises``, ``SineBivariateVonMises`` or ``SineSkewed``, in a model whose density
@@ -96,6 +102,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     """
 
     _warns_of_other_name = True
+    _sees_to_its_pace = True
     latent_dim: int
     _init_loc: Callable[[], Tensor]
     _create_plates: Callable[..., Any]
@@ -214,6 +221,10 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         )
         if self._warm_start is not None:
             self._start_warm(*self._warm_start)
+        layers: list[Any] = [(self.flow, FLOW)]
+        if self.hierarchy is not None:
+            layers.append((self.hierarchy, HIERARCHY))
+        self.pace = Pace(self.affine, layers, is_active=self._sees_to_its_pace)
         self._convert()
 
     def _refuse_subsampled_latents(self) -> None:
@@ -266,9 +277,16 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         self.sync_with_store()
         return super().forward(*args, **kwargs)
 
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        latent = super().sample_latent(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.pace.drew(latent.shape[:-1].numel())
+        return latent
+
     def get_base_dist(self) -> dist.TorchDistribution:
         """Distribution of z, event shape ``(latent_dim,)``."""
         self._require_setup()
+        self.pace.look()
         return self.flow.base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
@@ -290,10 +308,26 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     def _layers(self) -> list[Any]:
         """From the base to the unconstrained latents."""
+        self.pace.look()
         hierarchy = [] if self.hierarchy is None else [self.hierarchy]
         return [*self.flow.layers, *hierarchy, self.affine]
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        self._require_setup()
+        self.pace.look()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_state_dict(*args, **kwargs)
+        self.pace.forget()
+        return loaded
+
+    def _stored_values_taken(self) -> None:
+        self.pace.forget()
+
     def __getstate__(self) -> dict[str, Any]:
+        if self.prototype_trace is not None:
+            self.pace.look()
         return {**super().__getstate__(), "_given": (None, self._given[1])}
 
     def __deepcopy__(self, memo: dict) -> Self:

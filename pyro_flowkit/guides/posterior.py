@@ -84,7 +84,12 @@ class GuidePosterior(FlowDistribution):
         return new
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        if not self._takes_path_gradient or is_transformed():  # a trace cannot choose
+        if (
+            is_transformed()
+        ):  # a trace cannot choose later: it has the gradient that is safe from far away
+            log_prob = self.log_prob(value)
+            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
+        if not self._takes_path_gradient:
             return super().score_parts(value)
         log_prob, derivatives = self._with_derivatives(value)
         if derivatives:

@@ -25,6 +25,7 @@ from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.names import separate_names
 from pyro_flowkit.training.objective import chosen_loss, recipe_of
 from pyro_flowkit.training.optimizer import add_group, build_optimizer
+from pyro_flowkit.training.pacing import paced
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.result import FitResult, versions
@@ -334,7 +335,9 @@ def fit(
             limits.max_seconds = left
         loop.load(earlier)
     settings = {**call, **{k: v for k, v in numbers.items() if v}}
-    return loop.run(settings)
+    by_recipe = recipe is not None and optimizer is None and lr is None
+    with paced(guide, built, by_recipe=by_recipe):
+        return loop.run(settings)
 
 
 def _window(max_steps: int | None, validated: bool) -> int:

@@ -73,7 +73,8 @@ def test_nan_takes_the_ordinary_gradient() -> None:
     x = d.rsample((3,))
     with torch.no_grad():
         guide.flow.layers[0].passed_params.fill_(torch.nan)
-    assert not takes_path_gradient(d.score_parts(x), guide)
+    with pytest.warns(UserWarning, match="gradient was not finite"):
+        assert not takes_path_gradient(d.score_parts(x), guide)
 
 
 def test_the_less_noisy_gradient_is_taken() -> None:

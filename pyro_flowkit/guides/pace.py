@@ -1,0 +1,333 @@
+r"""How far a guide moves at a step of the user's own optimizer.
+
+A learning rate that suits ``AutoNormal`` (.01 to .05, one particle) is no rate for networks, and a rate that suits
+networks (.001) is slow for a location. A guide cannot choose the optimizer, but it can see what it does: how far every
+parameter moved since the last call. At its next call it takes the moves back to what its parts bear:
+
+- *location and scale* move in units of the guide's standard deviations, ten times as far as the rate says, up to a
+  limit; a wide posterior and a narrow one take the same number of steps;
+- the *matrix*, the *hierarchy* and the *flow* (networks and LU layers) move as the rate says, up to limits of their
+  own.
+
+The limits fall as noise takes over. What is new in a move, ``e_t = move_t - .9 move_{t-1}`` under Adam, points the same
+way from step to step while the guide travels, and any way once it has arrived; so do, less sharply, the moves of many
+steps together. With r the running cosine of e_t and e_{t-2} over .3, or the share of the moves' power that is in their
+mean (less that of noise), whichever is larger, the clock n of a part advances by ``1 - r`` (0 to 2) at every step, and
+its limit falls as ``(1 + n / T)^-a``, down to a floor that is higher for more particles. That is a stochastic
+approximation with the steps of Kesten, who slows down when successive gradients disagree. The user's rate sets the pace
+within the limits, and a schedule of the user's goes on top of them.
+
+Gradients are handed to the optimizer in units of their own size over the last steps, times .01. Adam and its relatives
+do not mind a factor; but what the gradients of a start far away leave in Adam's second moment would hold it up for a
+thousand steps, and ``ClippedAdam`` cuts every number at 10: cut gradients are biased, and with one particle they widen
+a guide without end. As the size is that of earlier steps, nothing is biased by it. Whether an optimizer is of Adam's
+kind is seen in its first step, whose moves are then all of one size; for others (SGD) the factor is made up for. A
+gradient that is not finite is no step, and said once.
+
+A guide that was not called since the optimizer's last step has not taken it back yet: every summary, ``state_dict``,
+copies, pickles and the saving of Pyro's param store see to that.
+
+References:
+    Harry Kesten. Accelerated Stochastic Approximation. Annals of Mathematical Statistics 1958.
+
+    Bernard Delyon, Anatoli Juditsky. Accelerated Stochastic Approximation. SIAM Journal on Optimization 1993.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flowkit._pyro import before_saving
+from pyro_flowkit.ops.eager import is_transformed
+
+SHRINK = 0.01  # of the gradients
+MOMENTUM = 0.9  # of Adam and its relatives
+AGREEMENT = 0.3  # cosine from which on a step counts as travel alone
+MEMORY = 0.95
+DRIFT_MEMORY = 0.98
+NO_DRIFT, DRIFT = (
+    0.25,
+    0.6,
+)  # share of the moves that is common to them, in noise alone (0.19) and on the way
+OUTLYING = 30.0  # a gradient so many times as large as usual counts as if it were just that
+SCALE_MEMORY, GROWTH_MEMORY = 0.9, 0.5  # of the gradients' log size, falling and rising
+FORGETTING = 0.99  # of the largest move seen
+FOREIGN = 10.0  # a move so many times the largest one seen is no optimizer's
+UNEVEN = 3.0  # ratio of the quartiles of the first moves that tells SGD from Adam
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest move of a part: ``first (1 + n / steps)^-power`` after n noisy steps, and not below the floor.
+
+    Attributes:
+        gain: moves in the part's units for a unit of its parameters.
+        floor: with one particle; it rises with the square root of their number.
+    """
+
+    first: float
+    steps: float
+    power: float
+    floor: float
+    gain: float = 1.0
+
+    def after(self, noisy_steps: float, num_particles: float) -> float:
+        falling = self.first * (1.0 + noisy_steps / self.steps) ** -self.power
+        return max(falling, min(self.first, self.floor * num_particles**0.5))
+
+
+LOCATION = Limit(0.4, 8.0, 1.0, 1e-3, gain=10.0)
+SCALE = Limit(0.08, 40.0, 1.0, 1e-3, gain=10.0)
+MATRIX = Limit(0.02, 30.0, 1.0, 2e-4, gain=10.0)
+HIERARCHY = Limit(3e-3, 50.0, 0.75, 3e-4)
+FLOW = Limit(1e-3, 50.0, 0.75, 1e-4)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that move at one pace.
+
+    Attributes:
+        parameters: those of one kind.
+        limit: of their moves.
+        is_affine: whether the clock listens to them.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    limit: Limit
+    is_affine: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+class Pace(nn.Module):
+    """Watches the steps of an optimizer and shortens them; see the module's docstring.
+
+    It holds no parameters. Its buffers say how training went, not what was learned: they are no part of a
+    ``state_dict``, but of checkpoints.
+
+    Args:
+        affine: the guide's last layer.
+        parts: the parameters of the layers before it, with the limits of their moves.
+        is_active: False never does anything.
+    """
+
+    seen: Tensor
+    reach: Tensor
+    last: Tensor
+    innovations: Tensor
+    drift: Tensor
+    signs: Tensor
+    clock: Tensor
+    sizes: Tensor
+    heard: Tensor
+
+    def __init__(
+        self, affine: Any, parts: Iterable[tuple[nn.Module, Limit]], *, is_active: bool = True
+    ):
+        super().__init__()
+        matrix = [p for name, p in affine.named_parameters() if name not in _OWN_PACE]
+        self._rate: float = affine.rate
+        self._owned = [
+            Part((affine.raw_loc,), LOCATION, is_affine=True),
+            Part((affine.raw_log_scale,), SCALE, is_affine=True),
+            *([Part(tuple(matrix), MATRIX, is_affine=True)] if matrix else []),
+            *(Part(tuple(module.parameters()), limit) for module, limit in parts),
+        ]
+        self._owned = [part for part in self._owned if part.size]
+        count = sum(part.size for part in self._owned if part.is_affine)
+        like = affine.raw_loc.detach()
+        for name, shape in (
+            ("seen", (sum(part.size for part in self._owned),)),
+            ("reach", (len(self._owned),)),
+            ("last", (count,)),
+            ("innovations", (2, count)),
+            ("drift", (count,)),
+            ("signs", (sum(part.is_affine for part in self._owned), len(_SIGNS))),
+            ("clock", (len(_CLOCK),)),
+            ("sizes", (len(self._parameters_in_order()),)),
+            ("heard", (2, len(self._parameters_in_order()))),
+        ):
+            self.register_buffer(name, like.new_zeros(shape), persistent=False)
+        self._is_active = is_active
+        self.is_resting = False
+        self._is_traced = False
+        self._has_warned = False
+        self._hooks: list[Any] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Take the parameters as they are now: somebody else wrote them."""
+        self.clock[_PENDING] = 0.0
+
+    def drew(self, count: int) -> None:
+        """Take note of draws of the guide in training."""
+        if not is_transformed():
+            self.clock[_DRAWS] += count
+
+    def look(self) -> None:
+        """Shorten what the optimizer has done since the last look to what the guide's parts bear."""
+        is_training = torch.is_grad_enabled()
+        with torch.no_grad():
+            self._look(is_training)
+
+    def _look(self, is_training: bool) -> None:
+        if torch.jit.is_tracing() and is_training:
+            self._is_traced = (
+                True  # a trace keeps the guide's parameters as they are: there is no next call
+            )
+        if is_transformed() or self.is_resting or not self._is_active:
+            return
+        self._listen()
+        pending, now = bool(self.clock[_PENDING]), _flat(self._parameters_in_order())
+        if pending and not self._is_traced:
+            self.clock[_PENDING] = 0.0
+            self._take_back(now)
+        else:
+            self.seen.copy_(now)
+
+    def _take_back(self, now: Tensor) -> None:
+        wanted = now - self.seen
+        if not bool(wanted.any()):
+            return  # gradients without a step, so far
+        if not bool(wanted.isfinite().all()):
+            self._warn("A step of the optimizer led to parameters that are not finite")
+            self._write(self.seen.clone())
+            return
+        sizes = [part.size for part in self._owned]
+        moves, log_scale = list(wanted.split(sizes)), self.seen.split(sizes)[1]
+        largest = torch.stack([move.abs().max() for move in moves])
+        if not bool((largest[:2] > 0).all()):  # no step leaves location or scale where it is
+            self.seen.copy_(now)
+            return
+        if not bool(self.reach.any()):
+            self.clock[_EVEN] = float(_is_even(wanted))
+        elif bool(self.clock[_EVEN]) and bool((largest > FOREIGN * self.reach.max()).any()):
+            self.seen.copy_(now)
+            return
+        torch.maximum(FORGETTING * self.reach, largest, out=self.reach)
+        self._measure_gradients()
+        noisy_steps = self._tick(moves)
+        for i, part in enumerate(self._owned):
+            moves[i] = self._shortened(moves[i], part, float(self.reach[i]), noisy_steps[i])
+        moves[0] = moves[0] * (self._rate * log_scale).exp()
+        self.clock[_DRAWS] = 0.0
+        self._write(self.seen + torch.cat(moves))
+
+    def _shortened(self, move: Tensor, part: Part, reach: float, noisy_steps: float) -> Tensor:
+        # where the gradients' size counts, they came smaller than they are
+        factor, limit = 1.0 if bool(self.clock[_EVEN]) else 1.0 / SHRINK, part.limit
+        allowed = limit.after(noisy_steps, max(1.0, float(self.clock[_DRAWS])))
+        return move * min(factor, allowed / (limit.gain * reach + 1e-30))
+
+    def _tick(self, moves: Sequence[Tensor]) -> list[float]:
+        """Let the clocks advance by what this step says; the number of noisy steps for every part."""
+        affine = [move for move, part in zip(moves, self._owned, strict=True) if part.is_affine]
+        sizes = [len(move) for move in affine]
+        self.clock[_STEPS] += 1.0
+        steps = float(self.clock[_STEPS])
+        rows = zip(
+            affine,
+            self.reach,
+            *(memory.split(sizes, dim=-1) for memory in (self.last, self.innovations, self.drift)),
+            self.signs,
+            strict=False,
+        )
+        for move, reach, last, innovations, drift, signs in rows:
+            move = move / (reach + 1e-30)
+            innovation = move - MOMENTUM * last
+            size = float(innovation.norm() * innovations[0].norm())
+            if size > 0.0:
+                signs[_COSINE].lerp_(innovation @ innovations[0] / size, 1 - MEMORY)
+            elif steps <= 2.0:
+                signs[_COSINE] = 1.0
+            drift.lerp_(move, 1 - DRIFT_MEMORY)
+            signs[_POWER].lerp_(move.square().sum(), 1 - DRIFT_MEMORY)
+            last.copy_(move)
+            innovations.copy_(torch.stack([innovations[1], innovation]))
+            share = float(drift.square().sum() / signs[_POWER]) / (1.0 - DRIFT_MEMORY**steps)
+            travel = max(float(signs[_COSINE]) / AGREEMENT, (share - NO_DRIFT) / (DRIFT - NO_DRIFT))
+            signs[_NOISY] += min(max(1.0 - travel, 0.0), 2.0)
+        of_affine = self.signs[:, _NOISY].tolist()
+        rest = len(self._owned) - len(of_affine)
+        return of_affine + rest * [sum(of_affine) / len(of_affine)]
+
+    def _write(self, values: Tensor) -> None:
+        parameters = self._parameters_in_order()
+        for parameter, value in zip(
+            parameters, values.split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.copy_(value.view_as(parameter))
+        self.seen.copy_(values)
+
+    def _listen(self) -> None:
+        """Have the gradients of every parameter pass through :meth:`_receive`; copies and pickles lose that."""
+        if self._hooks:
+            return
+        for i, parameter in enumerate(self._parameters_in_order()):
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_hook(partial(self._receive, i)))
+                before_saving(parameter, self.look)
+
+    @torch.no_grad()
+    def _receive(self, i: int, gradient: Tensor) -> Tensor:
+        if self.is_resting:
+            return gradient
+        self.clock[_PENDING] = 1.0
+        size = gradient.square().mean().sqrt()
+        if not bool(size.isfinite()):
+            self._warn("A gradient was not finite")
+            return torch.zeros_like(gradient)
+        if not bool(self.sizes[i] > 0):
+            self.sizes[i] = size
+        self.heard[:, i] += torch.stack([size, torch.ones_like(size)])
+        return gradient * (SHRINK / (torch.maximum(self.sizes[i], size / OUTLYING) + 1e-30))
+
+    def _measure_gradients(self) -> None:
+        """Follow the size of gradients with what came since the last step."""
+        heard = self.heard[0] > 0
+        now = self.heard[0] / self.heard[1].clamp(min=1.0)
+        share = torch.where(now > self.sizes, GROWTH_MEMORY, SCALE_MEMORY)
+        followed = self.sizes**share * now ** (1 - share)
+        self.sizes.copy_(torch.where(heard, followed, self.sizes))
+        self.heard.zero_()
+
+    def _warn(self, what: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{what} in the training of an AutoSplineFlow: its parameters did not follow. The model's density may "
+                "overflow where the guide draws; this is said once, however often it happens.",
+                stacklevel=2,
+            )
+
+    def _parameters_in_order(self) -> list[nn.Parameter]:
+        return [parameter for part in self._owned for parameter in part.parameters]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": []}
+
+
+_OWN_PACE = ("raw_loc", "raw_log_scale")
+_CLOCK = ("pending", "draws", "even", "steps")
+_PENDING, _DRAWS, _EVEN, _STEPS = range(len(_CLOCK))
+_SIGNS = ("cosine", "power", "noisy")
+_COSINE, _POWER, _NOISY = range(len(_SIGNS))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def _is_even(moves: Tensor) -> bool:
+    """Whether the first moves of an optimizer are of one size, as those of Adam are whatever the gradients."""
+    sizes = moves[moves != 0].abs().double().sort().values
+    low, high = sizes[len(sizes) // 4], sizes[(3 * len(sizes)) // 4]
+    return bool(high <= UNEVEN * low)
