@@ -76,7 +76,7 @@ density = dist.TransformedDistribution(dist.Normal(torch.zeros(1), torch.ones(1)
 grid = torch.linspace(-4.5, 4.5, 2001).unsqueeze(-1)
 with torch.no_grad():
     mapped = spline(grid)
-    p = density.log_prob(grid).exp()
+    p = density.log_prob(grid)[:, 0].exp()
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 left.plot(grid, mapped, color="black")

@@ -39,6 +39,7 @@ from pyro_flowkit.guides.start import Start
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
+from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
@@ -279,7 +280,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         latent = super().sample_latent(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_transformed():
             self.pace.drew(latent.shape[:-1].numel())
         return latent
 

@@ -33,6 +33,7 @@ References:
     Bernard Delyon, Anatoli Juditsky. Accelerated Stochastic Approximation. SIAM Journal on Optimization 1993.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,6 @@ class Pace(nn.Module):
     signs: Tensor
     clock: Tensor
     sizes: Tensor
-    heard: Tensor
 
     def __init__(
         self, affine: Any, parts: Iterable[tuple[nn.Module, Limit]], *, is_active: bool = True
@@ -153,7 +153,6 @@ class Pace(nn.Module):
             ("signs", (sum(part.is_affine for part in self._owned), len(_SIGNS))),
             ("clock", (len(_CLOCK),)),
             ("sizes", (len(self._parameters_in_order()),)),
-            ("heard", (2, len(self._parameters_in_order()))),
         ):
             self.register_buffer(name, like.new_zeros(shape), persistent=False)
         self._is_active = is_active
@@ -161,37 +160,33 @@ class Pace(nn.Module):
         self._is_traced = False
         self._has_warned = False
         self._hooks: list[Any] = []
+        self._draws = 0
+        self._usual: list[float] = []  # the sizes while a step's gradients come, and what came
+        self._heard: dict[int, list[float]] = {}
         self.forget()
 
     def forget(self) -> None:
         """Take the parameters as they are now: somebody else wrote them."""
-        self.clock[_PENDING] = 0.0
+        self._is_pending = False
 
     def drew(self, count: int) -> None:
         """Take note of draws of the guide in training."""
-        if not is_transformed():
-            self.clock[_DRAWS] += count
+        self._draws += count
 
     def look(self) -> None:
         """Shorten what the optimizer has done since the last look to what the guide's parts bear."""
-        is_training = torch.is_grad_enabled()
-        with torch.no_grad():
-            self._look(is_training)
-
-    def _look(self, is_training: bool) -> None:
-        if torch.jit.is_tracing() and is_training:
-            self._is_traced = (
-                True  # a trace keeps the guide's parameters as they are: there is no next call
-            )
+        if torch.jit.is_tracing() and torch.is_grad_enabled():
+            self._is_traced = True  # there is no next call: a trace keeps its parameters
         if is_transformed() or self.is_resting or not self._is_active:
             return
-        self._listen()
-        pending, now = bool(self.clock[_PENDING]), _flat(self._parameters_in_order())
-        if pending and not self._is_traced:
-            self.clock[_PENDING] = 0.0
-            self._take_back(now)
-        else:
-            self.seen.copy_(now)
+        with torch.no_grad():
+            self._listen()
+            now = _flat(self._parameters_in_order())
+            if self._is_pending and not self._is_traced:
+                self._is_pending = False
+                self._take_back(now)
+            else:
+                self.seen.copy_(now)
 
     def _take_back(self, now: Tensor) -> None:
         wanted = now - self.seen
@@ -214,50 +209,49 @@ class Pace(nn.Module):
             return
         torch.maximum(FORGETTING * self.reach, largest, out=self.reach)
         self._measure_gradients()
+        self.clock[_STEPS] += 1.0
         noisy_steps = self._tick(moves)
         for i, part in enumerate(self._owned):
             moves[i] = self._shortened(moves[i], part, float(self.reach[i]), noisy_steps[i])
         moves[0] = moves[0] * (self._rate * log_scale).exp()
-        self.clock[_DRAWS] = 0.0
+        self._draws = 0
         self._write(self.seen + torch.cat(moves))
 
     def _shortened(self, move: Tensor, part: Part, reach: float, noisy_steps: float) -> Tensor:
         # where the gradients' size counts, they came smaller than they are
         factor, limit = 1.0 if bool(self.clock[_EVEN]) else 1.0 / SHRINK, part.limit
-        allowed = limit.after(noisy_steps, max(1.0, float(self.clock[_DRAWS])))
+        allowed = limit.after(noisy_steps, max(1, self._draws))
         return move * min(factor, allowed / (limit.gain * reach + 1e-30))
 
     def _tick(self, moves: Sequence[Tensor]) -> list[float]:
         """Let the clocks advance by what this step says; the number of noisy steps for every part."""
         affine = [move for move, part in zip(moves, self._owned, strict=True) if part.is_affine]
         sizes = [len(move) for move in affine]
-        self.clock[_STEPS] += 1.0
-        steps = float(self.clock[_STEPS])
+        steps, signs = float(self.clock[_STEPS]), self.signs.tolist()
+        memories = (self.last, self.innovations, self.drift)
         rows = zip(
-            affine,
-            self.reach,
-            *(memory.split(sizes, dim=-1) for memory in (self.last, self.innovations, self.drift)),
-            self.signs,
-            strict=False,
+            affine, self.reach.tolist(), *(m.split(sizes, dim=-1) for m in memories), strict=False
         )
-        for move, reach, last, innovations, drift, signs in rows:
+        for own, (move, reach, last, innovations, drift) in zip(signs, rows, strict=True):
             move = move / (reach + 1e-30)
             innovation = move - MOMENTUM * last
             size = float(innovation.norm() * innovations[0].norm())
             if size > 0.0:
-                signs[_COSINE].lerp_(innovation @ innovations[0] / size, 1 - MEMORY)
+                cosine = float(innovation @ innovations[0]) / size
+                own[_COSINE] += (1 - MEMORY) * (cosine - own[_COSINE])
             elif steps <= 2.0:
-                signs[_COSINE] = 1.0
+                own[_COSINE] = 1.0
             drift.lerp_(move, 1 - DRIFT_MEMORY)
-            signs[_POWER].lerp_(move.square().sum(), 1 - DRIFT_MEMORY)
+            own[_POWER] += (1 - DRIFT_MEMORY) * (float(move @ move) - own[_POWER])
             last.copy_(move)
-            innovations.copy_(torch.stack([innovations[1], innovation]))
-            share = float(drift.square().sum() / signs[_POWER]) / (1.0 - DRIFT_MEMORY**steps)
-            travel = max(float(signs[_COSINE]) / AGREEMENT, (share - NO_DRIFT) / (DRIFT - NO_DRIFT))
-            signs[_NOISY] += min(max(1.0 - travel, 0.0), 2.0)
-        of_affine = self.signs[:, _NOISY].tolist()
-        rest = len(self._owned) - len(of_affine)
-        return of_affine + rest * [sum(of_affine) / len(of_affine)]
+            innovations[0] = innovations[1]
+            innovations[1] = innovation
+            share = float(drift @ drift) / (own[_POWER] + 1e-30) / (1.0 - DRIFT_MEMORY**steps)
+            travel = max(own[_COSINE] / AGREEMENT, (share - NO_DRIFT) / (DRIFT - NO_DRIFT))
+            own[_NOISY] += min(max(1.0 - travel, 0.0), 2.0)
+        self.signs.copy_(torch.tensor(signs))
+        noisy = [own[_NOISY] for own in signs]
+        return noisy + (len(self._owned) - len(noisy)) * [sum(noisy) / len(noisy)]
 
     def _write(self, values: Tensor) -> None:
         parameters = self._parameters_in_order()
@@ -276,28 +270,31 @@ class Pace(nn.Module):
                 self._hooks.append(parameter.register_hook(partial(self._receive, i)))
                 before_saving(parameter, self.look)
 
-    @torch.no_grad()
     def _receive(self, i: int, gradient: Tensor) -> Tensor:
         if self.is_resting:
             return gradient
-        self.clock[_PENDING] = 1.0
-        size = gradient.square().mean().sqrt()
-        if not bool(size.isfinite()):
+        self._is_pending = True
+        norm = float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64))
+        if not math.isfinite(norm):
             self._warn("A gradient was not finite")
             return torch.zeros_like(gradient)
-        if not bool(self.sizes[i] > 0):
-            self.sizes[i] = size
-        self.heard[:, i] += torch.stack([size, torch.ones_like(size)])
-        return gradient * (SHRINK / (torch.maximum(self.sizes[i], size / OUTLYING) + 1e-30))
+        if not self._usual:
+            self._usual = self.sizes.tolist()
+        size = norm / gradient.numel() ** 0.5
+        self._usual[i] = self._usual[i] or size
+        self._heard.setdefault(i, []).append(size)
+        return gradient * (SHRINK / max(self._usual[i], size / OUTLYING, 1e-30))
 
     def _measure_gradients(self) -> None:
         """Follow the size of gradients with what came since the last step."""
-        heard = self.heard[0] > 0
-        now = self.heard[0] / self.heard[1].clamp(min=1.0)
-        share = torch.where(now > self.sizes, GROWTH_MEMORY, SCALE_MEMORY)
-        followed = self.sizes**share * now ** (1 - share)
-        self.sizes.copy_(torch.where(heard, followed, self.sizes))
-        self.heard.zero_()
+        if not self._heard:
+            return
+        for i, sizes in self._heard.items():
+            usual, now = self._usual[i], sum(sizes) / len(sizes)
+            share = GROWTH_MEMORY if now > usual else SCALE_MEMORY
+            self._usual[i] = usual**share * now ** (1 - share) if now > 0.0 else usual
+        self.sizes.copy_(torch.tensor(self._usual))
+        self._usual, self._heard = [], {}
 
     def _warn(self, what: str) -> None:
         if not self._has_warned:
@@ -316,8 +313,8 @@ class Pace(nn.Module):
 
 
 _OWN_PACE = ("raw_loc", "raw_log_scale")
-_CLOCK = ("pending", "draws", "even", "steps")
-_PENDING, _DRAWS, _EVEN, _STEPS = range(len(_CLOCK))
+_CLOCK = ("even", "steps")
+_EVEN, _STEPS = range(len(_CLOCK))
 _SIGNS = ("cosine", "power", "noisy")
 _COSINE, _POWER, _NOISY = range(len(_SIGNS))
 

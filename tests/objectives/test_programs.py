@@ -82,6 +82,8 @@ def gradient(objective: ELBO, program) -> tuple[float, dict[str, Tensor]]:
     guide = program()
     with pyro.poutine.trace(param_only=True) as capture:
         objective.loss(model, guide)  # lazy guides are set up
+    if isinstance(guide, AutoSplineFlow):
+        guide.pace.is_resting = True  # gradients keep their size
     for site in capture.trace.nodes.values():
         site["value"].unconstrained().grad = None
     pyro.set_rng_seed(1)
