@@ -147,7 +147,9 @@ def loss_and_gradient(elbo, path_gradient: bool) -> tuple[float, Tensor]:
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
-def test_trace_elbos_use_it_but_a_jit_trace_that_cannot_leave_it_and_the_value_is_the_same(vectorize: bool) -> None:
+def test_trace_elbos_use_it_but_a_jit_trace_that_cannot_leave_it_and_the_value_is_the_same(
+    vectorize: bool,
+) -> None:
     settings = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 0}
     elbos = {
         "Trace_ELBO": Trace_ELBO(**settings),
