@@ -293,6 +293,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
         """The map from z to the unconstrained latents, event_dim 1."""
         self._require_setup()
+        self.pace.look()
         return Compose(self._layers())
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior:
@@ -309,7 +310,6 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     def _layers(self) -> list[Any]:
         """From the base to the unconstrained latents."""
-        self.pace.look()
         hierarchy = [] if self.hierarchy is None else [self.hierarchy]
         return [*self.flow.layers, *hierarchy, self.affine]
 

@@ -1,6 +1,7 @@
 """An ``AutoContinuous`` that maps onto supports by :mod:`pyro_flowkit.guides.supports`, not by PyTorch's registry."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
@@ -26,6 +26,10 @@ class ConstrainedLatents(AutoContinuous):
 
     _given: tuple[Any, bool]
     _edges: Edges
+    # (site, unconstrained, value): -log|det dvalue/dunconstrained| in nats, shape (*batch,)
+    _log_density: Callable[[Any, Tensor, Tensor], Tensor]
+    # (name, value): the draws of a latent that may be at the edge of its support, NaN elsewhere
+    _counted: Callable[[str, Tensor], Tensor]
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         AutoGuide._setup_prototype(self, *args, **kwargs)
@@ -69,13 +73,3 @@ class ConstrainedLatents(AutoContinuous):
                 result[name] = pyro.sample(name, delta)
         self._edges.check()
         return result
-
-    def _log_density(self, site: dict[str, Any], unconstrained: Tensor, value: Tensor) -> Tensor:
-        """-log|det dvalue/dunconstrained| in nats, shape ``(*batch,)``."""
-        transform = bijection_to(site["fn"].support)
-        ladj = transform.log_abs_det_jacobian(unconstrained, value)
-        return -sum_rightmost(ladj, ladj.dim() - value.dim() + site["fn"].event_dim)
-
-    def _counted(self, name: str, value: Tensor) -> Tensor:
-        """The draws of a latent that may be at the edge of its support, NaN elsewhere."""
-        return value

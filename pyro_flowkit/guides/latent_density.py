@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.guides.masked import is_unscored
 
 _PARTICLES = "latent_density_particles"
 
@@ -111,13 +112,9 @@ class LatentDensity:
 
 def _observed(trace: poutine.Trace) -> Iterator[dict[str, Any]]:
     for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not _is_unscored(site):
+        if site["type"] == "sample" and not is_unscored(site):
             if not site["is_observed"]:
                 raise ValueError(
                     f"Expected a guide for every latent of the model, got none for {name!r}."
                 )
             yield site
-
-
-def _is_unscored(site: dict[str, Any]) -> bool:
-    return site["infer"].get("_deterministic", False) or poutine.util.site_is_subsample(site)

@@ -314,7 +314,7 @@ class _Probe:
         with _fixed_seed(self._device), poutine.block(), pyro.validation_enabled(False):
             model = poutine.condition(self._model, data={**values, **self._others})
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            trace.compute_log_prob(lambda _, site: not _is_unscored(site))
+            trace.compute_log_prob(lambda _, site: not is_unscored(site))
         return trace
 
 
@@ -330,7 +330,8 @@ def _drawn(trace: poutine.Trace, without: Mapping[str, Any]) -> dict[str, Tensor
     }
 
 
-def _is_unscored(site: Site) -> bool:
+def is_unscored(site: Site) -> bool:
+    """Whether a sample site is a deterministic value or the rows of a plate, which have no density."""
     return site["infer"].get("_deterministic", False) or site_is_subsample(site)
 
 

@@ -51,15 +51,19 @@ MOMENTUM = 0.9  # of Adam and its relatives
 AGREEMENT = 0.3  # cosine from which on a step counts as travel alone
 MEMORY = 0.95
 DRIFT_MEMORY = 0.98
-NO_DRIFT, DRIFT = (
-    0.25,
-    0.6,
-)  # share of the moves that is common to them, in noise alone (0.19) and on the way
+# share of the moves' power that is in their mean: in noise alone (0.19, and a margin), and on the way
+NO_DRIFT, DRIFT = 0.25, 0.6
 OUTLYING = 30.0  # a gradient so many times as large as usual counts as if it were just that
 SCALE_MEMORY, GROWTH_MEMORY = 0.9, 0.5  # of the gradients' log size, falling and rising
 FORGETTING = 0.99  # of the largest move seen
 FOREIGN = 10.0  # a move so many times the largest one seen is no optimizer's
 UNEVEN = 3.0  # ratio of the quartiles of the first moves that tells SGD from Adam
+
+_OWN_PACE = ("raw_loc", "raw_log_scale")
+_CLOCK = ("even", "steps")
+_EVEN, _STEPS = range(len(_CLOCK))
+_SIGNS = ("cosine", "power", "noisy")
+_COSINE, _POWER, _NOISY = range(len(_SIGNS))
 
 
 @dataclass(frozen=True)
@@ -310,13 +314,6 @@ class Pace(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": []}
-
-
-_OWN_PACE = ("raw_loc", "raw_log_scale")
-_CLOCK = ("even", "steps")
-_EVEN, _STEPS = range(len(_CLOCK))
-_SIGNS = ("cosine", "power", "noisy")
-_COSINE, _POWER, _NOISY = range(len(_SIGNS))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

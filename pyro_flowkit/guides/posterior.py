@@ -84,9 +84,8 @@ class GuidePosterior(FlowDistribution):
         return new
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        if (
-            is_transformed()
-        ):  # a trace cannot choose later: it has the gradient that is safe from far away
+        # a trace cannot choose later: it has the gradient that is safe from far away
+        if is_transformed():
             log_prob = self.log_prob(value)
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         if not self._takes_path_gradient:
