@@ -4,8 +4,9 @@ A learning rate that suits ``AutoNormal`` (.01 to .05, one particle) is no rate 
 networks (.001) is slow for a location. A guide cannot choose the optimizer, but it can see what it does: how far every
 parameter moved since the last call. At its next call it takes the moves back to what its parts bear:
 
-- *location and scale* move in units of the guide's standard deviations, ten times as far as the rate says, up to a
-  limit; a wide posterior and a narrow one take the same number of steps;
+- *location and scale* move in units of the guide's standard deviations, the scale ten times as far as the rate says and
+  the location fifty times, up to a limit; a wide posterior and a narrow one take the same number of steps. A guide that
+  widens before it arrives can settle on several modes at once, as one broad Gaussian;
 - the *matrix*, the *hierarchy* and the *flow* (networks and LU layers) move as the rate says, up to limits of their
   own.
 
@@ -73,6 +74,7 @@ class Limit:
     Attributes:
         gain: moves in the part's units for a unit of its parameters.
         floor: with one particle; it rises with the square root of their number.
+        boost: by how much more than the optimizer says the part moves, where the limit allows.
     """
 
     first: float
@@ -80,13 +82,14 @@ class Limit:
     power: float
     floor: float
     gain: float = 1.0
+    boost: float = 1.0
 
     def after(self, noisy_steps: float, num_particles: float) -> float:
         falling = self.first * (1.0 + noisy_steps / self.steps) ** -self.power
         return max(falling, min(self.first, self.floor * num_particles**0.5))
 
 
-LOCATION = Limit(0.4, 8.0, 1.0, 1e-3, gain=10.0)
+LOCATION = Limit(0.4, 8.0, 1.0, 1e-3, gain=10.0, boost=5.0)
 SCALE = Limit(0.08, 40.0, 1.0, 1e-3, gain=10.0)
 MATRIX = Limit(0.02, 30.0, 1.0, 2e-4, gain=10.0)
 HIERARCHY = Limit(3e-3, 50.0, 0.75, 3e-4)
@@ -223,7 +226,8 @@ class Pace(nn.Module):
 
     def _shortened(self, move: Tensor, part: Part, reach: float, noisy_steps: float) -> Tensor:
         # where the gradients' size counts, they came smaller than they are
-        factor, limit = 1.0 if bool(self.clock[_EVEN]) else 1.0 / SHRINK, part.limit
+        limit = part.limit
+        factor = limit.boost if bool(self.clock[_EVEN]) else limit.boost / SHRINK
         allowed = limit.after(noisy_steps, max(1, self._draws))
         return move * min(factor, allowed / (limit.gain * reach + 1e-30))
 

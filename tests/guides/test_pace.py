@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoGuideList
 from pyro.optim import SGD, Adam, ClippedAdam, PyroOptim
 from torch import Tensor
 
+from models._drop_in_more import small_programs
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides import pace as module
@@ -92,6 +93,20 @@ def test_a_posterior_far_away_on_another_scale_is_reached() -> None:
         "at AutoNormal's pace it is 14 away from the start by now"
     )
     assert abs(float(median[1]) + 40.0) < 0.5
+
+
+def test_a_guide_arrives_before_it_widens() -> None:
+    """The mixture's start is far off: widened on the way, its guide stayed on both components at once, at -21.6."""
+    program = small_programs()["Gaussian mixture"]
+    for seed in range(3):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        guide, elbo = program.guide(AutoSplineFlow), program.elbo(1)
+        svi = SVI(program.model, guide, ClippedAdam({"lr": 0.003}), elbo)
+        for _ in range(300):
+            svi.step(*program.args)
+        low, high = guide.quantiles([0.16, 0.84])["locs"]
+        assert float((high - low).max()) < 3.5, "the data are 1 and 2 wide, and 10 apart"
 
 
 def test_inside_a_guide_list() -> None:
