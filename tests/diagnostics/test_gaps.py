@@ -132,6 +132,63 @@ def test_the_best_encoder_of_its_family_has_no_amortisation_gap():
     assert "the family is the larger part" in gaps.attrs["message"]
 
 
+class MemorisingVAE(LinearGaussianVAE):
+    """Its encoder is the best one on the rows that it has seen, and shifted on others."""
+
+    def __init__(self, full_rank=True, shift=1.0):
+        super().__init__(shift=shift, factor=1.0, full_rank=full_rank)
+        self.seen = self.data[:15]
+
+    def guide(self, x):
+        known = (x[:, None] == self.seen).all(-1).any(-1)
+        with pyro.plate("data", len(x)):
+            mean = self.posterior_mean(x) + torch.where(known[:, None], 0.0, self.shift)
+            if self.full_rank:
+                pyro.sample("z", dist.MultivariateNormal(mean, self.covariance))
+            else:
+                pyro.sample("z", dist.Normal(mean, self.scale).to_event(1))
+
+
+@pytest.mark.parametrize("full_rank", [True, False])
+def test_an_encoder_that_overfits_is_said(full_rank):
+    vae = MemorisingVAE(full_rank, shift=1.0 if full_rank else 0.2)
+    gaps = gaps_of(vae, vae.data[15:], train_data=vae.seen, num_steps=60)
+    exact = float(0.5 * vae.shift @ vae.precision @ vae.shift)
+    assert abs(float(gaps["overfit"]) - exact) < 0.03
+    assert abs(float(gaps["train_amortization_gap"].mean())) < 2e-3
+    assert gaps["train_elbo"].dims == ("train_id",) and gaps.sizes["train_id"] == 15
+    message = gaps.attrs["message"]
+    assert "the encoder overfits: on training rows its gap is" in message
+    assert "Zhang et al. 2022" in message and "longer" not in message
+    assert ("the family is the larger part" in message) == (not full_rank)
+    alone = gaps_of(vae, vae.data[15:], num_steps=60)
+    xr.testing.assert_equal(
+        alone, gaps[list(alone.data_vars)].drop_vars("train_id", errors="ignore")
+    )
+
+
+def test_an_encoder_that_has_learnt_too_little_is_to_train_longer():
+    vae = LinearGaussianVAE(shift=1.0, factor=1.0, full_rank=True)
+    message = gaps_of(vae, vae.data[15:], train_data=vae.data[:15], num_steps=60).attrs["message"]
+    assert "no sign that it overfits" in message and "train it longer or make it larger" in message
+    message = gaps_of(vae, vae.data[15:], train_data=vae.data[:1], num_steps=60).attrs["message"]
+    assert "do not say whether it overfits" in message and "longer" not in message
+
+
+def test_without_training_rows_nothing_is_said_of_why_the_encoder_is_not_its_best():
+    vae = LinearGaussianVAE(shift=1.0, factor=1.0, full_rank=True)
+    message = gaps_of(vae).attrs["message"]
+    assert "train_data=, say whether it overfits or has learnt too little" in message
+    assert "longer" not in message
+
+
+def test_gaps_with_training_rows_go_through_netcdf(tmp_path):
+    gaps = inference_gaps(local_model, local_guide, DATA, train_data=DATA[:4], **FAST)
+    gaps.to_netcdf(tmp_path / "gaps.nc", engine="h5netcdf")
+    with xr.open_dataset(tmp_path / "gaps.nc", engine="h5netcdf") as opened:
+        xr.testing.assert_equal(opened.load(), gaps)
+
+
 def test_standard_errors_are_the_spread_over_repetitions():
     vae = LinearGaussianVAE()
     gaps = gaps_of(vae, vae.data[:1].expand(200, -1), num_samples=300, batch_size=200, num_steps=60)
