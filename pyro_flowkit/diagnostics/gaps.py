@@ -71,7 +71,9 @@ def inference_gaps(
     sites: for a plain distribution (Normal, MultivariateNormal, Gamma, ..., also under ``to_event``
     and ``mask``) all its parameters, for every datum by itself; for a flow its context, and the
     parameters of its base where these differ by datum (``base="conditional_normal"``), while the
-    weights of its layers stay as they are. Several sites must not depend on each other's draws.
+    weights of its layers stay as they are. Where a site follows the draw of another one, as z1 of
+    ``q(z2 | x) q(z1 | z2, x)``, what the encoder says of it given that draw is moved and widened as a
+    whole, by numbers of the datum.
 
     An optimised posterior that is no better, by draws of its own, is dropped for the encoder's. An
     amortisation gap below zero is noise within its standard error. Where the optimisation stopped
@@ -117,8 +119,8 @@ def inference_gaps(
         ``message`` says it in a sentence, and what to do.
 
     Raises:
-        ValueError: as `pointwise_bounds`; if a site cannot be reparametrised or freed, if sites
-            depend on each other, or if a log weight is NaN.
+        ValueError: as `pointwise_bounds`; if a site cannot be reparametrised or freed, if the
+            encoder is random, or if a log weight is NaN.
     """
     _check_settings(num_samples, num_steps, num_particles, lr)
     tensors = check_data(data)

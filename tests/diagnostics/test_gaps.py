@@ -20,11 +20,11 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from models.vae import VAE
-from pyro_flowkit.diagnostics import inference_gaps
+from pyro_flowkit.diagnostics import inference_gaps, pointwise_bounds
 from pyro_flowkit.diagnostics.local_posterior import FreePosterior, family_of
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides import AmortizedSplineFlow
-from tests.diagnostics.linear_gaussian import DOUBLE, Z_DIM, LinearGaussian
+from tests.diagnostics.linear_gaussian import DOUBLE, Z_DIM, LinearGaussian, TwoLevels
 
 NUM_DATA, NOISE = 30, 0.9
 
@@ -492,33 +492,68 @@ def test_a_posterior_outside_of_the_support_is_brought_inside():
     assert not gaps["amortization_gap_se"].isnull().any()
 
 
-def two_sites(fn):
-    def model(x):
-        with pyro.plate("rows", len(x)):
-            a = pyro.sample("a", dist.Normal(torch.zeros_like(x), 1.0))
-            b = pyro.sample("b", dist.Normal(a, 1.0))
-            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+@pytest.mark.parametrize("evidence_is_known", [True, False])
+def test_two_levels_are_repaired_to_the_exact_posterior(evidence_is_known):
+    vae = TwoLevels(20, shift=0.5, factor=0.6)
+    exact, gap = vae.exact_log_prob(), vae.exact_gap()
+    assert gap > 0.9
+    gaps = gaps_of(vae, exact_log_evidence=exact if evidence_is_known else None)
+    assert_repaired(gaps, gap)
+    assert abs(float(gaps["inference_gap"].mean()) - gap) < 0.03
+
+
+def test_two_levels_with_the_exact_posterior_have_no_gap():
+    vae = TwoLevels(10)
+    bounds = pointwise_bounds(vae.model, vae.guide, vae.data, num_samples=50, seed=0)
+    for name in ("elbo", "log_evidence"):
+        np.testing.assert_allclose(bounds[name], vae.exact_log_prob(), atol=1e-6)
+    gaps = gaps_of(vae, num_steps=30, exact_log_evidence=vae.exact_log_prob())
+    np.testing.assert_allclose(gaps["inference_gap"], 0.0, atol=1e-6)
+    assert (np.abs(gaps["amortization_gap"]) <= 4 * gaps["amortization_gap_se"] + 1e-9).all()
+    assert float(np.abs(gaps["amortization_gap"]).max()) < 0.05
+
+
+def test_bounds_of_two_levels_bracket_the_exact_value():
+    vae = TwoLevels(30, shift=0.4, factor=0.8)
+    exact = vae.exact_log_prob()
+    bounds = pointwise_bounds(
+        vae.model, vae.guide, vae.data, num_samples=3000, exact_log_evidence=exact, seed=0
+    )
+    error = float(np.sqrt((bounds["elbo_se"] ** 2).sum())) / 30
+    assert abs(float(bounds["gap"].mean()) - vae.exact_gap()) < 4 * error
+    assert float(np.abs(bounds["log_evidence"] - exact.numpy()).mean()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["transformed", "flow"])
+def test_a_level_below_may_be_a_flow(kind):
+    """A context, or a base, that follows the draw of the level above."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = TwoLevels(8)
+    flow = SplineFlow(3, 3, base="conditional_normal", num_transforms=1).double()
 
     def guide(x):
-        with pyro.plate("rows", len(x)):
-            a = pyro.sample("a", dist.Normal(x / 3, 1.0))
-            pyro.sample("b", fn(a, x))
+        with pyro.plate("data", len(x)):
+            mean2 = (x - vae.bias) @ vae.gain2.T
+            z2 = pyro.sample("z2", dist.MultivariateNormal(mean2, vae.cov2))
+            mean1 = vae.mean1(z2, x) + 0.4
+            if kind == "flow":
+                fn = flow(mean1)
+            else:
+                base = dist.MultivariateNormal(mean1, vae.cov1)
+                shift = torch.distributions.AffineTransform(0.2 + 0 * mean1, 1.0, event_dim=1)
+                fn = dist.TransformedDistribution(base, [shift])
+            pyro.sample("z1", fn)
 
-    return model, guide
-
-
-def test_sites_that_depend_on_each_other_are_refused():
-    model, guide = two_sites(lambda a, x: dist.Normal(a / 2 + x / 2, 1.0))
-    with pytest.raises(ValueError, match="site 'b' of the guide.*depends on the draws of another"):
-        inference_gaps(model, guide, DATA, **FAST)
-    shifted = torch.distributions.AffineTransform
-    model, guide = two_sites(
-        lambda a, x: dist.TransformedDistribution(dist.Normal(x / 2, 1.0), [shifted(a, 1.0)])
+    exact = vae.exact_log_prob()
+    gaps = inference_gaps(
+        vae.model, guide, vae.data, num_steps=90, num_samples=500, exact_log_evidence=exact, seed=0
     )
-    with pytest.raises(ValueError, match="site 'b' of the guide.*depends on the draws of another"):
-        inference_gaps(model, guide, DATA, **FAST)
-    model, guide = two_sites(lambda a, x: dist.Normal(x / 2, 1.0))
-    assert (inference_gaps(model, guide, DATA, **FAST)["approximation_gap"] > 0.01).all()
+    error = np.abs(gaps["inference_gap"] - gaps["approximation_gap"] - gaps["amortization_gap"])
+    assert float(error.max()) < 1e-9
+    assert float(gaps["amortization_gap"].mean()) > 0.3
+    if kind == "transformed":
+        assert float(np.abs(gaps["approximation_gap"]).mean()) < 0.02
 
 
 def test_a_random_encoder_is_refused():
