@@ -10,9 +10,13 @@ every datum by itself, from what the encoder says. Whether it is kept is decided
 draws of their own; both ELBOs are then estimated from fresh draws with common random numbers, so
 that nothing is selected by the numbers that are reported.
 
-Reference:
+An encoder that has learnt too little has the same amortisation gap on all rows; one that overfits has
+a larger one on rows that it was not trained on.
+
+References:
     Chris Cremer, Xuechen Li, David Duvenaud. Inference Suboptimality in Variational Autoencoders.
     ICML 2018.
+    Mingtian Zhang, Peter Hayes, David Barber. Generalization Gap in Amortized Inference. NeurIPS 2022.
 """
 
 import math
@@ -40,6 +44,7 @@ from pyro_flowkit.ops.psis import pareto_k_threshold, psis
 
 _MIN_CHOICE = 100  # draws that choose between a posterior and the encoder's, at least
 _SMALL = 0.01  # nats
+_CLEAR = 2.0  # standard errors
 
 
 def inference_gaps(
@@ -47,6 +52,7 @@ def inference_gaps(
     guide: Callable,
     data: Tensor | tuple[Tensor, ...],
     *,
+    train_data: Tensor | tuple[Tensor, ...] | None = None,
     args: tuple = (),
     kwargs: dict[str, Any] | None = None,
     num_samples: int = 1000,
@@ -65,7 +71,9 @@ def inference_gaps(
     sites: for a plain distribution (Normal, MultivariateNormal, Gamma, ..., also under ``to_event``
     and ``mask``) all its parameters, for every datum by itself; for a flow its context, and the
     parameters of its base where these differ by datum (``base="conditional_normal"``), while the
-    weights of its layers stay as they are. Several sites must not depend on each other's draws.
+    weights of its layers stay as they are. Where a site follows the draw of another one, as z1 of
+    ``q(z2 | x) q(z1 | z2, x)``, what the encoder says of it given that draw is moved and widened as a
+    whole, by numbers of the datum.
 
     An optimised posterior that is no better, by draws of its own, is dropped for the encoder's. An
     amortisation gap below zero is noise within its standard error. Where the optimisation stopped
@@ -80,7 +88,12 @@ def inference_gaps(
     Args:
         model: a Pyro model with one plate over the data, such as a VAE.
         guide: its guide, inside of the same plate.
-        data: a tensor whose first dimension is the datum, or a tuple of such tensors.
+        data: a tensor whose first dimension is the datum, or a tuple of such tensors; rows that the
+            guide was not trained on say what the encoder is worth.
+        train_data: rows that the guide was trained on, likewise. Where the amortisation gap of data
+            exceeds theirs by more than two standard errors of the difference, over rows and draws,
+            and by 0.01 nats, the encoder overfits. Without them nothing is said of why it is not
+            its best.
         args: further positional arguments of both.
         kwargs: keyword arguments of both.
         num_samples: draws per datum for the numbers that are reported.
@@ -100,35 +113,67 @@ def inference_gaps(
         ``log_evidence`` (exact where it was given, otherwise the PSIS estimate from the optimised
         posterior, whose ``pareto_k`` says whether it can be trusted: where not, it is too small, and
         with it the inference and the approximation gap), ``inference_gap``, ``approximation_gap``,
-        ``amortization_gap``, a standard error ``NAME_se`` of each, and ``late_gain``. The attribute
-        ``message`` says it in a sentence.
+        ``amortization_gap``, a standard error ``NAME_se`` of each, and ``late_gain``. With train_data
+        the same over ``train_id``, as ``train_elbo``, ..., and the scalars ``overfit``, the amortisation
+        gap of data less that of training rows in the mean, and ``overfit_se``. The attribute
+        ``message`` says it in a sentence, and what to do.
 
     Raises:
-        ValueError: as `pointwise_bounds`; if a site cannot be reparametrised or freed, if sites
-            depend on each other, or if a log weight is NaN.
+        ValueError: as `pointwise_bounds`; if a site cannot be reparametrised or freed, if the
+            encoder is random, or if a log weight is NaN.
     """
     _check_settings(num_samples, num_steps, num_particles, lr)
     tensors = check_data(data)
+    train = None if train_data is None else check_data(train_data)
     exact = None
     if exact_log_evidence is not None:
         exact = as_exact(exact_log_evidence, [len(tensors[0])])
-    parts: list[tuple[Tensor, ...]] = []
-    with evaluation(model, guide, seed=seed):
+
+    def log_weights(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal plate, vectorize
+        parts: list[tuple[Tensor, ...]] = []
         for rows in batches(tensors, batch_size or 256):
             problem = LocalProblem.of(model, guide, rows, args, kwargs or {}, plate, vectorize)
             # Settled by the first batch: a last batch of one row would fit any plate.
             plate, vectorize = problem.plate, problem.like.stacked
             local, late_gain = problem.optimize(num_steps, lr, num_particles)
-            few, seed = max(_MIN_CHOICE, num_samples // 4), new_seed()
-            gain = problem.log_weights(local, few, seed) - problem.log_weights(guide, few, seed)
-            seed = new_seed()
-            encoder = problem.log_weights(guide, num_samples, seed)
-            optimized = problem.log_weights(local, num_samples, seed)
+            few, own_seed = max(_MIN_CHOICE, num_samples // 4), new_seed()
+            gain = problem.log_weights(local, few, own_seed)
+            gain = gain - problem.log_weights(guide, few, own_seed)
+            own_seed = new_seed()
+            encoder = problem.log_weights(guide, num_samples, own_seed)
+            optimized = problem.log_weights(local, num_samples, own_seed)
             better = (gain.mean(-1) > 0) & ~optimized.isnan().any(-1)
             optimized = torch.where(better[:, None], optimized, encoder)
             parts.append((encoder, optimized, late_gain.where(better, 0.0)))
-    encoder, optimized, late_gain = map(torch.cat, zip(*parts, strict=True))
-    return _dataset(encoder, optimized, late_gain, exact)
+        encoder, optimized, late_gain = map(torch.cat, zip(*parts, strict=True))
+        return encoder, optimized, late_gain
+
+    with evaluation(model, guide, seed=seed):
+        gaps = _dataset(*log_weights(tensors), exact)
+        if train is not None:
+            gaps = _with_training_rows(gaps, _dataset(*log_weights(train), None))
+    return gaps.assign_attrs(message=_message(gaps))
+
+
+def _with_training_rows(gaps: xr.Dataset, train: xr.Dataset) -> xr.Dataset:
+    """Both in one Dataset, and how much larger the amortisation gap is where nothing was learnt."""
+
+    def mean_and_square(gap: xr.DataArray) -> tuple[float, float]:
+        count = gap.size
+        # the spread over rows holds the noise of their draws
+        return float(gap.mean()), float(gap.var(ddof=1)) / count if count > 1 else math.inf
+
+    new, square = mean_and_square(gaps["amortization_gap"])
+    old, old_square = mean_and_square(train["amortization_gap"])
+    units = {"units": "nats"}
+    train = train.rename(
+        {"obs_id": "train_id"} | {name: f"train_{name}" for name in train.data_vars}
+    )
+    return gaps.merge(train).assign(
+        overfit=((), new - old, {"kind": ESTIMATE, **units}),
+        overfit_se=((), math.sqrt(square + old_square), {"kind": STANDARD_ERROR, **units}),
+    )
 
 
 def _dataset(
@@ -182,30 +227,20 @@ def _dataset(
             **{f"kind_{name}": kind for name, (_, kind) in variables.items()},
         ),
     )
-    return gaps.assign_attrs(message=_message(gaps))
+    return gaps
 
 
 def _message(gaps: xr.Dataset) -> str:
     """The means over data in a sentence, and what to do about the larger part."""
 
-    def mean(name: str) -> str:
-        error = np.sqrt(np.square(gaps[f"{name}_se"].to_numpy()).sum()) / gaps.sizes["obs_id"]
-        return f"{float(gaps[name].mean()):.3f} +- {error:.3f}"
-
     family = float(gaps["approximation_gap"].mean())
     encoder = float(gaps["amortization_gap"].mean())
     late = float(gaps["late_gain"].mean())
     above = int((gaps["pareto_k"] > gaps.attrs["pareto_k_threshold"]).sum())
-    advice = (
-        "the encoder is the larger part: train it longer or make it larger"
-        if encoder > family
-        else "the family is the larger part: take a richer one, such as a flow"
-    )
-    if max(encoder, family) < _SMALL:
-        advice = "both are small"
     parts = [
-        f"The gap is {mean('inference_gap')} nats per datum: {mean('approximation_gap')} are the "
-        f"family's (approximation) and {mean('amortization_gap')} the encoder's (amortisation); {advice}."
+        f"The gap is {_mean(gaps, 'inference_gap')} nats per datum: "
+        f"{_mean(gaps, 'approximation_gap')} are the family's (approximation) and "
+        f"{_mean(gaps, 'amortization_gap')} the encoder's (amortisation); {_advice(gaps, family, encoder)}."
     ]
     if late > max(_SMALL, _SMALL * (encoder + family)):
         parts.append(
@@ -225,6 +260,47 @@ def _message(gaps: xr.Dataset) -> str:
             "what is said here."
         )
     return " ".join(parts)
+
+
+def _mean(gaps: xr.Dataset, name: str) -> str:
+    """A mean over data and its error by draws."""
+    error = np.sqrt(np.square(gaps[f"{name}_se"].to_numpy()).sum()) / gaps[name].size
+    return f"{float(gaps[name].mean()):.3f} +- {error:.3f}"
+
+
+def _advice(gaps: xr.Dataset, family: float, encoder: float) -> str:
+    """Which part is the larger one, whether the encoder overfits, and what to do about it."""
+    richer = "the family is the larger part: take a richer one, such as a flow"
+    if "overfit" not in gaps:
+        if max(encoder, family) < _SMALL:
+            return "both are small"
+        return (
+            "the encoder is the larger part: training rows, as train_data=, say whether it overfits or "
+            "has learnt too little"
+            if encoder > family
+            else richer
+        )
+    more, error = float(gaps["overfit"]), float(gaps["overfit_se"])
+    on_training = f"on training rows its gap is {_mean(gaps, 'train_amortization_gap')}"
+    difference = f"a difference of {more:.3f} +- {error:.3f} over rows"
+    if more > max(_CLEAR * error, _SMALL):
+        overfits = (
+            f"the encoder overfits: {on_training}, {difference}. Take dropout or fresh noise in the "
+            "data, stop earlier, take more data, or refine the encoder on the model's own samples "
+            "(Zhang et al. 2022)"
+        )
+        return overfits if encoder > family else f"{richer}; {overfits}"
+    if max(encoder, family) < _SMALL:
+        return "both are small"
+    if not math.isfinite(more) or not math.isfinite(error):
+        seen = f"{on_training}, and these rows do not say whether it overfits"
+        return (
+            f"the encoder is the larger part ({seen})" if encoder > family else f"{richer} ({seen})"
+        )
+    seen = f"{on_training}, {difference}: no sign that it overfits"
+    if encoder > family:
+        return f"the encoder is the larger part ({seen}): train it longer or make it larger"
+    return f"{richer} (of the encoder: {seen})"
 
 
 def _check_settings(num_samples: int, num_steps: int, num_particles: int, lr: float) -> None:

@@ -1,52 +1,67 @@
 r"""Which latents of a VAE say something about the data, and which have collapsed onto the prior.
 
-With the posterior q(z | x) of the guide, the prior p(z) and a mean over data x, for one latent z_d,
+With the posterior q(z | x) of the guide, the prior p(z) and a mean over data x, for the directions of
+all latents of a site together
+
+    B = Cov_x E_q[z],   W = E_x Cov_q[z]
+    variance explained   eigenvalues r of (B + W)^-1 B            active: > 0.01
+    information          -1/2 log(1 - r)                           nats
+
+and for one latent z_d, a coordinate, by itself
 
     mean variance        Var_x E_q[z_d]                            active: > 0.01 Var_p[z_d]
     variance explained   r = Var_x E_q[z_d] / (Var_x E_q[z_d] + E_x Var_q[z_d])
     information          -1/2 log(1 - r)                           nats
     KL                   E_x KL(q(z_d | x) || p(z_d))              nats
 
-The first is the measure of Burda, Grosse and Salakhutdinov (2016), whose prior has variance 1. The
-information is the mutual information of x and z_d where both are Gaussian, otherwise an estimate of
-it. The KL is a sum over latents where posterior and prior have independent dimensions. Those of a
-flow or of a full covariance have not: their KL belongs to all together, and only the other measures,
-which look at one latent at a time, are there for each. Means over draws are freed of their noise: a
-mean of S draws varies by Var_q / S even where the posterior is the same for all data. What stays within
-three standard errors of that noise is not called active.
+Collapse is judged by directions: a decoder may turn the latents, and then two directions that vary make
+every coordinate vary (see `directions`). Where the prior is that of the posteriors in the mean,
+B + W is its covariance and both thresholds are that of Burda, Grosse and Salakhutdinov (2016), whose
+prior has variance 1. The information is the mutual information of x and z where both are Gaussian,
+otherwise an estimate of it.
+
+Posteriors of any kind are known by draws. Means over draws are freed of their noise: a mean of S draws
+varies by Var_q / S even where the posterior is the same for all data. What stays within three standard
+errors of that noise is not called active.
+
+A site of several, such as z1 of p(z2) p(z1 | z2), is seen as it is marginally, with the sites above it
+drawn from the guide: its directions vary, too, where it merely follows those. The KL of the site,
+E_q log q(z1 | z2, x) / p(z1 | z2), says what it adds; near zero it adds nothing.
+
+The KL of a coordinate is there where posterior and prior have independent dimensions. Those of a flow or
+of a full covariance have not: their KL belongs to the site.
 
 Reference:
     Yuri Burda, Roger Grosse, Ruslan Salakhutdinov. Importance Weighted Autoencoders. ICLR 2016.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyro_flowkit.diagnostics.naming import latent_sites
+from pyro_flowkit.diagnostics.directions import explained_by_direction, largest_of_noise
+from pyro_flowkit.diagnostics.latent_columns import LatentColumns
 from pyro_flowkit.diagnostics.particles import (
     Particles,
     draw_particles,
     evaluation,
     is_point_mass,
     sample_sites,
-    unscaled_log_prob,
 )
 from pyro_flowkit.diagnostics.pointwise import ROWS_AT_ONCE, batches, check_data, data_plate
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, ESTIMATE, schema_attrs
 from pyro_flowkit.diagnostics.verdict import Verdict
 
 ACTIVE = 0.01
-"""Burda et al. (2016): a latent is active if its mean varies by more than this, over data."""
+"""Share of the variance that the means of an active latent or direction vary by, over data, at least.
 
-_NAMED = 8  # latents that a verdict names one by one
+Burda et al. (2016)."""
+
 _NO_KL = 0.1  # nats
 _CLEAR = 3.0  # standard errors
 
@@ -64,7 +79,7 @@ def latent_usage(
     vectorize: bool | None = None,
     seed: int | None = None,
 ) -> xr.Dataset:
-    """How much every latent says about the data: KL, active units, posterior collapse.
+    """How much the latents say about the data: active directions, KL, posterior collapse.
 
     Args:
         model: a Pyro model with one plate over the data, such as a VAE.
@@ -79,15 +94,22 @@ def latent_usage(
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:
-        A Dataset over ``latent``, named as ``z[0]``, ``z[1]``, ... by site: ``kl`` in nats (mean
-        per datum; in closed form where there is one, NaN where the dimensions of posterior or prior
-        depend on each other), ``mean_variance`` and ``prior_variance`` in squared units of the
-        latent, ``variance_explained``, ``information`` in nats, ``active``; and over ``obs_id`` the
-        KL of all latents, ``kl_total``. The attribute ``message`` is the `latent_verdict`.
+        A Dataset over ``direction``, named as ``z:0``, ``z:1``, ... by site, those of a site in falling
+        order: ``direction_explained``, ``direction_information`` in nats and ``direction_active``. Over
+        ``site``: ``active_directions``, ``num_directions`` and ``site_kl`` in nats (mean per datum,
+        given the draws of other sites that it depends on; NaN where the guide has one density for
+        several sites). Over ``latent``, the coordinates, named as
+        ``z[0]``, ``z[1]``, ...: ``kl`` in nats (mean per datum; in closed form where there is one, NaN
+        where the dimensions of posterior or prior depend on each other), ``mean_variance`` and
+        ``prior_variance`` in squared units of the latent, ``variance_explained``, ``information`` in
+        nats, ``active``. Over ``obs_id``: the KL of all latents, ``kl_total``. The attribute
+        ``message`` is the `latent_verdict`, ``active_threshold`` the share of the variance from which
+        on a direction is active.
 
     Raises:
-        ValueError: as `pointwise_bounds`, for less than two data or draws, and for a guide of point
-            estimates alone (``Delta``), which has no KL.
+        ValueError: as `pointwise_bounds`, for less than two data or draws, for so few of both that
+            the covariance of draws is singular, and for a guide of point estimates alone
+            (``Delta``), which has no KL.
     """
     tensors = check_data(data)
     num_data = len(tensors[0])
@@ -98,6 +120,7 @@ def latent_usage(
         )
     batch_size = min(batch_size or 256, num_data)
     parts: list[dict[str, Tensor]] = []
+    within: dict[str, Tensor] = {}
     with evaluation(model, guide, seed=seed):
         for rows in batches(tensors, batch_size):
             columns: dict[str, list[Tensor]] = {}
@@ -115,14 +138,20 @@ def latent_usage(
                 plate, dim = data_plate(particles, len(rows[0]), plate)
                 _check_random(particles)
                 vectorize = particles.stacked
-                view = _View(particles, dim, len(rows[0]))
+                view = LatentColumns(particles, dim, len(rows[0]))
                 for name, value in view.columns().items():
                     columns.setdefault(name, []).append(value)
             names = view.names()
-            parts.append(_moments({name: torch.cat(value) for name, value in columns.items()}))
-    return _dataset(
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, names, num_samples
+            draws = {name: torch.cat(value) for name, value in columns.items()}
+            _check_enough(num_data * (num_samples - 1), names)
+            for site, covariance in _covariances(draws["posterior"], names).items():
+                within[site] = within.get(site, 0.0) + covariance / num_data
+            parts.append(_moments(draws))
+    moments = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    usage = _dataset(moments, names, num_samples).merge(
+        _by_direction(moments, within, names, num_samples)
     )
+    return usage.assign_attrs(message=str(latent_verdict(usage)))
 
 
 def latent_verdict(usage: xr.Dataset) -> Verdict:
@@ -132,93 +161,68 @@ def latent_verdict(usage: xr.Dataset) -> Verdict:
         usage: the result of `latent_usage`.
 
     Returns:
-        "good" where every latent is active, "bad" where none is, otherwise "usable".
+        "good" where every direction of every site is active, "bad" where none is, otherwise
+        "usable".
 
     Raises:
-        ValueError: if the Dataset has no ``active``.
+        ValueError: if the Dataset has no ``active_directions``.
     """
-    if "active" not in usage:
-        raise ValueError(f"Expected a variable active, got {sorted(map(str, usage.data_vars))}")
-    active = usage["active"].to_numpy().astype(bool)
-    count, collapsed = len(active), usage["latent"].to_numpy()[~active]
-    total = f"the KL of all latents is {float(usage['kl_total'].mean()):.2f} nats per datum"
-    if not len(collapsed):
-        return Verdict(
-            "good",
-            f"no posterior collapse: the posterior means of all {count} latents vary with the data "
-            f"({total})",
-            "Nothing to do.",
+    if "active_directions" not in usage:
+        raise ValueError(
+            f"Expected a variable active_directions, got {sorted(map(str, usage.data_vars))}"
         )
-    named = ", ".join(collapsed[:_NAMED]) + (", ..." if len(collapsed) > _NAMED else "")
-    idle = int((usage["kl"].to_numpy()[~active] > _NO_KL).sum())
-    unused = f", although the KL of {idle} of these is above {_NO_KL} nats" if idle else ""
-    reason = (
-        f"posterior collapse of {len(collapsed)} of {count} latents ({named}): their posterior mean "
-        f"is the same for all data{unused} ({total})"
+    active, sizes = (usage[n].to_numpy() for n in ("active_directions", "num_directions"))
+    sites, kl = usage["site"].to_numpy(), usage["site_kl"].to_numpy()
+    counts = ", ".join(
+        f"{count} of {size} directions of {site}"
+        + (f" (KL {nats:.2f} nats per datum)" if len(sites) > 1 and nats == nats else "")
+        for site, count, size, nats in zip(sites, active, sizes, kl, strict=True)
     )
-    if len(collapsed) == count:
+    used = (
+        f"the posterior means vary with the data along {counts}, by more than "
+        f"{usage.attrs['active_threshold']:g} of the variance "
+        f"(the KL of all latents is {float(usage['kl_total'].mean()):.2f} nats per datum)"
+    )
+    following = _following(usage)
+    if following:
+        used += f"; {', '.join(following)} only follows the other latents (KL below {_NO_KL} nats)"
+    if (active == sizes).all() and not following:
+        return Verdict("good", f"no posterior collapse: {used}", "Nothing to do.")
+    coordinates = usage["active"].to_numpy().astype(bool)
+    if coordinates.sum() > active.sum():
+        used += (
+            f"; {int(coordinates.sum())} of {len(coordinates)} coordinates vary, as a few directions "
+            "make many coordinates vary"
+        )
+    idle = int((usage["kl"].to_numpy()[~coordinates] > _NO_KL).sum())
+    if idle:
+        used += f"; the KL of {idle} coordinates that do not vary is above {_NO_KL} nats"
+    if not active.any():
         return Verdict(
             "bad",
-            reason,
+            f"posterior collapse: {used}",
             "The decoder does without the latents: raise the weight of the KL slowly while training, "
             "give the decoder less to work with, or train longer.",
         )
     return Verdict(
         "usable",
-        reason,
-        f"The number of latents in use is {count - len(collapsed)}: that many suffice, or raise the "
+        f"posterior collapse in part: {used}",
+        f"The number of directions in use is {active.sum()}: that many latents suffice, or raise the "
         "weight of the KL slowly while training, so that more are found.",
     )
 
 
-class _View:
-    """The latents of some particles, as columns of shape ``(particles, data, latents)``."""
+def _following(usage: xr.Dataset) -> list[str]:
+    """Sites that vary with the data as their prior does, given other latents.
 
-    def __init__(self, particles: Particles, dim: int, size: int):
-        self.particles, self.dim, self.size = particles, dim, size
-        self.sites = dict(latent_sites(particles))
-
-    def names(self) -> list[str]:
-        """Of the latents, in the order of the columns."""
-        names = []
-        for name, site in self.sites.items():
-            value = self.particles.view(site["value"], site["fn"].event_dim)
-            shape = [size for size in self._first(value).shape[2:] if size > 1]
-            indices = [",".join(map(str, index)) for index in np.ndindex(*shape)]
-            names += [f"{name}[{index}]" if index else name for index in indices]
-        return names
-
-    def columns(self) -> dict[str, Tensor]:
-        """Draws of posterior and prior, KL of every latent, and of all together, ``(.., 1)``."""
-        found: dict[str, list[Tensor]] = {"posterior": [], "prior": [], "kl": []}
-        for name, site in self.sites.items():
-            event_dim = site["fn"].event_dim
-            value = self._flat(site["value"], event_dim)
-            found["posterior"].append(value)
-            found["prior"].append(self._flat(site["fn"].sample(), event_dim))
-            kl = _kl_by_dimension(self.particles.guide_trace.nodes[name], site)
-            found["kl"].append(
-                torch.full_like(value, torch.nan) if kl is None else self._flat(kl, event_dim)
-            )
-        columns = {name: torch.cat(values, -1) for name, values in found.items()}
-        total = sum(sign * self._flat(unscaled_log_prob(s)).sum(-1) for s, sign in self._all())
-        exact = columns["kl"].sum(-1)
-        columns["kl_total"] = torch.where(exact.isnan(), total, exact).unsqueeze(-1)
-        return columns
-
-    def _all(self) -> Iterator[tuple[Any, int]]:
-        for _, site in sample_sites(self.particles.guide_trace):
-            yield site, 1
-        for site in self.sites.values():
-            yield site, -1
-
-    def _first(self, value: Tensor) -> Tensor:
-        return value.movedim(self.dim - (value.dim() - 1 - self.particles.nesting), 1)
-
-    def _flat(self, value: Tensor, event_dim: int = 0) -> Tensor:
-        value = self._first(self.particles.view(value, event_dim))
-        value = value.expand(-1, self.size, *value.shape[2:])
-        return value.reshape(self.particles.size, self.size, -1).double().cpu()
+    A site with a prior of its own has a KL of at least its information.
+    """
+    information = usage["direction_information"].groupby(usage["direction_site"]).sum()
+    return [
+        str(site)
+        for site, kl in zip(usage["site"].to_numpy(), usage["site_kl"].to_numpy(), strict=True)
+        if kl < _NO_KL and float(information.sel(direction_site=site)) > 2 * _NO_KL
+    ]
 
 
 def _check_random(particles: Particles) -> None:
@@ -227,30 +231,6 @@ def _check_random(particles: Particles) -> None:
         raise ValueError(
             "Expected a guide with random latents, got point estimates (Delta) only: they have no KL"
         )
-
-
-def _kl_by_dimension(guide_site: Any, model_site: Any) -> Tensor | None:
-    """KL of every dimension by itself, or None where dimensions depend on each other."""
-    q, p = (_univariate(site["fn"]) for site in (guide_site, model_site))
-    masked = any(torch.is_tensor(site["mask"]) for site in (guide_site, model_site))
-    if q is None or p is None or masked:
-        return None
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        value = model_site["value"]
-        return q.log_prob(value) - p.log_prob(value)
-
-
-def _univariate(fn: Any) -> Any:
-    """The distribution of one dimension, where all are independent of each other.
-
-    A point mass is none: its density is that of the draw it was made from.
-    """
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    unfit = fn.event_shape or isinstance(fn, dist.MaskedDistribution | dist.Delta)
-    return None if unfit else fn
 
 
 def _moments(columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -262,11 +242,72 @@ def _moments(columns: dict[str, Tensor]) -> dict[str, Tensor]:
         "prior_mean": prior.mean(0),
         "prior_square": prior.square().mean(0),
         "kl": columns["kl"].mean(0),
+        "site_kl": columns["site_kl"].mean(0),
         "kl_total": columns["kl_total"].mean(0).squeeze(-1),
     }
 
 
-def _dataset(moments: dict[str, Tensor], names: list[str], num_samples: int) -> xr.Dataset:
+def _covariances(posterior: Tensor, names: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Sums over data of the covariance of the draws of every site, from ``(draws, data, latents)``."""
+    centered = (posterior - posterior.mean(0)).flatten(0, 1)
+    parts = centered.split([len(own) for own in names.values()], -1)
+    degrees = len(posterior) - 1
+    return {site: part.T @ part / degrees for site, part in zip(names, parts, strict=True)}
+
+
+def _check_enough(degrees: int, names: dict[str, list[str]]) -> None:
+    for site, own in names.items():
+        if degrees < len(own):
+            raise ValueError(
+                f"Expected data x (draws - 1) >= {len(own)}, the latents of site '{site}', so that their "
+                f"covariance is known, got {degrees}"
+            )
+
+
+def _by_direction(
+    moments: dict[str, Tensor],
+    within: dict[str, Tensor],
+    names: dict[str, list[str]],
+    num_samples: int,
+) -> xr.Dataset:
+    """The variables over directions and sites."""
+    counts = [len(own) for own in names.values()]
+    means, variances = (moments[name].split(counts, -1) for name in ("mean", "variance"))
+    explained, active = [], []
+    for site, mean, variance in zip(names, means, variances, strict=True):
+        explained.append(explained_by_direction(mean, within[site], num_samples))
+        noise = largest_of_noise(variance, num_samples)
+        active.append(explained[-1] > max(ACTIVE, noise))
+    shares = torch.cat(explained)
+    sizes = np.asarray(counts)
+    by_direction = {
+        "direction_explained": (shares, ESTIMATE, "1"),
+        "direction_information": (-0.5 * (-shares).log1p(), ESTIMATE, "nats"),
+        "direction_active": (torch.cat(active), DIAGNOSTIC, "1"),
+    }
+    by_site = {
+        "active_directions": (torch.stack([own.sum() for own in active]), DIAGNOSTIC, "1"),
+        "num_directions": (torch.as_tensor(sizes), DIAGNOSTIC, "1"),
+        "site_kl": (moments["site_kl"].mean(0), ESTIMATE, "nats"),
+    }
+    variables = {
+        name: (dim, value.numpy(), {"kind": kind, "units": units})
+        for dim, group in (("direction", by_direction), ("site", by_site))
+        for name, (value, kind, units) in group.items()
+    }
+    directions = [f"{site}:{i}" for site, own in names.items() for i in range(len(own))]
+    coords = {
+        "direction": np.asarray(directions),
+        "direction_site": ("direction", np.repeat(list(names), sizes)),
+        "site": np.asarray(list(names)),
+    }
+    return xr.Dataset(variables, coords)
+
+
+def _dataset(
+    moments: dict[str, Tensor], names: dict[str, list[str]], num_samples: int
+) -> xr.Dataset:
+    """The variables over latents and data."""
     inside = moments["variance"].mean(0)
     between = (moments["mean"].var(0) - inside / num_samples).clamp(min=0.0)
     noise = inside / num_samples * math.sqrt(2.0 / (len(moments["mean"]) - 1))
@@ -287,9 +328,8 @@ def _dataset(moments: dict[str, Tensor], names: list[str], num_samples: int) -> 
     }
     total = moments["kl_total"].numpy()
     variables["kl_total"] = ("obs_id", total, {"kind": ESTIMATE, "units": "nats"})
-    usage = xr.Dataset(
+    return xr.Dataset(
         variables,
-        {"latent": np.asarray(names), "obs_id": np.arange(len(total))},
-        schema_attrs(num_samples=num_samples),
+        {"latent": np.asarray(sum(names.values(), [])), "obs_id": np.arange(len(total))},
+        schema_attrs(num_samples=num_samples, active_threshold=ACTIVE),
     )
-    return usage.assign_attrs(message=str(latent_verdict(usage)))

@@ -20,6 +20,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.local_posterior import (
+    ENCODER,
+    Conditional,
     Family,
     FreePosterior,
     family_of,
@@ -97,7 +99,9 @@ class LocalProblem:
         that is far away or very narrow is reached in some rounds. Data that a round made worse are
         put back.
         """
-        families = local_families(self._guide_trace(), self._guide_trace(), self.dim)
+        first = self._guide_trace()
+        replayed = self._guide_trace(poutine.replay(self.guide, trace=first))
+        families = local_families(first, self._guide_trace(), replayed, self.dim)
         best = FreePosterior(self.guide, {n: f.build(f.zeros) for n, f in families.items()})
         for i in range(ROUNDS):
             offsets = {name: family.start() for name, family in families.items()}
@@ -113,8 +117,8 @@ class LocalProblem:
             best = FreePosterior(self.guide, found)
         return best, gain.where(better, 0.0)
 
-    def _guide_trace(self) -> Any:
-        trace = poutine.trace(self.guide).get_trace(*self.rows, *self.args, **self.kwargs)
+    def _guide_trace(self, guide: Callable | None = None) -> Any:
+        trace = poutine.trace(guide or self.guide).get_trace(*self.rows, *self.args, **self.kwargs)
         return prune_subsample_sites(trace)
 
     def _descend(
@@ -149,7 +153,10 @@ class LocalProblem:
         for particles in draw_again(self.like, *call, num_particles):
             for name, family in families.items():
                 site = particles.guide_trace.nodes[name]
-                fixed = family.build(_detached(offsets[name])).expand(site["fn"].batch_shape)
+                fixed = family.build(_detached(offsets[name]))
+                if isinstance(fixed, Conditional):
+                    fixed = fixed.of(site["infer"][ENCODER])
+                fixed = fixed.expand(site["fn"].batch_shape)
                 site["unscaled_log_prob"] = fixed.log_prob(site["value"])
             log_weights.append(datum_log_weights(particles, self.dim, len(self.rows[0])))
         return torch.cat(log_weights).mean(0)

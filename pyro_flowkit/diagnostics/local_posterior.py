@@ -13,6 +13,9 @@ offsets from the encoder's, zero at first, in units of the encoder's own posteri
     T(T^-1(parameter_0) + r)                                   others; T = transform_to(...)
 
 so that one learning rate serves sharp and wide posteriors.
+
+Where a site follows the draw of another one, as z1 of q(z2 | x) q(z1 | z2, x), the offsets of a datum are
+the same for all of these draws: what the encoder says of z1 given z2 is moved and widened as a whole.
 """
 
 import math
@@ -30,6 +33,9 @@ from pyro_flowkit.diagnostics.particles import innermost, is_point_mass, sample_
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.transforms.conditional import ConditionedTransform
 
+ENCODER = "encoder"
+"""Where a trace has the encoder's own distribution of a site with a `Conditional` posterior."""
+
 _SAME = 1e-3  # nats, and relative
 _LEAST_SPREAD = 0.1
 _PAIRS = (("concentration", "rate"), ("concentration1", "concentration0"))
@@ -43,12 +49,14 @@ class Family:
     Attributes:
         zeros: the offsets of the encoder's own posterior.
         axes: the dimension of the data in each of them, negative.
-        build: the distribution for offsets of these shapes.
+        build: the distribution for offsets of these shapes, or the `Conditional` one.
+        units: of the contexts of a flow: how far an offset of 1 moves them.
     """
 
     zeros: tuple[Tensor, ...]
     axes: tuple[int, ...]
     build: Callable[[Sequence[Tensor]], Any]
+    units: tuple[Tensor, ...] = ()
 
     def start(self) -> list[Tensor]:
         """The offsets of the encoder's own posterior, ready to learn."""
@@ -61,6 +69,38 @@ class Family:
             mask = data.to(offset.device).reshape([-1] + [1] * (-axis - 1))
             kept.append(torch.where(mask, offset.detach(), 0.0))
         return kept
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """The posterior of a site that follows the draw of another: what is made of the encoder's.
+
+    Attributes:
+        name: the site.
+        dim: the dimension of the data's plate.
+        like: the family of a first run, whose units are those of all.
+        rounds: offsets, those of each round upon what the round before it made.
+    """
+
+    name: str
+    dim: int
+    like: Family
+    rounds: tuple[tuple[Tensor, ...], ...] = ()
+
+    def of(self, encoder: Any) -> Any:
+        """The distribution, from that of the encoder in the same run."""
+        fn = encoder
+        for offsets in self.rounds:
+            fn = family_of(fn, self.name, self.dim, self.like.units).build(offsets)
+        return fn.expand(encoder.batch_shape)
+
+    def family(self) -> Family:
+        """What can be made of it by offsets of another round."""
+
+        def build(offsets: Sequence[Tensor]) -> Conditional:
+            return replace(self, rounds=(*self.rounds, tuple(offsets)))
+
+        return replace(self.like, build=build)
 
 
 class FreePosterior:
@@ -85,17 +125,21 @@ class _Replace(Messenger):
         self.posteriors = posteriors
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.posteriors:
-            batch_shape = msg["fn"].batch_shape
-            msg["fn"] = self.posteriors[msg["name"]].expand(batch_shape)
+        posterior = self.posteriors.get(msg["name"])
+        if isinstance(posterior, Conditional):
+            msg["infer"] = {**msg["infer"], ENCODER: msg["fn"]}
+            msg["fn"] = posterior.of(msg["fn"])
+        elif posterior is not None:
+            msg["fn"] = posterior.expand(msg["fn"].batch_shape)
 
 
-def local_families(first: Any, second: Any, dim: int) -> dict[str, Family]:
+def local_families(first: Any, second: Any, replayed: Any, dim: int) -> dict[str, Family]:
     """The family of every random site of a guide.
 
     Args:
         first: a trace of the guide.
         second: another one on the same data, with other draws.
+        replayed: another one on the same data, with the draws of the first.
         dim: the dimension of the data's plate.
 
     Returns:
@@ -104,7 +148,7 @@ def local_families(first: Any, second: Any, dim: int) -> dict[str, Family]:
 
     Raises:
         ValueError: if a site cannot be reparametrised or its distribution has no numbers to free,
-            if there is none, or if the numbers of a site are not the same in both traces.
+            if there is none, or if the numbers of a site are not the same for the same draws.
     """
     families = {}
     for name, site in sample_sites(first):
@@ -116,16 +160,18 @@ def local_families(first: Any, second: Any, dim: int) -> dict[str, Family]:
                 f"Expected reparametrised draws at site '{name}' of the guide, got "
                 f"{_kind(fn)}: its posterior cannot be optimised by gradients of its draws"
             )
-        if not _agree(fn, second.nodes[name]["fn"], value):
+        if not _agree(fn, replayed.nodes[name]["fn"], value):
             raise ValueError(
-                f"Expected the distribution of site '{name}' of the guide to be given by the data "
-                "alone, got another one at a second run: it depends on the draws of another site, "
-                "or the encoder itself is random (dropout in training mode?), and the gap of such "
-                "a guide is not split"
+                f"Expected the distribution of site '{name}' of the guide to be given by the data and "
+                "the draws of other sites, got another one at a second run: the encoder itself is "
+                "random (dropout in training mode?), and the gap of such a guide is not split"
             )
-        families[name] = family_of(fn, name, dim)
-        if not _agree(fn, families[name].build(families[name].zeros).expand(fn.batch_shape), value):
+        family = family_of(fn, name, dim)
+        if not _agree(fn, family.build(family.zeros).expand(fn.batch_shape), value):
             raise _nothing_to_free(fn, name)
+        if not _agree(fn, second.nodes[name]["fn"], value):
+            family = Conditional(name, dim, family).family()
+        families[name] = family
     if not families:
         raise ValueError(
             "Expected a guide with random latents, got none: a point estimate has no ELBO to split"
@@ -138,17 +184,26 @@ def _agree(fn: Any, other: Any, value: Tensor) -> bool:
     return torch.allclose(*log_probs, rtol=_SAME, atol=_SAME, equal_nan=True)
 
 
-def family_of(fn: Any, name: str, dim: int) -> Family:
-    """The family of a distribution with a batch dimension ``dim`` (negative) for the data."""
+def family_of(fn: Any, name: str, dim: int, units: tuple[Tensor, ...] = ()) -> Family:
+    """The family of a distribution, or of a `Conditional` one.
+
+    Args:
+        fn: has a batch dimension for the data.
+        name: of the site.
+        dim: that dimension, negative.
+        units: those of a family of the same kind; of its own by default.
+    """
+    if isinstance(fn, Conditional):
+        return fn.family()
     if isinstance(fn, torch.distributions.Independent):
-        inner = family_of(fn.base_dist, name, dim - fn.reinterpreted_batch_ndims)
+        inner = family_of(fn.base_dist, name, dim - fn.reinterpreted_batch_ndims, units)
         count = fn.reinterpreted_batch_ndims
         return _wrapped(inner, lambda base: base.to_event(count))
     if isinstance(fn, dist.MaskedDistribution):
         mask = fn._mask
-        return _wrapped(family_of(fn.base_dist, name, dim), lambda base: base.mask(mask))
+        return _wrapped(family_of(fn.base_dist, name, dim, units), lambda base: base.mask(mask))
     if isinstance(fn, torch.distributions.TransformedDistribution) and not fn.arg_constraints:
-        return _transformed(fn, name, dim)
+        return _transformed(fn, name, dim, units)
     return _plain(fn, name, dim)
 
 
@@ -163,7 +218,7 @@ def _plain(fn: Any, name: str, dim: int) -> Family:
         if kept in names:
             names = [argument for argument in names if argument not in dropped]
     try:
-        values = {n: getattr(fn, n).detach().clone() for n in names}
+        values = {n: getattr(fn, n) for n in names}
         moves = {n: _move(value, fn.arg_constraints[n]) for n, value in values.items()}
     except (AttributeError, NotImplementedError):
         moves = {}
@@ -177,7 +232,7 @@ def _plain(fn: Any, name: str, dim: int) -> Family:
         move["loc"] = lambda offset: loc + (tril @ offset.unsqueeze(-1)).squeeze(-1)
         move["scale_tril"] = lambda offset: tril @ lower(offset)
     elif "loc" in values and "cov_factor" in values:
-        loc, factor, scale = values["loc"], values["cov_factor"], fn.variance.detach().sqrt()
+        loc, factor, scale = values["loc"], values["cov_factor"], fn.variance.sqrt()
         move["loc"] = lambda offset: loc + scale * offset
         move["cov_factor"] = lambda offset: factor + scale.unsqueeze(-1) * offset
     elif "loc" in values and "scale" in values:
@@ -212,19 +267,18 @@ def _move(value: Tensor, constraint: Any) -> tuple[Tensor, Callable[[Tensor], Te
     return torch.zeros_like(origin), lambda offset: transform(origin + offset)
 
 
-def _transformed(fn: Any, name: str, dim: int) -> Family:
+def _transformed(fn: Any, name: str, dim: int, given: tuple[Tensor, ...]) -> Family:
     """A flow: its contexts, and its base where that is another one for every datum."""
     base = fn.base_dist
     inner = family_of(base, name, dim) if _differs_by_datum(base, dim) else None
     free_base = inner or Family((), (), lambda offsets: base)
     transforms = list(fn.transforms)
     size = fn.batch_shape[dim]
-    contexts = {
-        id(t.context): t.context.detach() for t in transforms if _has_context(t, dim - 1, size)
-    }
+    contexts = {id(t.context): t.context for t in transforms if _has_context(t, dim - 1, size)}
     if not free_base.zeros and not contexts:
         raise _nothing_to_free(fn, name)
-    units = {key: _unit(context) for key, context in contexts.items()}
+    own = given or tuple(_unit(context) for context in contexts.values())
+    units = dict(zip(contexts, own, strict=True))
     count = len(free_base.zeros)
     make = FlowDistribution if isinstance(fn, FlowDistribution) else dist.TransformedDistribution
 
@@ -243,6 +297,7 @@ def _transformed(fn: Any, name: str, dim: int) -> Family:
         (*free_base.zeros, *map(torch.zeros_like, contexts.values())),
         (*free_base.axes, *[dim - 1] * len(contexts)),
         build,
+        own,
     )
 
 

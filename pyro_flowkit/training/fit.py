@@ -92,6 +92,10 @@ def fit(
     validations), drops tenfold, twice, and the fit ends at the third such plateau, or after 20,000
     steps.
 
+    An objective that falls far below its best (by validation or, without it, by the medians of windows) is said
+    in a RuntimeWarning and in the result's `divergence`: by more than 1 nat and a multiple of all that it had
+    fluctuated before, twice in a row or at the end.
+
     Under `torchrun` the same call is data-parallel: parameters are those of the first process, noise is independent,
     gradients are averaged. `batch_size` counts the rows of all processes together; without minibatches each sees all
     data, and adds its own particles. A DataLoader or a function gives each process its own batches. The first process
@@ -131,7 +135,9 @@ def fit(
         clip_norm: Largest norm of the gradient; default no clipping.
         patience: Stop after so many judgements without improvement by 1e-4 nats. A judgement is a
             validation or, without validation data, the mean over a window of steps that must also
-            exceed its standard error; there are about 20, at most 100 steps apart.
+            exceed its standard error; there are about 20, at most 100 steps apart. None goes on to
+            the limit, since a rate that falls late improves late, but stops as "diverged" after 5
+            judgements in a row far below the best.
         restore_best: Return the state with the best validation objective, or without validation
             the last state whose window is not significantly worse than the best window.
         average: A number in (0, 1), the decay of an exponential moving average of the parameters,

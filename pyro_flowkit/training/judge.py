@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from pyro_flowkit.training.average import Average
+from pyro_flowkit.training.divergence import Divergence
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.state import Tensors, copied, write_into
@@ -35,6 +36,7 @@ class Judge:
     ) -> None:
         self._loss, self._validator, self._average, self._ranks = loss, validator, average, ranks
         self._window, self._best = Window(window), Best()
+        self._divergence = Divergence(validated=validator is not None)
         self._judged = 0  # the last step that was at the end of a window
         self._first: Tensors = {}  # the state before the first step
         self._first_elbo = float("nan")
@@ -58,6 +60,7 @@ class Judge:
 
     def judge(self, step: int) -> float | None:
         """Judges the state after so many steps; the validation objective where there is one (nats per datum)."""
+        steps = self._window.values
         mean, error = self._window.close()
         self._judged = step
         found = None
@@ -69,14 +72,41 @@ class Judge:
             # with another weight of the KL the ELBO is not yet what is maximised
             if not isinstance(self._loss, Variational) or self._loss.kl_weight == 1.0:
                 self._best.update(step, mean, error, self._loss.tensors)
+                self._divergence.add(step, steps, found)
+        news = self._divergence.news()
+        if news:
+            kept = f"restore_best=True ends with the best state so far, of step {self._best.step}"
+            warnings.warn(f"{news}. {kept}", RuntimeWarning, stacklevel=6)
         return found
 
     def has_stalled(self, patience: int | None) -> bool:
-        """Whether so many judgements have brought nothing; the count begins anew then."""
-        if patience is None or self._best.stalled < patience:
+        """Whether so many judgements have brought nothing; the count begins anew then.
+
+        Without patience: whether the objective has been far below its best for too long to come back.
+        """
+        if patience is None:
+            return self._divergence.is_lost
+        if self._best.stalled < patience:
             return False
         self._best.stalled = 0
         return True
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the objective is far below its best."""
+        return self._divergence.is_far
+
+    def conclude(self, kept: int, *, failed: bool) -> str:
+        """Says in what way the objective has fallen, empty if it has not.
+
+        Args:
+            kept: The step whose parameters are kept.
+            failed: Whether the end has been said already.
+        """
+        text, is_new = self._divergence.conclusion(kept)
+        if is_new and not failed:
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
+        return text
 
     def can_judge_last(self) -> bool:
         """At the end: whether the steps since the last window say anything.
@@ -100,6 +130,8 @@ class Judge:
             best: Whether the best state is kept, rather than the last.
             failed: Whether the last steps were none, so that neither they nor an average of them are of use.
         """
+        if best and self._validator is None and self._divergence.is_far:
+            failed = True
         average = None if failed else self._average
         if average is not None and not average.count:
             warnings.warn(
@@ -127,12 +159,14 @@ class Judge:
             "judged": self._judged,
             "first": self._first,
             "first_elbo": self._first_elbo,
+            "divergence": self._divergence.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._window.load_state_dict(state["window"])
         self._best.load_state_dict(state["best"])
+        self._divergence.load_state_dict(state["divergence"])
         self._judged = state["judged"]
         self._first, self._first_elbo = state["first"], state["first_elbo"]
         if self._average is not None and state["average"] is not None:

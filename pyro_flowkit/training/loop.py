@@ -97,7 +97,7 @@ class Loop:
         self._warned_of_validation = False
         self._seconds = self._before = 0.0  # that the fit has taken; of them before it was resumed
         self._optimizer_awaits: dict[str, Any] = {}
-        self._reason = ""
+        self._reason = self._divergence = ""
         self._gradient_norm = GradientNorm()
         self._is_final = False  # ended for good, not by a limit or a wish
 
@@ -154,7 +154,8 @@ class Loop:
             except KeyboardInterrupt:
                 self._interruption.reason = "interrupted"
             if self._is_final:
-                return limits.patience_reason
+                lost = self._judge.has_diverged and limits.patience_reason != "patience"
+                return "diverged" if lost or limits.patience is None else limits.patience_reason
             if self._in_a_row >= NON_FINITE_LIMIT:
                 where = worst_site(self._loss, self._batches[state.step - 1])
                 self._is_final = True
@@ -278,6 +279,7 @@ class Loop:
         """Puts the parameters that are kept in place; the step that they are from."""
         failed = self._in_a_row >= NON_FINITE_LIMIT
         kept = self._judge.put_in_place(self._updated, best=self._restore_best, failed=failed)
+        self._divergence = self._judge.conclude(kept, failed=failed)
         if self._keep_better is not None:
             kept = kept if self._ranks.share(self._keep_better()) else 0
             self._ranks.broadcast(self._loss.tensors().values())
@@ -349,5 +351,6 @@ class Loop:
             best_step=kept,
             skipped_steps=self._skipped,
             notes=self._notes,
+            divergence=self._divergence,
             param_names=tuple(self._loss.param_names),
         )

@@ -50,11 +50,12 @@ class FitResult:
             (before clipping, of the objective in the units of "elbo"), "seconds" (since the start),
             "validation" (nats per held-out datum, fixed noise; NaN at steps without a validation).
         stop_reason: Why the fit ended: "max_steps", "max_epochs", "max_seconds", "converged",
-            "patience", "interrupted", a callback's text, or a text that names the step at which the
+            "patience", "diverged", "interrupted", a callback's text, or a text that names the step at which the
             loss or the gradient became non-finite for good.
         best_step: The step whose parameters were kept.
         skipped_steps: Number of steps skipped because of a non-finite loss or gradient.
         notes: What was decided on the way, in words.
+        divergence: By how much the objective has fallen below its best, and what to do, where that is far; else "".
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
     """
 
@@ -65,6 +66,7 @@ class FitResult:
     best_step: int
     skipped_steps: int
     notes: tuple[str, ...] = ()
+    divergence: str = ""
     versions: dict[str, str] = field(default_factory=versions)
     param_names: tuple[str, ...] = ()
 
@@ -83,6 +85,8 @@ class FitResult:
             parts.append(f"validation={self.validation['elbo'].max():.5g} (best)")
         if self.skipped_steps:
             parts.append(f"skipped_steps={self.skipped_steps}")
+        if self.divergence:
+            parts.append(f"divergence={self.divergence!r}")
         return f"FitResult({', '.join(parts)})"
 
     @property
@@ -119,6 +123,7 @@ class FitResult:
             "best_step": self.best_step,
             "skipped_steps": self.skipped_steps,
             "notes": list(self.notes),
+            "divergence": self.divergence,
             "versions": self.versions,
         }
         write_file(path, KIND, content)
@@ -147,6 +152,7 @@ class FitResult:
             best_step=content["best_step"],
             skipped_steps=content["skipped_steps"],
             notes=tuple(content["notes"]),
+            divergence=content["divergence"],
             versions=content["versions"],
             param_names=tuple(content["params"]),
         )

@@ -95,6 +95,11 @@ class Window:
         """Adds one finite step."""
         self._values.append(value)
 
+    @property
+    def values(self) -> list[float]:
+        """The steps that are in it."""
+        return list(self._values)
+
     def close(self) -> tuple[float, float]:
         """Returns (mean, standard error) and empties the window."""
         values, self._values = self._values, []

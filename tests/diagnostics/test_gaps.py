@@ -20,11 +20,11 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from models.vae import VAE
-from pyro_flowkit.diagnostics import inference_gaps
+from pyro_flowkit.diagnostics import inference_gaps, pointwise_bounds
 from pyro_flowkit.diagnostics.local_posterior import FreePosterior, family_of
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides import AmortizedSplineFlow
-from tests.diagnostics.linear_gaussian import DOUBLE, Z_DIM, LinearGaussian
+from tests.diagnostics.linear_gaussian import DOUBLE, Z_DIM, LinearGaussian, TwoLevels
 
 NUM_DATA, NOISE = 30, 0.9
 
@@ -130,6 +130,63 @@ def test_the_best_encoder_of_its_family_has_no_amortisation_gap():
     assert 0 < int(kept.sum())  # whose optimised posterior was no better
     np.testing.assert_array_equal(gaps["elbo"][kept], gaps["elbo_optimized"][kept])
     assert "the family is the larger part" in gaps.attrs["message"]
+
+
+class MemorisingVAE(LinearGaussianVAE):
+    """Its encoder is the best one on the rows that it has seen, and shifted on others."""
+
+    def __init__(self, full_rank=True, shift=1.0):
+        super().__init__(shift=shift, factor=1.0, full_rank=full_rank)
+        self.seen = self.data[:15]
+
+    def guide(self, x):
+        known = (x[:, None] == self.seen).all(-1).any(-1)
+        with pyro.plate("data", len(x)):
+            mean = self.posterior_mean(x) + torch.where(known[:, None], 0.0, self.shift)
+            if self.full_rank:
+                pyro.sample("z", dist.MultivariateNormal(mean, self.covariance))
+            else:
+                pyro.sample("z", dist.Normal(mean, self.scale).to_event(1))
+
+
+@pytest.mark.parametrize("full_rank", [True, False])
+def test_an_encoder_that_overfits_is_said(full_rank):
+    vae = MemorisingVAE(full_rank, shift=1.0 if full_rank else 0.2)
+    gaps = gaps_of(vae, vae.data[15:], train_data=vae.seen, num_steps=60)
+    exact = float(0.5 * vae.shift @ vae.precision @ vae.shift)
+    assert abs(float(gaps["overfit"]) - exact) < 0.03
+    assert abs(float(gaps["train_amortization_gap"].mean())) < 2e-3
+    assert gaps["train_elbo"].dims == ("train_id",) and gaps.sizes["train_id"] == 15
+    message = gaps.attrs["message"]
+    assert "the encoder overfits: on training rows its gap is" in message
+    assert "Zhang et al. 2022" in message and "longer" not in message
+    assert ("the family is the larger part" in message) == (not full_rank)
+    alone = gaps_of(vae, vae.data[15:], num_steps=60)
+    xr.testing.assert_equal(
+        alone, gaps[list(alone.data_vars)].drop_vars("train_id", errors="ignore")
+    )
+
+
+def test_an_encoder_that_has_learnt_too_little_is_to_train_longer():
+    vae = LinearGaussianVAE(shift=1.0, factor=1.0, full_rank=True)
+    message = gaps_of(vae, vae.data[15:], train_data=vae.data[:15], num_steps=60).attrs["message"]
+    assert "no sign that it overfits" in message and "train it longer or make it larger" in message
+    message = gaps_of(vae, vae.data[15:], train_data=vae.data[:1], num_steps=60).attrs["message"]
+    assert "do not say whether it overfits" in message and "longer" not in message
+
+
+def test_without_training_rows_nothing_is_said_of_why_the_encoder_is_not_its_best():
+    vae = LinearGaussianVAE(shift=1.0, factor=1.0, full_rank=True)
+    message = gaps_of(vae).attrs["message"]
+    assert "train_data=, say whether it overfits or has learnt too little" in message
+    assert "longer" not in message
+
+
+def test_gaps_with_training_rows_go_through_netcdf(tmp_path):
+    gaps = inference_gaps(local_model, local_guide, DATA, train_data=DATA[:4], **FAST)
+    gaps.to_netcdf(tmp_path / "gaps.nc", engine="h5netcdf")
+    with xr.open_dataset(tmp_path / "gaps.nc", engine="h5netcdf") as opened:
+        xr.testing.assert_equal(opened.load(), gaps)
 
 
 def test_standard_errors_are_the_spread_over_repetitions():
@@ -435,33 +492,68 @@ def test_a_posterior_outside_of_the_support_is_brought_inside():
     assert not gaps["amortization_gap_se"].isnull().any()
 
 
-def two_sites(fn):
-    def model(x):
-        with pyro.plate("rows", len(x)):
-            a = pyro.sample("a", dist.Normal(torch.zeros_like(x), 1.0))
-            b = pyro.sample("b", dist.Normal(a, 1.0))
-            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+@pytest.mark.parametrize("evidence_is_known", [True, False])
+def test_two_levels_are_repaired_to_the_exact_posterior(evidence_is_known):
+    vae = TwoLevels(20, shift=0.5, factor=0.6)
+    exact, gap = vae.exact_log_prob(), vae.exact_gap()
+    assert gap > 0.9
+    gaps = gaps_of(vae, exact_log_evidence=exact if evidence_is_known else None)
+    assert_repaired(gaps, gap)
+    assert abs(float(gaps["inference_gap"].mean()) - gap) < 0.03
+
+
+def test_two_levels_with_the_exact_posterior_have_no_gap():
+    vae = TwoLevels(10)
+    bounds = pointwise_bounds(vae.model, vae.guide, vae.data, num_samples=50, seed=0)
+    for name in ("elbo", "log_evidence"):
+        np.testing.assert_allclose(bounds[name], vae.exact_log_prob(), atol=1e-6)
+    gaps = gaps_of(vae, num_steps=30, exact_log_evidence=vae.exact_log_prob())
+    np.testing.assert_allclose(gaps["inference_gap"], 0.0, atol=1e-6)
+    assert (np.abs(gaps["amortization_gap"]) <= 4 * gaps["amortization_gap_se"] + 1e-9).all()
+    assert float(np.abs(gaps["amortization_gap"]).max()) < 0.05
+
+
+def test_bounds_of_two_levels_bracket_the_exact_value():
+    vae = TwoLevels(30, shift=0.4, factor=0.8)
+    exact = vae.exact_log_prob()
+    bounds = pointwise_bounds(
+        vae.model, vae.guide, vae.data, num_samples=3000, exact_log_evidence=exact, seed=0
+    )
+    error = float(np.sqrt((bounds["elbo_se"] ** 2).sum())) / 30
+    assert abs(float(bounds["gap"].mean()) - vae.exact_gap()) < 4 * error
+    assert float(np.abs(bounds["log_evidence"] - exact.numpy()).mean()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["transformed", "flow"])
+def test_a_level_below_may_be_a_flow(kind):
+    """A context, or a base, that follows the draw of the level above."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = TwoLevels(8)
+    flow = SplineFlow(3, 3, base="conditional_normal", num_transforms=1).double()
 
     def guide(x):
-        with pyro.plate("rows", len(x)):
-            a = pyro.sample("a", dist.Normal(x / 3, 1.0))
-            pyro.sample("b", fn(a, x))
+        with pyro.plate("data", len(x)):
+            mean2 = (x - vae.bias) @ vae.gain2.T
+            z2 = pyro.sample("z2", dist.MultivariateNormal(mean2, vae.cov2))
+            mean1 = vae.mean1(z2, x) + 0.4
+            if kind == "flow":
+                fn = flow(mean1)
+            else:
+                base = dist.MultivariateNormal(mean1, vae.cov1)
+                shift = torch.distributions.AffineTransform(0.2 + 0 * mean1, 1.0, event_dim=1)
+                fn = dist.TransformedDistribution(base, [shift])
+            pyro.sample("z1", fn)
 
-    return model, guide
-
-
-def test_sites_that_depend_on_each_other_are_refused():
-    model, guide = two_sites(lambda a, x: dist.Normal(a / 2 + x / 2, 1.0))
-    with pytest.raises(ValueError, match="site 'b' of the guide.*depends on the draws of another"):
-        inference_gaps(model, guide, DATA, **FAST)
-    shifted = torch.distributions.AffineTransform
-    model, guide = two_sites(
-        lambda a, x: dist.TransformedDistribution(dist.Normal(x / 2, 1.0), [shifted(a, 1.0)])
+    exact = vae.exact_log_prob()
+    gaps = inference_gaps(
+        vae.model, guide, vae.data, num_steps=90, num_samples=500, exact_log_evidence=exact, seed=0
     )
-    with pytest.raises(ValueError, match="site 'b' of the guide.*depends on the draws of another"):
-        inference_gaps(model, guide, DATA, **FAST)
-    model, guide = two_sites(lambda a, x: dist.Normal(x / 2, 1.0))
-    assert (inference_gaps(model, guide, DATA, **FAST)["approximation_gap"] > 0.01).all()
+    error = np.abs(gaps["inference_gap"] - gaps["approximation_gap"] - gaps["amortization_gap"])
+    assert float(error.max()) < 1e-9
+    assert float(gaps["amortization_gap"].mean()) > 0.3
+    if kind == "transformed":
+        assert float(np.abs(gaps["approximation_gap"]).mean()) < 0.02
 
 
 def test_a_random_encoder_is_refused():

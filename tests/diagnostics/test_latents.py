@@ -17,6 +17,7 @@ from torch.distributions import kl_divergence
 from pyro_flowkit.diagnostics import latent_usage, latent_verdict
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides import AmortizedSplineFlow
+from tests.diagnostics.linear_gaussian import TwoLevels
 
 DOUBLE = torch.float64
 NOISE = 0.7
@@ -69,7 +70,8 @@ def test_all_measures_are_the_analytic_ones_in_units_of_the_prior(scale):
     assert usage["active"].to_numpy().tolist() == [True, True, False]
     verdict = latent_verdict(usage)
     assert verdict.level == "usable"
-    assert "posterior collapse of 1 of 3 latents (z[2])" in verdict.reason
+    assert "posterior collapse in part" in verdict.reason
+    assert "along 2 of 3 directions of z, by more than 0.01 of the variance" in verdict.reason
     assert usage.attrs["message"] == str(verdict)
 
 
@@ -82,6 +84,127 @@ def test_a_posterior_without_independent_dimensions_has_a_kl_of_all_together_onl
     exact = kl_divergence(vae.posterior(data), prior)
     assert abs(float(usage["kl_total"].mean()) - float(exact.mean())) < 0.02
     assert usage["active"].to_numpy().tolist() == [True, True, False]
+
+
+class RankTwoVAE:
+    """z in 8 dimensions, of which W sees the first two: r_d = |w_d|^2 / (|w_d|^2 + s^2), turned by Q."""
+
+    GAINS = torch.tensor([15.6, 6.1] + [0.0] * 6, dtype=DOUBLE)
+
+    def __init__(self, kind="full rank", turned=True):
+        generator = torch.Generator().manual_seed(1)
+        square = torch.randn(8, 8, generator=generator, dtype=DOUBLE)
+        self.turn = torch.linalg.qr(square)[0] if turned else torch.eye(8, dtype=DOUBLE)
+        self.kind, self.weight = kind, NOISE * torch.diag(self.GAINS) @ self.turn.T
+        z = torch.randn(2000, 8, generator=generator, dtype=DOUBLE)
+        noise = torch.randn(2000, 8, generator=generator, dtype=DOUBLE)
+        self.data = z @ self.weight.T + NOISE * noise
+        covariance = self.turn @ (1 / (1 + self.GAINS**2)).diag() @ self.turn.T
+        self.tril = torch.linalg.cholesky(covariance)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(8, dtype=DOUBLE), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.weight.T, NOISE).to_event(1), obs=x)
+
+    def mean(self, x):
+        return x @ self.weight / NOISE**2 @ self.tril @ self.tril.T
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            if self.kind == "full rank":
+                covariance = self.tril @ self.tril.T
+                return pyro.sample("z", dist.MultivariateNormal(self.mean(x), covariance))
+            if self.kind == "normal":
+                return pyro.sample("z", dist.Normal(self.mean(x), self.tril.diag()).to_event(1))
+            base = dist.Normal(torch.zeros_like(x), 1.0).to_event(1)
+            moved = torch.distributions.AffineTransform(self.mean(x), 1.0, event_dim=1)
+            turned = dist.transforms.LowerCholeskyAffine(torch.zeros(8, dtype=DOUBLE), self.tril)
+            pyro.sample("z", dist.TransformedDistribution(base, [turned, moved]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "turned"), [("normal", False), ("full rank", True), ("transformed", True)]
+)
+def test_directions_are_those_that_the_decoder_sees_however_latents_are_turned(kind, turned):
+    vae = RankTwoVAE(kind, turned)
+    usage = latent_usage(vae.model, vae.guide, vae.data, num_samples=40, batch_size=300, seed=0)
+    exact = vae.GAINS**2 / (1 + vae.GAINS**2)
+    assert [round(float(share), 3) for share in exact[:2]] == [0.996, 0.974]
+    np.testing.assert_allclose(usage["direction_explained"], exact, atol=4e-3)
+    assert usage["direction_active"].to_numpy().tolist() == [True] * 2 + [False] * 6
+    assert usage["direction"].to_numpy().tolist() == [f"z:{i}" for i in range(8)]
+    information = 0.5 * (1 + vae.GAINS**2).log()
+    np.testing.assert_allclose(usage["direction_information"], information, atol=0.05)
+    np.testing.assert_allclose(usage["site_kl"], usage["kl_total"].mean())
+    message = usage.attrs["message"]
+    assert "along 2 of 8 directions of z, by more than 0.01" in message
+    coordinates = int(usage["active"].sum())
+    assert coordinates >= 6 if turned else coordinates == 2
+    assert (f"{coordinates} of 8 coordinates vary" in message) == turned
+
+
+def test_the_shares_are_exact_where_the_data_are_known():
+    vae = RankTwoVAE()
+    data = vae.data[:50]
+    usage = latent_usage(vae.model, vae.guide, data, num_samples=4000, seed=0)
+    between = torch.cov(vae.mean(data).T)
+    total = between + vae.tril @ vae.tril.T
+    exact = torch.linalg.eigvals(torch.linalg.solve(total, between)).real.sort(descending=True)[0]
+    np.testing.assert_allclose(usage["direction_explained"], exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_samples", [2, 10, 100])
+@pytest.mark.parametrize("size", [2, 32])
+def test_posteriors_that_are_all_the_same_have_no_active_direction(num_samples, size):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(size, dtype=DOUBLE), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.full((size,), 0.3, dtype=DOUBLE)
+            pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    for seed in range(3):
+        data = torch.zeros(150, dtype=DOUBLE)
+        usage = latent_usage(model, guide, data, num_samples=num_samples, seed=seed)
+        assert int(usage["active_directions"].sum()) == 0, seed
+        assert latent_verdict(usage).level == "bad"
+
+
+def test_levels_of_a_hierarchy_have_an_entry_each():
+    vae = TwoLevels(4000)
+    usage = latent_usage(vae.model, vae.guide, vae.data, num_samples=60, seed=0)
+    assert usage["site"].to_numpy().tolist() == ["z2", "z1"]
+    assert usage["active_directions"].to_numpy().tolist() == [2, 3]
+    # the posterior is exact, B + W the covariance of the prior
+    known2 = torch.linalg.eigvalsh(torch.eye(2, dtype=DOUBLE) - vae.cov2)
+    gain = vae.of_z1 @ vae.weight.T @ vae.of_x.inverse() @ vae.weight
+    known1 = torch.linalg.eigvals(gain).real.sort()[0]
+    shares = usage["direction_explained"].to_numpy()
+    np.testing.assert_allclose(shares[:2], known2.flip(0), atol=0.02)
+    np.testing.assert_allclose(shares[2:], known1.flip(0), atol=0.02)
+    kl2 = 0.5 * float(-vae.cov2.logdet())  # E KL(posterior || prior) is the information
+    np.testing.assert_allclose(usage["site_kl"][0], kl2, atol=0.05)
+    np.testing.assert_allclose(usage["site_kl"].sum(), usage["kl_total"].mean(), rtol=1e-6)
+    message = usage.attrs["message"]
+    assert "along 2 of 2 directions of z2" in message and "3 of 3 directions of z1 (KL" in message
+
+
+def test_a_level_that_merely_follows_the_one_above_it_is_said():
+    vae = TwoLevels(300)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x[:, :2], 0.5).to_event(1))
+            pyro.sample("z1", dist.Normal(z2 @ vae.upper.T, vae.scale).to_event(1))
+
+    usage = latent_usage(vae.model, guide, vae.data, seed=0)
+    assert float(usage["site_kl"][1]) == 0.0 and int(usage["active_directions"][1]) > 0
+    assert latent_verdict(usage).level == "usable"
+    assert "z1 only follows the other latents" in usage.attrs["message"]
 
 
 def collapsed_model(x):
@@ -104,7 +227,8 @@ def test_the_noise_of_few_draws_is_not_taken_for_information():
     assert usage["latent"].to_numpy().tolist() == ["a[0]", "a[1]", "scale"]
     assert not usage["active"].any()
     assert float(usage["mean_variance"].max()) < 0.1
-    assert "posterior collapse of 3 of 3 latents" in usage.attrs["message"]
+    assert not usage["active_directions"].any()
+    assert "along 0 of 2 directions of a" in usage.attrs["message"]
     assert latent_verdict(usage).level == "bad"
 
 
@@ -120,7 +244,7 @@ def test_a_collapsed_latent_that_is_not_the_prior_is_said():
     usage = latent_usage(
         collapsed_model, lambda x: collapsed_guide(x, 2.0), torch.randn(40), seed=0
     )
-    assert "the KL of 3 of these is above 0.1 nats" in usage.attrs["message"]
+    assert "the KL of 3 coordinates that do not vary is above 0.1 nats" in usage.attrs["message"]
 
 
 def test_flows_as_prior_and_posterior_are_measured():
@@ -179,7 +303,10 @@ def test_bad_arguments_are_refused_with_numbers():
         latent_usage(collapsed_model, collapsed_guide, torch.zeros(1))
     with pytest.raises(ValueError, match="got 3 and 1"):
         latent_usage(collapsed_model, collapsed_guide, torch.zeros(3), num_samples=1)
-    with pytest.raises(ValueError, match=r"active, got \['elbo'\]"):
+    vae = RankTwoVAE()
+    with pytest.raises(ValueError, match="data x .draws - 1. >= 8, the latents of site 'z'.*got 4"):
+        latent_usage(vae.model, vae.guide, vae.data[:2], num_samples=3)
+    with pytest.raises(ValueError, match=r"active_directions, got \['elbo'\]"):
         latent_verdict(xr.Dataset({"elbo": 1.0}))
 
 
