@@ -1,16 +1,11 @@
-"""Base distributions of a flow: small modules that map a context (or none) to a distribution with event shape (D,)."""
+"""Base distributions of a flow: small modules that make a distribution with event shape (D,)."""
 
 import math
-from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import MLP
-
-MIN_SCALE = 1e-4
 INITIAL_DF = 10.0
 LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -19,7 +14,6 @@ def make_base(
     base: str | torch.distributions.Distribution,
     input_dim: int,
     context_dim: int,
-    hidden_dims: Sequence[int],
 ) -> nn.Module:
     """The module for ``base``; see :class:`~pyro_flowkit.SplineFlow`.
 
@@ -35,7 +29,7 @@ def make_base(
     if base == "conditional_normal":
         if not context_dim:
             raise ValueError('Expected context_dim >= 1 for base="conditional_normal", got 0.')
-        return ConditionalNormalBase(input_dim, context_dim, hidden_dims)
+        return NormalBase(input_dim)
     raise ValueError(
         'Expected base to be "normal", "student_t", "conditional_normal" or a distribution with event shape '
         f"({input_dim},), got {base!r}."
@@ -57,7 +51,7 @@ class NormalBase(nn.Module):
         self.register_buffer("loc", torch.zeros(input_dim), persistent=False)
         self.register_buffer("scale", torch.ones(input_dim), persistent=False)
 
-    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+    def forward(self) -> dist.TorchDistribution:
         return _StandardNormal(self.loc, self.scale, validate_args=False).to_event(1)
 
 
@@ -68,23 +62,10 @@ class StudentTBase(nn.Module):
         super().__init__()
         self.log_df = nn.Parameter(torch.full((input_dim,), math.log(INITIAL_DF)))
 
-    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+    def forward(self) -> dist.TorchDistribution:
         df = self.log_df.exp()
         zero, one = torch.zeros_like(df), torch.ones_like(df)
         return dist.StudentT(df, zero, one, validate_args=False).to_event(1)
-
-
-class ConditionalNormalBase(nn.Module):
-    """Normal whose location and scale are functions of the context; standard normal at first."""
-
-    def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int]):
-        super().__init__()
-        self.network = MLP(context_dim, 2 * input_dim, hidden_dims)
-
-    def forward(self, context: Tensor) -> dist.TorchDistribution:
-        loc, raw_scale = self.network(context).chunk(2, dim=-1)
-        scale = MIN_SCALE + F.softplus(raw_scale + math.log(math.expm1(1.0 - MIN_SCALE)))
-        return dist.Normal(loc, scale, validate_args=False).to_event(1)
 
 
 class FixedBase(nn.Module):
@@ -100,5 +81,5 @@ class FixedBase(nn.Module):
             )
         self.distribution = distribution
 
-    def forward(self, context: Tensor | None = None) -> torch.distributions.Distribution:
+    def forward(self) -> torch.distributions.Distribution:
         return self.distribution

@@ -5,9 +5,6 @@ With z = base sample and x = f_K(... f_1(z)):
 .. math:: \log p(x) = \log p(z) + \sum_k \log |\det \partial f_k^{-1}|
 
 Reference:
-    Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for
-    Variational Inference. NeurIPS 2017 (``path_gradient``).
-
     Lorenz Vaitl, Ludwig Winkler, Lorenz Richter, Pan Kessel. Fast and Unified Path Gradient Estimators for Normalizing
     Flows. ICLR 2024.
 """
@@ -25,12 +22,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.transforms.base import (
-    Bijection,
-    modules_in,
-    stamp,
-    tensors_in,
-)
+from pyro_flowkit.path_gradient import derivatives_of, guarded_path_term, held_fixed, is_affine
+from pyro_flowkit.transforms.base import Bijection, stamp, tensors_in
 from pyro_flowkit.transforms.conditional import ConditionedTransform
 
 
@@ -58,11 +51,12 @@ class FlowDistribution(dist.TransformedDistribution):
         transforms: a transform or a list of them, applied in order; transforms of this package, or any of
             ``torch.distributions``.
         path_gradient: let ``score_parts`` give the sticking-the-landing estimator (Roeder et al. 2017): the entropy
-            term with parameters, context and base parameters held fixed. Pyro's ``Trace_ELBO``, ``JitTrace_ELBO`` and
-            ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. Of a draw of its own its derivative is
-            carried along with the draw (Vaitl et al. 2024), the first derivative only; for other values, without the
-            fused kernel, or among transforms of others, it costs one extra pass through the conditioners. Both only
-            while gradients are recorded.
+            term with parameters, context and base parameters held fixed, but the ordinary one in every row where log q
+            is rough (:mod:`pyro_flowkit.path_gradient`). Pyro's ``Trace_ELBO``, ``JitTrace_ELBO`` and
+            ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. It has a first derivative only, which is
+            carried along with a draw of its own (Vaitl et al. 2024); for other values, without the fused kernel, in
+            traces or among transforms of others, it costs one extra pass through the conditioners. Both only while
+            gradients are recorded.
 
     Shapes: with batch shape B and event shape (D,), ``rsample(S)`` is ``S + B + (D,)`` and ``log_prob`` of it
     ``S + B``, in nats.
@@ -116,8 +110,15 @@ class FlowDistribution(dist.TransformedDistribution):
     def _pull(
         self, value: Tensor, base: torch.distributions.Distribution, transforms: list[Transform]
     ) -> Tensor:
+        value, inverse_ladj = self._pull_back(value, transforms)
+        return inverse_ladj + base.log_prob(value)
+
+    def _pull_back(
+        self, value: Tensor, transforms: list[Transform]
+    ) -> tuple[Tensor, Tensor | float]:
+        """The value before these transforms, the last of the flow's or some of them, and the log-det of the way."""
         event_dim = len(self.event_shape)
-        log_prob: Tensor | float = 0.0
+        total: Tensor | float = 0.0
         for transform in reversed(transforms):
             if isinstance(transform, Bijection):
                 value, inverse_ladj = transform.inverse_and_event_ladj(value)
@@ -127,8 +128,8 @@ class FlowDistribution(dist.TransformedDistribution):
                 inverse_ladj = -transform.log_abs_det_jacobian(value, y)
                 own_event_dim = transform.domain.event_dim
                 event_dim += own_event_dim - transform.codomain.event_dim
-            log_prob = log_prob + sum_rightmost(inverse_ladj, event_dim - own_event_dim)
-        return log_prob + base.log_prob(value)
+            total = total + sum_rightmost(inverse_ladj, event_dim - own_event_dim)
+        return value, total
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         inputs: list[Tensor] = []
@@ -176,14 +177,49 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob, derivatives = self._with_derivatives(value)
         if not self.has_rsample:
             return ScoreParts(log_prob=log_prob, score_function=log_prob, entropy_term=0)
-        if not self._takes_path_gradient:
+        if not self._takes_path_gradient or _is_empty(value):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         if derivatives:
-            fixed = path_term(log_prob, [value], derivatives[-1:])
+            paths, along, u = [value], derivatives[-1:], derivatives[self._count_bent]
         else:
-            with self._fixed() as (base, transforms):
-                fixed = self._pull(value, base, transforms)
-        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=fixed)
+            paths, along, u = self._pulled_derivatives(value, log_prob.shape)
+        entropy_term = guarded_path_term(log_prob, paths, along, u * self._base_units())
+        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+
+    @property
+    def _count_bent(self) -> int:
+        """The number of transforms before the affine ones at the end."""
+        count = len(self.transforms)
+        while count and is_affine(self.transforms[count - 1]):
+            count -= 1
+        return count
+
+    def _base_units(self) -> Tensor | float:
+        """The scale of the base's noise, where it has one: a unit of what the transforms before the affine ones see."""
+        base = self.base_dist
+        while isinstance(base, torch.distributions.Independent):
+            base = base.base_dist
+        scale = getattr(base, "scale", 1.0)
+        return scale.detach() if isinstance(scale, Tensor) else scale
+
+    def _pulled_derivatives(
+        self, value: Tensor, shape: torch.Size
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What the gradient goes through, the derivatives of log q along it, and u, by autograd and at any value."""
+        cut = self._count_bent
+        path = value.expand(shape + self.event_shape)
+        with self._fixed() as (base, transforms):
+            bent, affine = transforms[:cut], transforms[cut:]
+            whitened, _ = self._pull_back(path, affine)
+            (u,) = derivatives_of(lambda point: self._pull(point, base, bent), whitened)
+
+            def through_affine(point: Tensor) -> Tensor:
+                back, ladj = self._pull_back(point, affine)
+                return (back * u).sum() + torch.as_tensor(ladj).sum()
+
+            (derivative,) = derivatives_of(through_affine, path)
+        path, derivative, u = (part.reshape(*shape, -1) for part in (path, derivative, u))
+        return [path], [derivative], u
 
     def _with_derivatives(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The log-density, and its derivative with respect to the input of every transform and to the value.
@@ -242,8 +278,7 @@ class FlowDistribution(dist.TransformedDistribution):
         base = self.base_dist
         if any(tensor.requires_grad for tensor in _tensors_in(base)):
             base = detach(base)
-        transforms = [_with_fixed_context(transform) for transform in self.transforms]
-        with _fixed_parameters(transforms):
+        with held_fixed(self.transforms) as transforms:
             yield base, transforms
 
     def _tracked_tensors(self) -> list[Tensor]:
@@ -272,14 +307,6 @@ def _with_batch_of_contexts(
         if isinstance(transform, ConditionedTransform) and wide:
             wide = transform.widened(wide)
     return base if wide == shape else base.expand(wide[: len(wide) - len(base.event_shape)])
-
-
-def path_term(log_prob: Tensor, paths: Sequence[Tensor], derivatives: Sequence[Tensor]) -> Tensor:
-    """The value of log q, and its derivatives along the paths, without a graph through the flow."""
-    term = log_prob.detach()
-    for path, derivative in zip(paths, derivatives, strict=True):
-        term = term + ((path - path.detach()) * derivative).sum(-1)
-    return term
 
 
 def _is_empty(value: Tensor) -> bool:
@@ -320,28 +347,3 @@ def _tensors_in(*parts: Any) -> list[Tensor]:
 
 _LISTS = (list, tuple)
 _OWNERS = (nn.Module, torch.distributions.Distribution, Transform)
-
-
-def _with_fixed_context(transform: Transform) -> Transform:
-    if isinstance(transform, ConditionedTransform):
-        return ConditionedTransform(transform.transform, transform.context.detach())
-    return transform if isinstance(transform, nn.Module) else detach(transform)
-
-
-@contextmanager
-def _fixed_parameters(transforms: list[Transform]) -> Iterator[None]:
-    """Let the transforms compute with detached parameters for a while (jit cannot trace ``functional_call``)."""
-    owners = [t.transform if isinstance(t, ConditionedTransform) else t for t in transforms]
-    swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-    try:
-        for owner in owners:
-            for module in modules_in(owner) if isinstance(owner, nn.Module) else ():
-                parameters: dict[str, Any] = module._parameters
-                for name, parameter in parameters.items():
-                    if parameter is not None and parameter.requires_grad:
-                        swapped.append((parameters, name, parameter))
-                        parameters[name] = parameter.detach()
-        yield
-    finally:
-        for parameters, name, parameter in swapped:
-            parameters[name] = parameter

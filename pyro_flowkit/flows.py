@@ -6,7 +6,7 @@ Reference:
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from torch.distributions import Transform
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.nn import Activation, default_hidden_dims
+from pyro_flowkit.nn import Activation, compressed, default_hidden_dims
 from pyro_flowkit.ops import Tails
 from pyro_flowkit.transforms.base import check_context, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
+from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
     half_mask,
@@ -39,8 +40,12 @@ class SplineFlow(StoreModule):
         pyro.sample("z", flow())               # prior
         pyro.sample("z", flow(encoder(x)))     # amortised posterior
 
-    A fresh flow is its base distribution. Inside a ``PyroModule`` it takes its name in the param store from there; on
-    its own it is SplineFlow, and further ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
+    A fresh flow is its base distribution. With a context (and linear tails) it ends in an affine map whose location and
+    logarithm of the scale are linear in the context: a conditional Gaussian, which the splines bend in units of its
+    scale. Contexts of any size will do, see :func:`~pyro_flowkit.nn.compressed`.
+
+    Inside a ``PyroModule`` it takes its name in the param store from there; on its own it is SplineFlow, and further
+    ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
 
     Args:
         input_dim: size D of the event, at least 1.
@@ -52,8 +57,9 @@ class SplineFlow(StoreModule):
         tails: "linear" or "circular".
         mixing: layers between couplings: "lu" (a learned matrix and a permutation), "permute" or None; the last layer
             undoes the permutations.
-        base: "normal", "student_t" (learned degrees of freedom), "conditional_normal" (location and scale are functions
-            of the context), or a Pyro distribution with event shape ``(D,)``.
+        base: "normal", "student_t" (learned degrees of freedom), "conditional_normal" (a normal whose location and
+            scale, given by the affine map, are functions of the context, which there has to be), or a Pyro distribution
+            with event shape ``(D,)``.
         coupling: True; the only kind there is so far.
         activation: of the conditioners; None is ReLU.
         residual: residual networks as conditioners, instead of multilayer perceptrons.
@@ -86,7 +92,7 @@ class SplineFlow(StoreModule):
         seed: int = 0,
     ):
         super().__init__(name="SplineFlow")
-        _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, coupling)
+        _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, base, coupling)
         self.input_dim = input_dim
         self.context_dim = context_dim
         hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else list(hidden_dims)
@@ -108,8 +114,13 @@ class SplineFlow(StoreModule):
             for i in range(num_transforms)
         ]
         self.layers = nn.ModuleList(_mix(couplings, input_dim, mixing, seed))
+        self.affine: ConditionalAffine | None = None
+        if context_dim and tails == "linear":  # an affine map does not keep a period
+            self.affine = ConditionalAffine(
+                torch.zeros(input_dim), 1.0, context_dim, "diagonal", hidden_dims=None, rate=1.0
+            )
         self.standardization = Standardization(input_dim)
-        self.base = make_base(base, input_dim, context_dim, hidden_dims)
+        self.base = make_base(base, input_dim, context_dim)
 
     def forward(
         self, context: Tensor | None = None, *, path_gradient: bool = False
@@ -117,8 +128,7 @@ class SplineFlow(StoreModule):
         """The distribution, for a context of shape ``(*batch, context_dim)`` where the flow has one.
 
         Args:
-            context: conditions every coupling, and the base where it is "conditional_normal"; its batch shape becomes
-                the distribution's.
+            context: conditions every coupling and the affine map; its batch shape becomes the distribution's.
             path_gradient: see :class:`FlowDistribution`.
 
         Raises:
@@ -130,18 +140,21 @@ class SplineFlow(StoreModule):
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
         """The layers from base to sample, as transforms, without the standardisation."""
         check_context(context, self.context_dim, "SplineFlow")
+        layers = [*self.layers] if self.affine is None else [*self.layers, self.affine]
+        if context is not None:
+            context = compressed(context)
         return [
             layer.condition(context)
             if isinstance(layer, ConditionalFlowTransformModule) and context is not None
             else cast(Transform, layer)
-            for layer in self.layers
+            for layer in layers
         ]
 
     def _distribution(
         self, context: Tensor | None, path_gradient: bool = False
     ) -> FlowDistribution:
         return FlowDistribution(
-            self.base(context),
+            self.base(),
             [*self.transforms(context), self.standardization],
             path_gradient=path_gradient,
         )
@@ -233,6 +246,7 @@ def _validate_flow(
     num_transforms: int,
     tails: Tails,
     mixing: str | None,
+    base: Any,
     coupling: bool,
 ) -> None:
     sizes = (("input_dim", input_dim, 1), ("context_dim", context_dim, 0))
@@ -244,6 +258,11 @@ def _validate_flow(
         )
     if mixing not in ("lu", "permute", None):
         raise ValueError(f'Expected mixing to be "lu", "permute" or None, got {mixing!r}.')
+    if tails == "circular" and isinstance(base, str) and base == "conditional_normal":
+        raise ValueError(
+            'Expected linear tails with base="conditional_normal", got "circular": location and scale do not keep the '
+            "period."
+        )
     if mixing == "lu" and tails == "circular":
         raise ValueError(
             'Expected mixing "permute" or None with circular tails, got "lu": a linear map does not keep the period.'

@@ -15,11 +15,23 @@ from pyro_flowkit.ops.layout import Layout
 Activation = Callable[[Tensor], Tensor]
 
 MAX_DEFAULT_WIDTH = 128
+MIN_SQUARE = 1e-12
 
 
 def default_hidden_dims(input_dim: int) -> list[int]:
     """Pyro's rule, ``[10 * input_dim, 10 * input_dim]``, capped at 128 units a layer."""
     return [min(10 * input_dim, MAX_DEFAULT_WIDTH)] * 2
+
+
+def compressed(context: Tensor) -> Tensor:
+    """A context of shape ``(*batch, C)`` whose root mean square r over C became asinh(r), in the same direction.
+
+    What an encoder says may grow without limit while it learns. Networks that read it take steps in proportion; so
+    small contexts stay as they are, large ones are brought near, and no two become the same.
+    """
+    wide = context.to(torch.promote_types(context.dtype, torch.float32))
+    size = wide.square().mean(-1, keepdim=True).add(MIN_SQUARE).sqrt()
+    return (wide * (size.asinh() / size)).to(context.dtype)
 
 
 def make_conditioner(

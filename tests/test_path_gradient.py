@@ -1,6 +1,7 @@
-"""The sticking-the-landing gradient: what is held fixed, what it equals, and where it applies."""
+"""The sticking-the-landing gradient: what is held fixed, what it equals, where it applies, and its guard."""
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -10,10 +11,12 @@ from pyro import poutine
 from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
+import pyro_flowkit.path_gradient as guard
 import pyro_flowkit.transforms as T
 from pyro_flowkit import FlowDistribution, SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.ops import backend
+from pyro_flowkit.path_gradient import MAX_ROUGHNESS
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms.coupling import _Coupling
 
@@ -26,8 +29,8 @@ KINDS = {
 }
 
 
-def tiny(kind: str) -> tuple[SplineFlow, Tensor | None]:
-    flow = perturb_(SplineFlow(3, **TINY, **KINDS[kind]), 0.3).double()
+def tiny(kind: str, bend: float = 0.1) -> tuple[SplineFlow, Tensor | None]:
+    flow = perturb_(SplineFlow(3, **TINY, **KINDS[kind]), bend).double()
     context = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     return flow, context if flow.context_dim else None
 
@@ -228,7 +231,110 @@ def test_transforms_of_others_are_held_fixed_too() -> None:
     x = d.sample((3,)).requires_grad_()
     fixed = d.score_parts(x).entropy_term.sum()
     inputs = [loc, weight, *coupling.parameters()]
-    assert all(
-        g is None for g in torch.autograd.grad(fixed, inputs, allow_unused=True, retain_graph=True)
-    )
+    found = torch.autograd.grad(fixed, inputs, allow_unused=True, retain_graph=True)
+    assert all(g is None or g.abs().max() == 0 for g in found)
     assert torch.autograd.grad(fixed, x)[0].abs().max() > 0
+
+
+def rough_flow() -> tuple[SplineFlow, Tensor]:
+    """Some of its draws are rough, some are not."""
+    torch.manual_seed(0)
+    flow, context = tiny("conditional_normal", bend=0.5)
+    return flow, context
+
+
+@pytest.mark.parametrize("own_draw", [True, False])
+def test_a_rough_draw_takes_the_ordinary_gradient_and_a_smooth_one_the_path(
+    own_draw: bool,
+) -> None:
+    flow, context = rough_flow()
+    twin = copy.deepcopy(flow).requires_grad_(False)
+    d = flow(context, path_gradient=True)
+    torch.manual_seed(1)
+    x = d.rsample((12,))
+    entropy_term = d.score_parts(x if own_draw else x.clone()).entropy_term
+    ordinary, path = flow(context).log_prob(x), twin(context.detach()).log_prob(x)
+    affine = flow.transforms(context)[-1]
+    whitened = affine.inv(x.detach()).detach().requires_grad_()
+    y = affine(whitened)
+    (u,) = torch.autograd.grad(twin(context.detach()).log_prob(y).sum(), whitened)
+    is_rough = u.square().mean(-1) > MAX_ROUGHNESS
+    assert 0.1 < is_rough.double().mean() < 0.9
+    for rows, expected in ((is_rough, ordinary), (~is_rough, path)):
+        got = gradients(flow, context, entropy_term[rows].sum())
+        for name, value in gradients(flow, context, expected[rows].sum()).items():
+            assert torch.allclose(got[name], value, rtol=1e-6, atol=1e-6), name
+
+
+def largest_gradient(flow: SplineFlow, context: Tensor, path_gradient: bool) -> Tensor:
+    torch.manual_seed(1)
+    d = flow(context, path_gradient=path_gradient)
+    loss = d.score_parts(d.rsample((200,))).entropy_term.mean()
+    return torch.stack([g.abs().max() for g in gradients(flow, context, loss).values()]).max()
+
+
+def test_the_gradient_of_a_flow_full_of_spikes_is_of_the_size_of_the_ordinary_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow, context = tiny("conditional_normal", bend=1.5)
+    guarded = largest_gradient(flow, context, True)
+    assert guarded < 2 * largest_gradient(flow, context, False)
+    monkeypatch.setattr(guard, "MAX_ROUGHNESS", math.inf)
+    assert largest_gradient(flow, context, True) > 100 * guarded
+
+
+def test_a_derivative_that_is_no_number_reaches_nothing() -> None:
+    log_prob = torch.tensor([1.0, 2.0], requires_grad=True)
+    x = torch.ones(2, 3, requires_grad=True)
+    derivative = torch.tensor([[1.0, 2.0, 3.0], [torch.nan, torch.inf, 0.0]])
+    term = guard.guarded_path_term(log_prob, [x], [derivative], derivative)
+    assert torch.equal(term, log_prob)
+    of_log_prob, of_x = torch.autograd.grad(term.sum(), [log_prob, x])
+    assert of_log_prob.tolist() == [0, 1] and of_x.tolist() == [[1, 2, 3], [0, 0, 0]]
+
+
+def test_a_trace_chooses_by_the_draws_of_its_step() -> None:
+    flow, context = rough_flow()
+    context = context.detach()
+
+    def model() -> None:
+        with pyro.plate("rows", 4):
+            pyro.sample("z", dist.Normal(context.new_zeros(3), 1.0).to_event(1))
+
+    def guide(path_gradient: bool = True) -> None:
+        with pyro.plate("rows", 4):
+            pyro.sample("z", flow(context, path_gradient=path_gradient))
+
+    def ordinary_guide() -> None:
+        guide(path_gradient=False)
+
+    def grads(elbo, guide, seed: int) -> Tensor:
+        flow.zero_grad()
+        pyro.set_rng_seed(seed)
+        elbo.loss_and_grads(model, guide)
+        return torch.cat([p.grad.reshape(-1) for p in flow.parameters()])
+
+    jit, eager = JitTrace_ELBO(ignore_jit_warnings=True), Trace_ELBO()
+    grads(jit, guide, 0)  # compiles here, and draws
+    differences = []
+    for seed in range(1, 5):
+        expected = grads(eager, guide, seed)
+        assert torch.allclose(grads(jit, guide, seed), expected, rtol=1e-6, atol=1e-6)
+        differences.append((grads(eager, ordinary_guide, seed) - expected).abs().max())
+    assert max(differences) > 1.0, "some draws are smooth"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_roughness_is_in_units_of_the_affine_maps_or_of_the_base(scale: float) -> None:
+    loc = torch.zeros(2, requires_grad=True)
+    wide = torch.full((2,), scale)
+    at_the_end = torch.distributions.AffineTransform(loc, wide, event_dim=1)
+    coupling = T.spline_coupling(2, count_bins=4)
+    for base, transforms in (
+        (dist.Normal(torch.zeros(2), 1.0), [coupling, at_the_end]),
+        (dist.Normal(loc, wide), [coupling]),
+    ):
+        d = FlowDistribution(base.to_event(1), transforms, path_gradient=True)
+        term = d.score_parts(d.rsample((50,))).entropy_term
+        (found,) = torch.autograd.grad(term.sum(), loc)
+        assert found.abs().min() > 0, "the ordinary entropy does not depend on the location"

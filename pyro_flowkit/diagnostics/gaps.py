@@ -70,10 +70,9 @@ def inference_gaps(
     The family, within which the posterior of every datum is optimised, is that of the guide's own
     sites: for a plain distribution (Normal, MultivariateNormal, Gamma, ..., also under ``to_event``
     and ``mask``) all its parameters, for every datum by itself; for a flow its context, and the
-    parameters of its base where these differ by datum (``base="conditional_normal"``), while the
-    weights of its layers stay as they are. Where a site follows the draw of another one, as z1 of
-    ``q(z2 | x) q(z1 | z2, x)``, what the encoder says of it given that draw is moved and widened as a
-    whole, by numbers of the datum.
+    parameters of its base where these differ by datum, while the weights of its layers stay as they
+    are. Where a site follows the draw of another one, as z1 of ``q(z2 | x) q(z1 | z2, x)``, what the
+    encoder says of it given that draw is moved and widened as a whole, by numbers of the datum.
 
     An optimised posterior that is no better, by draws of its own, is dropped for the encoder's. An
     amortisation gap below zero is noise within its standard error. Where the optimisation stopped

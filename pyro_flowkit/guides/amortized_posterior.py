@@ -3,19 +3,17 @@
 The path gradient (Roeder et al. 2017) differentiates log q along the draws alone, with parameters held fixed. Where the
 local latents z are conditioned on global draws t, log q(z | x, t) depends on two draws, and both paths count: the
 encoder's features are held fixed, the global draws are not. At the posterior of all latents nothing is left, not even
-noise. As in :mod:`pyro_flowkit.guides.posterior` a step on which the flow is too rough takes the ordinary gradient.
+noise. A row whose draw is rough takes the ordinary gradient, see :mod:`pyro_flowkit.path_gradient`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor, nn
 
-from pyro_flowkit.flow_distribution import FlowDistribution, path_term
-from pyro_flowkit.guides.posterior import MAX_ROUGHNESS
-from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.flow_distribution import FlowDistribution
+from pyro_flowkit.path_gradient import derivatives_of
 from pyro_flowkit.transforms.conditional import (
     ConditionalFlowTransformModule,
     ConditionedTransform,
@@ -28,42 +26,36 @@ class AmortizedPosterior(FlowDistribution):
 
     _global_context: Tensor | None = None
 
-    def score_parts(self, value: Tensor) -> ScoreParts:
-        if not self._takes_path_gradient or is_transformed():  # a trace cannot choose
-            return super().score_parts(value)
-        log_prob, pushed = self._with_derivatives(value)
-        if pushed:
-            paths, derivatives, u = [value], [pushed[-1]], pushed[-2]
-        else:
-            paths, derivatives, u = self._pulled(value)
-        if not bool(u.square().mean() < MAX_ROUGHNESS):
-            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
-        entropy_term = path_term(log_prob, paths, derivatives)
-        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
-
     @property
     def _pushes_derivatives(self) -> bool:
         # What is carried along says nothing of the derivative at the global draws.
         return super()._pushes_derivatives and self._global_context is None
 
-    def _pulled(self, value: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """What the gradient goes through, the derivatives of log q with respect to these, and u."""
-        point = value.detach().requires_grad_()
-        features = self.transforms[-1].context.detach()
-        paths, points = [value], [point]
-        if self._global_context is not None:
-            global_path = self._global_context.expand(*point.shape[:-1], -1)
-            global_point = global_path.detach().requires_grad_()
-            features = features[..., : features.shape[-1] - global_point.shape[-1]]
-            features = torch.cat([features.expand(*point.shape[:-1], -1), global_point], dim=-1)
-            paths.append(global_path)
-            points.append(global_point)
+    def _pulled_derivatives(
+        self, value: Tensor, shape: torch.Size
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        if self._global_context is None:
+            return super()._pulled_derivatives(value, shape)
+        path = self._global_context.expand(*shape, -1)
+        features = self.transforms[-1].context.detach()[..., : -path.shape[-1]]
+        features = features.expand(*shape, -1)
         with self._fixed() as (base, transforms):
-            *flow, affine = [_recondition(transform, features) for transform in transforms]
-            unscaled, ladj = affine.inverse_and_ladj(point)
-            fixed = self._pull(unscaled, base, flow) + ladj
-        u, *derivatives = torch.autograd.grad(fixed, [unscaled, *points], torch.ones_like(fixed))
-        return paths, derivatives, u
+
+            def given(context: Tensor) -> list[Any]:
+                context = torch.cat([features, context], dim=-1)
+                return [_recondition(transform, context) for transform in transforms]
+
+            def before_affine(point: Tensor, context: Tensor) -> Tensor:
+                return self._pull(point, base, given(context)[:-1])
+
+            def through_affine(point: Tensor, context: Tensor) -> Tensor:
+                back, ladj = given(context)[-1].inverse_and_ladj(point)
+                return (back * u).sum() + ladj.sum()
+
+            whitened, _ = self._pull_back(value, transforms[-1:])
+            u, by_flow = derivatives_of(before_affine, whitened, path)
+            derivative, by_affine = derivatives_of(through_affine, value, path)
+        return [value, path], [derivative, by_flow + by_affine], u
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "AmortizedPosterior":
         new = super().expand(batch_shape, _instance)

@@ -226,6 +226,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, DataRows, StoreModule):
             context_dim += self._global.size
         hidden_dims = self._hidden_dims or [min(128, max(32, 10 * (size + context_dim)))] * 2
         flow = SplineFlow(size, context_dim, hidden_dims=hidden_dims, **self._flow_settings)
+        flow.affine = None  # the guide has one of its own, which starts at the prior's location
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
         if self._masked.names:
             self.register_buffer("masked_loc", loc.clone())

@@ -28,10 +28,10 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_flowkit.bases import _StandardNormal
-from pyro_flowkit.flow_distribution import _fixed_parameters
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.posterior import GradientNoise
+from pyro_flowkit.path_gradient import held_fixed
 from pyro_flowkit.transforms.base import FlowTransformModule
 
 MAX_PULL = 4.0  # mean square; a location that is two standard deviations off
@@ -114,11 +114,11 @@ class Still(FlowTransformModule):
         self.transform = transform
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with _fixed_parameters([self.transform]):
+        with held_fixed([self.transform]):
             return self.transform.call_and_ladj(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        with _fixed_parameters([self.transform]):
+        with held_fixed([self.transform]):
             return self.transform.inverse_and_ladj(y)
 
 

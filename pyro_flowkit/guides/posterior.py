@@ -23,8 +23,9 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import FlowDistribution, path_term
+from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.path_gradient import path_term
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 

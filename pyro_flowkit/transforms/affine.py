@@ -43,6 +43,7 @@ class Affine(FlowTransformModule):
         ValueError: for another kind.
     """
 
+    is_affine = True
     origin: Tensor
     units: Tensor
 

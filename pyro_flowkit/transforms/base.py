@@ -32,12 +32,14 @@ class Bijection(Transform):
 
     ``sign``, the sign of the Jacobian's determinant, is +1 unless a subclass says otherwise. ``event_dim`` is that of
     domain and codomain: 1, or 0 for an element-wise transform, whose ``log_abs_det_jacobian`` then has one log-det for
-    every element, as Pyro and ``torch.distributions`` have it.
+    every element, as Pyro and ``torch.distributions`` have it. ``is_affine`` says that the map only shifts, scales and
+    mixes: what comes before it is in whitened units.
     """
 
     bijective = True
     sign = 1
     event_dim = 1
+    is_affine = False
     input_dim: int
 
     @property
@@ -221,6 +223,7 @@ class InverseTransformModule(FlowTransformModule):
         super().__init__(transform.input_dim)
         self.transform = transform
         self.event_dim = transform.event_dim
+        self.is_affine = transform.is_affine
 
     @property
     def domain(self) -> constraints.Constraint:

@@ -23,10 +23,11 @@ class ConditionalFlowTransformModule(nn.Module):
     """A transform whose map depends on a context; ``condition(context)`` gives a transform.
 
     A plain module, registered as a virtual subclass of Pyro's ``ConditionalTransformModule``: the metaclass of Pyro's
-    own keeps it from going through ``to_pyro_module_``. ``event_dim`` is as for :class:`Bijection`.
+    own keeps it from going through ``to_pyro_module_``. ``event_dim`` and ``is_affine`` are as for :class:`Bijection`.
     """
 
     event_dim = 1
+    is_affine = False
 
     def __init__(self, input_dim: int, context_dim: int):
         super().__init__()
@@ -98,6 +99,7 @@ class ConditionalInverseTransformModule(ConditionalFlowTransformModule):
         super().__init__(transform.input_dim, transform.context_dim)
         self.transform = transform
         self.event_dim = transform.event_dim
+        self.is_affine = transform.is_affine
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -142,6 +144,7 @@ class ConditionedTransform(Bijection):
         self.context = context
         self.input_dim = transform.input_dim
         self.event_dim = transform.event_dim
+        self.is_affine = transform.is_affine
 
     @property
     def domain(self) -> constraints.Constraint:

@@ -1,11 +1,11 @@
-r"""An affine map whose location and scale are functions of the context: the last layer of an amortised guide.
+r"""An affine map whose location and scale are functions of the context: the last layer of a conditional flow.
 
 .. math:: y = m(c) + \mathrm{diag}(s(c)) (I + N(c)) x
 
 with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
-network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
-network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
-Adam they move ``rate`` times faster than the other parameters.
+network of it; the last two are zero at first, and the network may be left out. The linear part makes the posterior of a
+linear-Gaussian model exact; the network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants
+are multiplied by ``rate``: under Adam they move ``rate`` times faster than the other parameters.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,14 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         scale: initial scale of every dimension, positive.
         context_dim: size of the context.
         kind: "full" (lower triangular) or "diagonal" scale.
-        hidden_dims: widths of the network's hidden layers.
+        hidden_dims: widths of the network's hidden layers; None is no network.
         rate: how much faster than other parameters the constants move, positive.
 
     Shapes: ``(*batch, D)`` and a context ``(*batch, context_dim)`` to ``(*batch, D)``, with log-det ``(*batch,)`` in
     nats.
     """
+
+    is_affine = True
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         context_dim: int,
         kind: Literal["full", "diagonal"] = "full",
         *,
-        hidden_dims: Sequence[int],
+        hidden_dims: Sequence[int] | None,
         rate: float = 10.0,
     ):
         size = loc.shape[-1]
@@ -51,8 +53,11 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         initial = [loc.detach(), torch.full_like(loc.detach(), scale).log(), loc.new_zeros(below)]
         self.raw_constant = nn.Parameter(torch.cat(initial) / rate)
         self.weight = nn.Parameter(loc.new_zeros(2 * size + below, context_dim))
-        self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
+        self.network: MLP | None = None
+        if hidden_dims is not None:
+            self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
         rows, columns = torch.tril_indices(size, size, -1)
+        self._below: Tensor
         self.register_buffer("_below", rows * size + columns, persistent=False)
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +96,8 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         context = context.to(self.weight.dtype)
         constant = self.rate * self.raw_constant
         output = torch.nn.functional.linear(context, self.weight, constant)
-        output = output + self.network(context)
+        if self.network is not None:
+            output = output + self.network(context)
         size = self.input_dim
         loc, log_scale, below = output.tensor_split([size, 2 * size], dim=-1)
         if self.kind == "diagonal":

@@ -39,6 +39,8 @@ class HierarchicalAffine(FlowTransformModule):
         ValueError: for fewer than two blocks, or an empty one.
     """
 
+    is_affine = True
+
     def __init__(self, block_sizes: Sequence[int], *, hidden_dims: Sequence[int] = (32,)):
         sizes = list(block_sizes)
         if len(sizes) < 2 or any(not isinstance(size, int) or size < 1 for size in sizes):

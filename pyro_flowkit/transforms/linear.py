@@ -30,6 +30,8 @@ class LULinear(FlowTransformModule):
     Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats, the same for every input.
     """
 
+    is_affine = True
+
     def __init__(self, input_dim: int):
         super().__init__(input_dim)
         self.lu = nn.Parameter(torch.zeros(input_dim, input_dim))
@@ -74,6 +76,8 @@ class LULinear(FlowTransformModule):
 
 class Standardization(FlowTransformModule):
     """``y = loc + L x``, fitted to data once and not learned: buffers, the identity at first."""
+
+    is_affine = True
 
     def __init__(self, input_dim: int):
         super().__init__(input_dim)

@@ -17,6 +17,8 @@ class Permute(FlowTransformModule):
         ValueError: if it is no permutation.
     """
 
+    is_affine = True
+
     def __init__(self, permutation: Tensor):
         permutation = torch.as_tensor(permutation)
         if permutation.dim() != 1 or permutation.is_floating_point() or permutation.numel() == 0:
