@@ -1,7 +1,7 @@
 """AutoSplineFlow under JitTrace_ELBO on a Gaussian of three correlated latents, whose exact ELBO is 0 nats.
 
-A trace keeps what the guide chose when it was made: the gradient has to be one that is safe from the start on, and the
-rate is the user's. 500 steps of Adam, the rate falling from .05 to .0005, 100 particles.
+A trace never calls the guide again: what its gradient is has to be chosen by operations inside of it, and the rate is
+the user's. 500 steps of Adam, the rate falling from .05 to .0005, 100 particles.
 
     python -m benchmarks.jit_gaussian
 """

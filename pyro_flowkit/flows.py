@@ -30,6 +30,10 @@ from pyro_flowkit.transforms.permute import Permute
 
 MAX_ORDERED_DIM = 128
 
+# How much faster than the splines the slope of a conditional flow's affine map moves under Adam. It is zero at first,
+# so that an encoder learns only by what the map has learned; and it has to be there before the splines do its work.
+WEIGHT_RATE = 3.0
+
 
 class SplineFlow(StoreModule):
     """A rational-quadratic spline coupling flow: density, prior or (with a context) conditional distribution.
@@ -41,8 +45,8 @@ class SplineFlow(StoreModule):
         pyro.sample("z", flow(encoder(x)))     # amortised posterior
 
     A fresh flow is its base distribution. With a context (and linear tails) it ends in an affine map whose location and
-    logarithm of the scale are linear in the context: a conditional Gaussian, which the splines bend in units of its
-    scale. Contexts of any size will do, see :func:`~pyro_flowkit.nn.compressed`.
+    logarithm of the scale are a linear function and a network of the context: a conditional Gaussian, which the splines
+    bend in units of its scale. Contexts of any size will do, see :func:`~pyro_flowkit.nn.compressed`.
 
     Inside a ``PyroModule`` it takes its name in the param store from there; on its own it is SplineFlow, and further
     ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
@@ -117,7 +121,13 @@ class SplineFlow(StoreModule):
         self.affine: ConditionalAffine | None = None
         if context_dim and tails == "linear":  # an affine map does not keep a period
             self.affine = ConditionalAffine(
-                torch.zeros(input_dim), 1.0, context_dim, "diagonal", hidden_dims=None, rate=1.0
+                torch.zeros(input_dim),
+                1.0,
+                context_dim,
+                "diagonal",
+                hidden_dims=hidden_dims,
+                rate=1.0,
+                weight_rate=WEIGHT_RATE,
             )
         self.standardization = Standardization(input_dim)
         self.base = make_base(base, input_dim, context_dim)

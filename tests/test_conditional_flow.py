@@ -12,7 +12,7 @@ from tests.tiny import CONTEXT, bent, make_flow
 
 def set_heads(flow: SplineFlow, loc: Tensor, log_scale: Tensor) -> None:
     """Location and scale that are the same for every context."""
-    flow.affine.raw_constant.data.copy_(torch.cat([loc, log_scale]))
+    flow.affine.raw_constant.data.copy_(torch.cat([loc, log_scale]) / flow.affine.rate)
 
 
 @pytest.mark.parametrize("base", ["normal", "conditional_normal"])
@@ -25,11 +25,11 @@ def test_it_starts_as_a_standard_normal_whatever_the_context(base: str) -> None:
 
 def test_with_straight_splines_it_is_the_gaussian_of_a_linear_map_of_the_context() -> None:
     flow = make_flow(2, 3).double()
-    torch.nn.init.normal_(flow.affine.weight)
-    torch.nn.init.normal_(flow.affine.raw_constant)
+    torch.nn.init.normal_(flow.affine.weight, std=0.1)
+    torch.nn.init.normal_(flow.affine.raw_constant, std=0.1)
     context = torch.randn(6, 3, dtype=torch.float64)
     x = torch.randn(6, 2, dtype=torch.float64)
-    heads = compressed(context) @ flow.affine.weight.mT + flow.affine.raw_constant
+    heads = 4.0 * compressed(context) @ flow.affine.weight.mT + flow.affine.raw_constant
     loc, log_scale = heads.chunk(2, -1)
     expected = dist.Normal(loc, log_scale.exp()).to_event(1)
     assert torch.allclose(flow.log_prob(x, context), expected.log_prob(x), atol=1e-9)
@@ -39,6 +39,7 @@ def test_splines_see_whitened_values() -> None:
     flow, x = bent(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
     context = CONTEXT.double()
     flow.affine.weight.data.zero_()
+    flow.affine.network.packed.data.zero_()
     zero = torch.zeros(3, dtype=torch.float64)
     set_heads(flow, zero, zero)
     expected = flow.log_prob(x, context)

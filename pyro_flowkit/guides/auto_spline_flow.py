@@ -79,7 +79,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     In a loop of one's own the guide watches its steps: at any rate from 1e-3 to 5e-2, from one particle on, under Adam,
     ``ClippedAdam`` or SGD with momentum it moves no farther than its parts bear (:mod:`pyro_flowkit.guides.pace`). The
     gradients of its parameters are in units of their size for that. Under ``JitTrace_ELBO``, whose trace never calls
-    the guide again, it takes the ordinary gradient and the rate as it is.
+    the guide again, it takes the rate as it is, and the path gradient only while the flow bends little.
 
     Device and dtype are those of the model's latents; ``.to()`` or ``.double()`` before the first call wins.
 

@@ -13,6 +13,9 @@ over the last steps, and the next step takes the gradient whose mean square is s
 with u the derivative of log q before the affine maps at the flow's end, the mean of u^2 is 1 for every Gaussian, and
 above a limit the step takes the ordinary gradient at once. The means of both gradients are the same.
 
+A trace learns nothing from one step for the next. There the path gradient is taken while the flow before the affine maps
+bends little, so that log q is near a Gaussian: where the mean square of its log-determinant is below a limit.
+
 The derivative of log q at a draw is carried along with it, see :mod:`pyro_flowkit.flow_distribution`.
 """
 
@@ -25,12 +28,9 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.path_gradient import path_term
-from pyro_flowkit.transforms.affine import Affine
-from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
+from pyro_flowkit.path_gradient import MAX_ROUGHNESS, path_term
 
-_AFFINE = Affine | HierarchicalAffine
-MAX_ROUGHNESS = 100.0
+MAX_BEND = 0.1
 MEMORY = 0.9
 
 
@@ -85,18 +85,15 @@ class GuidePosterior(FlowDistribution):
         return new
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        # a trace cannot choose later: it has the gradient that is safe from far away
-        if is_transformed():
-            log_prob = self.log_prob(value)
-            return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         if not self._takes_path_gradient:
             return super().score_parts(value)
+        if is_transformed():
+            return self._traced_score_parts(value)
         log_prob, derivatives = self._with_derivatives(value)
         if derivatives:
-            derivative = derivatives[-1]
-            u = derivatives[sum(not isinstance(layer, _AFFINE) for layer in self.transforms)]
+            derivative, u = derivatives[-1], derivatives[self._count_bent]
         else:
-            derivative, u = self._pulled(value)
+            _, (derivative,), u = self._pulled_derivatives(value, log_prob.shape)
         is_path = self.noise.favours_path and bool(u.square().mean() < MAX_ROUGHNESS)
         entropy_term = log_prob.clone()
         if is_path:
@@ -104,19 +101,16 @@ class GuidePosterior(FlowDistribution):
         self._watch(value, entropy_term, derivative, is_path)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
-    def _pulled(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivative of log q, and u, at any value."""
-        point = value.detach().requires_grad_()
-        with self._fixed() as (base, transforms):
-            flow = [t for t in transforms if not isinstance(t, _AFFINE)]
-            unscaled, ladj = point, torch.zeros(())
-            affine: Any
-            for affine in reversed(transforms[len(flow) :]):
-                unscaled, inverse_ladj = affine.inverse_and_ladj(unscaled)
-                ladj = ladj + inverse_ladj
-            fixed = self._pull(unscaled, base, flow) + ladj
-        derivative, u = torch.autograd.grad(fixed, [point, unscaled], torch.ones_like(fixed))
-        return derivative, u
+    def _traced_score_parts(self, value: Tensor) -> ScoreParts:
+        parts = super().score_parts(value)
+        bent, affine = self.transforms[: self._count_bent], self.transforms[self._count_bent :]
+        with torch.no_grad():
+            whitened, _ = self._pull_back(value, affine)
+            _, ladj = self._pull_back(whitened, bent)
+        is_path = torch.as_tensor(ladj).square().mean() < MAX_BEND
+        return parts._replace(
+            entropy_term=torch.where(is_path, parts.entropy_term, parts.log_prob)
+        )
 
     def _watch(
         self, value: Tensor, entropy_term: Tensor, derivative: Tensor, is_path: bool

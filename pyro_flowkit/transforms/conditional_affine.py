@@ -3,9 +3,9 @@ r"""An affine map whose location and scale are functions of the context: the las
 .. math:: y = m(c) + \mathrm{diag}(s(c)) (I + N(c)) x
 
 with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
-network of it; the last two are zero at first, and the network may be left out. The linear part makes the posterior of a
-linear-Gaussian model exact; the network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants
-are multiplied by ``rate``: under Adam they move ``rate`` times faster than the other parameters.
+network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
+network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
+Adam they move ``rate`` times faster than the other parameters, and the linear part ``weight_rate`` times.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,9 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         scale: initial scale of every dimension, positive.
         context_dim: size of the context.
         kind: "full" (lower triangular) or "diagonal" scale.
-        hidden_dims: widths of the network's hidden layers; None is no network.
+        hidden_dims: widths of the network's hidden layers.
         rate: how much faster than other parameters the constants move, positive.
+        weight_rate: how much faster the linear part moves, positive.
 
     Shapes: ``(*batch, D)`` and a context ``(*batch, context_dim)`` to ``(*batch, D)``, with log-det ``(*batch,)`` in
     nats.
@@ -42,20 +43,19 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         context_dim: int,
         kind: Literal["full", "diagonal"] = "full",
         *,
-        hidden_dims: Sequence[int] | None,
+        hidden_dims: Sequence[int],
         rate: float = 10.0,
+        weight_rate: float = 1.0,
     ):
         size = loc.shape[-1]
         super().__init__(size, context_dim)
         self.kind = kind if size > 1 else "diagonal"
-        self.rate = rate
+        self.rate, self.weight_rate = rate, weight_rate
         below = size * (size - 1) // 2 if self.kind == "full" else 0
         initial = [loc.detach(), torch.full_like(loc.detach(), scale).log(), loc.new_zeros(below)]
         self.raw_constant = nn.Parameter(torch.cat(initial) / rate)
         self.weight = nn.Parameter(loc.new_zeros(2 * size + below, context_dim))
-        self.network: MLP | None = None
-        if hidden_dims is not None:
-            self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
+        self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
         rows, columns = torch.tril_indices(size, size, -1)
         self._below: Tensor
         self.register_buffer("_below", rows * size + columns, persistent=False)
@@ -95,9 +95,8 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         """Location and logarithm of the scale ``(*batch, D)``, and N ``(*batch, D, D)`` where it is not zero."""
         context = context.to(self.weight.dtype)
         constant = self.rate * self.raw_constant
-        output = torch.nn.functional.linear(context, self.weight, constant)
-        if self.network is not None:
-            output = output + self.network(context)
+        output = torch.nn.functional.linear(context, self.weight_rate * self.weight, constant)
+        output = output + self.network(context)
         size = self.input_dim
         loc, log_scale, below = output.tensor_split([size, 2 * size], dim=-1)
         if self.kind == "diagonal":
@@ -109,5 +108,5 @@ class ConditionalAffine(ConditionalFlowTransformModule):
     def extra_repr(self) -> str:
         return (
             f"input_dim={self.input_dim}, context_dim={self.context_dim}, kind={self.kind!r}, "
-            f"rate={self.rate:g}"
+            f"rate={self.rate:g}, weight_rate={self.weight_rate:g}"
         )

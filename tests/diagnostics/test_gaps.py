@@ -283,7 +283,7 @@ def test_the_family_of_a_flow_is_what_its_context_can_say():
             loc = vae.posterior_mean(x)
             pyro.sample("z", flow(torch.cat([loc, loc], -1)))
 
-    gaps = inference_gaps(vae.model, guide, data, num_steps=90, seed=0, exact_log_evidence=exact)
+    gaps = inference_gaps(vae.model, guide, data, num_steps=300, seed=0, exact_log_evidence=exact)
     np.testing.assert_allclose(gaps["approximation_gap"].mean(), vae.exact_split()[0], atol=0.03)
 
     scale = 0.6

@@ -117,7 +117,7 @@ def test_inside_a_guide_list() -> None:
 
 
 def test_under_jit_an_exact_gaussian_is_found() -> None:
-    """A trace takes the ordinary gradient, and its guide keeps no pace; the exact ELBO is 0."""
+    """A trace takes the path gradient while the flow bends little, and its guide keeps no pace; the exact ELBO is 0."""
     guide = AutoSplineFlow(gaussian)
     optimizer = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.01 ** (1 / 300)}
