@@ -13,8 +13,8 @@ over the last steps, and the next step takes the gradient whose mean square is s
 with u the derivative of log q before the affine maps at the flow's end, the mean of u^2 is 1 for every Gaussian, and
 above a limit the step takes the ordinary gradient at once. The means of both gradients are the same.
 
-A trace learns nothing from one step for the next. There the path gradient is taken while the flow before the affine maps
-bends little, so that log q is near a Gaussian: where the mean square of its log-determinant is below a limit.
+A trace learns nothing from one step for the next. There the path gradient is taken while the flow before the affine
+maps bends little, so that log q is near a Gaussian: where the mean square of its log-determinant is below a limit.
 
 The derivative of log q at a draw is carried along with it, see :mod:`pyro_flowkit.flow_distribution`.
 """
@@ -108,9 +108,7 @@ class GuidePosterior(FlowDistribution):
             whitened, _ = self._pull_back(value, affine)
             _, ladj = self._pull_back(whitened, bent)
         is_path = torch.as_tensor(ladj).square().mean() < MAX_BEND
-        return parts._replace(
-            entropy_term=torch.where(is_path, parts.entropy_term, parts.log_prob)
-        )
+        return parts._replace(entropy_term=torch.where(is_path, parts.entropy_term, parts.log_prob))
 
     def _watch(
         self, value: Tensor, entropy_term: Tensor, derivative: Tensor, is_path: bool
