@@ -55,6 +55,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--flow-hidden", type=int, nargs="+", default=[64, 64], metavar="WIDTH")
     group.add_argument("--bins", type=int, default=8, help="of the flows' splines")
     group.add_argument("--context-dim", type=int, default=64, help="of a flow posterior")
+    group.add_argument(
+        "--path-gradient", action="store_true", help="of a flow posterior (Roeder et al. 2017)"
+    )
     group.add_argument("--dropout", type=float, default=0.0, help="in encoder and decoder")
     group.add_argument("--prior-dropout", type=float, default=0.0)
 

@@ -83,6 +83,7 @@ def _settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
         "flow_hidden_dims": list(args.flow_hidden),
         "count_bins": args.bins,
         "context_dim": args.context_dim,
+        "path_gradient": args.path_gradient,
         "networks": args.networks,
         "image_shape": prepared.image_shape,
         "channels": args.channels,

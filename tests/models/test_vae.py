@@ -11,7 +11,14 @@ from pyro import poutine
 
 from models.vae import POSTERIORS, PRIORS, VAE, train
 from models.vae.likelihoods import DiscretizedLogistic
+from models.vae.posterior import HeadsAffine
 from pyro_flowkit.diagnostics import pointwise_bounds
+from pyro_flowkit.testing import (
+    check_context,
+    check_log_det,
+    check_pushed_derivative,
+    check_round_trip,
+)
 
 SMALL = {"latent_dim": 2, "hidden_dims": (16,), "num_transforms": 2, "flow_hidden_dims": (8, 8)}
 
@@ -142,6 +149,13 @@ def test_the_discretised_logistic_is_a_distribution_over_its_levels():
     assert float(far) == pytest.approx(-85_000, rel=1e-4)  # a difference of sigmoids would be log 0
     with pytest.raises(ValueError, match="support"):
         p.log_prob(torch.tensor(17.0))
+
+
+@pytest.mark.parametrize(
+    "check", [check_round_trip, check_log_det, check_pushed_derivative, check_context]
+)
+def test_the_last_layer_of_a_flow_posterior_keeps_a_transform_s_contract(check):
+    check(HeadsAffine(3))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5)])

@@ -79,6 +79,7 @@ def test_every_option_of_the_training_has_its_effect(tmp_path, capsys):
     for options in (
         ["--couplings", "1"],
         ["--context-dim", "3"],
+        ["--path-gradient"],
         ["--prior-dropout", "0.5"],
         ["--two-stage", "5"],
     ):
