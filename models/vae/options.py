@@ -72,9 +72,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kl-warm-up",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="share of the training over which the weight of the KL rises to 1",
+        help="share of the training over which the weight of the KL rises to 1 (default: half, at most five passes "
+        "through the data; none with --start-from)",
     )
     group.add_argument(
         "--free-bits", type=float, default=0.0, metavar="NATS", help="KL that costs nothing"

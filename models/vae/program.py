@@ -18,6 +18,8 @@ from models.vae.training import refine_encoder, train, train_prior
 from pyro_flowkit.training import FitResult
 
 FAST_STEPS = 20
+WARM_UP_SHARE = 0.5
+WARM_UP_EPOCHS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> xr.Dataset:
@@ -129,13 +131,14 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
 def _fitted(
     args: argparse.Namespace, vae: VAE, prepared: Prepared, quiet: dict[str, Any]
 ) -> FitResult:
+    steps = FAST_STEPS if args.fast else args.steps
     return train(
         vae,
         prepared.batches,
         prepared.val,
-        steps=FAST_STEPS if args.fast else args.steps,
+        steps=steps,
         lr=args.lr,
-        kl_warm_up=args.kl_warm_up,
+        kl_warm_up=_warm_up(args, steps, prepared),
         free_bits=args.free_bits,
         average=args.average,
         max_seconds=args.max_seconds,
@@ -144,6 +147,19 @@ def _fitted(
         resume=args.resume,
         **quiet,
     )
+
+
+def _warm_up(args: argparse.Namespace, steps: int, prepared: Prepared) -> float:
+    """The share of the steps over which the weight of the KL rises.
+
+    While it is low the decoder learns fast what codes can be good for. A model that has seen its data often has learnt
+    it anyway, and overfits by the time the bound is the true one.
+    """
+    if args.kl_warm_up is not None:
+        return args.kl_warm_up
+    if args.start_from:
+        return 0.0
+    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
 
 
 def _stage(args: argparse.Namespace, name: str, fitted: Any) -> None:

@@ -26,7 +26,7 @@ from pyro_flowkit.training import FitResult, fit
 Data = Tensor | Callable[[int], Tensor]
 
 CLIP_NORM = 10.0
-LR = 2e-3
+LR = 4e-3
 WARM_UP_START = 0.1
 
 
