@@ -72,6 +72,7 @@ class FlowPosterior(nn.Module):
         super().__init__()
         self.context = nn.Linear(feature_dim, context_dim)
         self.flow = SplineFlow(latent_dim, context_dim, **flow)  # type: ignore[arg-type]
+        self.flow.affine = None  # the heads have its place, and the normal posterior's weights
         self.affine = HeadsAffine(latent_dim)
         self.path_gradient = path_gradient
 

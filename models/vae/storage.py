@@ -70,7 +70,7 @@ def start_from(vae: VAE, other: VAE) -> None:
     """
     own, given = vae.state_dict(), other.state_dict()
     flows = ("prior.", "posterior.")
-    for name in {name for name in own.keys() | given.keys() if not name.startswith(flows)}:
+    for name in sorted(n for n in own.keys() | given.keys() if not n.startswith(flows)):
         shapes = [tuple(state[name].shape) if name in state else None for state in (given, own)]
         if shapes[0] != shapes[1]:
             raise ValueError(

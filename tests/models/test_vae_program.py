@@ -64,7 +64,7 @@ def test_a_saved_vae_is_evaluated_to_the_same_numbers(tmp_path, capsys):
 def test_every_option_of_the_training_has_its_effect(tmp_path, capsys):
     plain = main(TINY)
     for options in (
-        ["--kl-warm-up", "0.5"],
+        ["--kl-warm-up", "0.2"],
         ["--free-bits", "3"],
         ["--average", "0.9"],
         ["--dropout", "0.5"],
