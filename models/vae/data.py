@@ -117,33 +117,17 @@ def prepare(
         few = max(2, FAST_ROWS // 10)
         parts = dataset.train[:FAST_ROWS], dataset.val[:few], dataset.test[:few]
         dataset = replace(dataset, train=parts[0], val=parts[1], test=parts[2])
-    levels, chosen = dataset.levels, []
-    if binarisation == "auto":
-        grey = greyness(dataset.train, levels)
-        binarisation = "dynamic" if levels not in (None, 2) and grey < MAX_GREY else "none"
-        if levels not in (None, 2):
-            chosen.append(f"{binarisation} binarisation (greyness {grey:.2f})")
-    if binarisation != "none" and levels is None:
-        raise ValueError(f"Expected integer levels to binarise, got {dataset.name} without levels")
-    if binarisation not in BINARISATIONS:
-        raise ValueError(
-            f"Expected binarisation to be one of {', '.join(BINARISATIONS)}, got {binarisation!r}"
-        )
+    levels = dataset.levels
+    binarisation, likelihood, why = _chosen(dataset, binarisation, likelihood)
     is_binary = levels == 2 or binarisation != "none"
-    if likelihood == "auto":
-        likelihood = "bernoulli" if is_binary else "logistic" if levels else "normal"
-        chosen.append(f"{likelihood} likelihood")
-    _check_likelihood(likelihood, is_binary, levels, dataset.name)
     shown = 2 if is_binary else levels
     noisy = likelihood == "normal" and shown is not None
     draw = _drawing(binarisation, levels)
-    present, rows = _presentation(draw, shown if noisy else None), dataset.train
-    of_training = present
+    present = of_training = _presentation(draw, shown if noisy else None)
+    rows = dataset.train
     if binarisation == "static":
-        rows, of_training = (
-            draw(rows, _generator(2)),
-            _presentation(_as_they_are, shown if noisy else None),
-        )
+        rows = draw(rows, _generator(2))
+        of_training = _presentation(_as_they_are, shown if noisy else None)
     unit = "binary pixels" if is_binary else f"integer levels 0 to {(levels or 1) - 1}"
     if levels is None:
         unit = "data as loaded"
@@ -161,12 +145,38 @@ def prepare(
         image_shape=image_shape,
         standardization="centre" if is_binary else "columns" if levels is None else "common",
         unit=unit if binarisation == "none" else f"{unit} ({binarisation} binarisation)",
-        why=f"chosen by the data: {', '.join(chosen)}" if chosen else "",
+        why=why,
     )
 
 
+def _chosen(dataset: Dataset, binarisation: str, likelihood: str) -> tuple[str, str, str]:
+    """Binarisation and likelihood without "auto", and in words what was chosen."""
+    if binarisation not in BINARISATIONS:
+        raise ValueError(
+            f"Expected binarisation to be one of {', '.join(BINARISATIONS)}, got {binarisation!r}"
+        )
+    levels, chosen = dataset.levels, []
+    is_grey = levels not in (None, 2)
+    if binarisation == "auto":
+        grey = greyness(dataset.train, levels)
+        binarisation = "dynamic" if is_grey and grey < MAX_GREY else "none"
+        if is_grey:
+            chosen.append(f"{binarisation} binarisation (greyness {grey:.2f})")
+    if binarisation != "none" and levels is None:
+        raise ValueError(f"Expected integer levels to binarise, got {dataset.name} without levels")
+    is_binary = levels == 2 or binarisation != "none"
+    if likelihood == "auto":
+        likelihood = "bernoulli" if is_binary else "logistic" if levels else "normal"
+        chosen.append(f"{likelihood} likelihood")
+    _check_likelihood(likelihood, is_binary, levels, dataset.name)
+    return binarisation, likelihood, f"chosen by the data: {', '.join(chosen)}" if chosen else ""
+
+
 def greyness(rows: Tensor, levels: int | None) -> float:
-    """1 - v / (m (1 - m)) of pixels in [0, 1] with mean m and variance v: 0 for black and white, 1 for one grey."""
+    """1 - v / (m (1 - m)) of pixels in [0, 1] with mean m and variance v: 0 for black and white, 1 for one grey.
+
+    NaN for rows without levels.
+    """
     if levels is None:
         return math.nan
     variance, mean = torch.var_mean(rows[:5000].float() / (levels - 1), correction=0)

@@ -132,13 +132,15 @@ def _fitted(
     args: argparse.Namespace, vae: VAE, prepared: Prepared, quiet: dict[str, Any]
 ) -> FitResult:
     steps = FAST_STEPS if args.fast else args.steps
+    warm_up = _warm_up(args, steps, prepared)
+    report.warm_up(warm_up)
     return train(
         vae,
         prepared.batches,
         prepared.val,
         steps=steps,
         lr=args.lr,
-        kl_warm_up=_warm_up(args, steps, prepared),
+        kl_warm_up=warm_up,
         free_bits=args.free_bits,
         average=args.average,
         max_seconds=args.max_seconds,

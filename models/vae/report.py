@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.vae.data import Prepared
 from models.vae.model import VAE
+from models.vae.training import WARM_UP_START
 from pyro_flowkit.diagnostics import (
     compare_densities,
     inference_gaps,
@@ -34,6 +35,12 @@ def heading(settings: dict[str, Any], prepared: Prepared) -> None:
     )
     if prepared.why:
         print(prepared.why)
+
+
+def warm_up(share: float) -> None:
+    """Says over which share of the steps the weight of the KL rises."""
+    if share:
+        print(f"weight of the KL: {WARM_UP_START} to 1 over {share:.0%} of the steps")
 
 
 def stage(name: str, result: FitResult, cpu_seconds: float) -> None:

@@ -95,6 +95,20 @@ def test_every_option_of_the_training_has_its_effect(tmp_path, capsys):
         main([*TINY, *checkpoints])
 
 
+def test_the_weight_of_the_kl_rises_over_half_of_the_steps_but_not_of_a_trained_vae(
+    tmp_path, capsys
+):
+    path = str(tmp_path / "plain.pt")
+    plain = main([*TINY, "--save", path])
+    assert "weight of the KL: 0.1 to 1 over 50% of the steps" in capsys.readouterr().out
+    main([*TINY, "--batch-size", "300"])  # one step is a pass through the data
+    assert "over 25% of the steps" in capsys.readouterr().out
+    more = main([*TINY, *BOTH, "--start-from", path])
+    printed = capsys.readouterr().out
+    assert "weight of the KL" not in printed
+    assert float((more["elbo"] - plain["elbo"]).mean()) > 0
+
+
 def test_two_stages_say_what_they_are(capsys):
     main([*TINY, "--prior", "flow", "--two-stage", "5", "--refine-encoder", "5"])
     printed = capsys.readouterr().out
