@@ -71,7 +71,7 @@ class VAE(PyroModule):
         flow_hidden_dims: Sequence[int] = (64, 64),
         count_bins: int = 8,
         context_dim: int = 64,
-        path_gradient: bool = False,
+        path_gradient: bool = True,
         networks: str = "mlp",
         image_shape: tuple[int, int] | None = None,
         channels: int = 16,

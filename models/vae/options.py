@@ -56,7 +56,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--bins", type=int, default=8, help="of the flows' splines")
     group.add_argument("--context-dim", type=int, default=64, help="of a flow posterior")
     group.add_argument(
-        "--path-gradient", action="store_true", help="of a flow posterior (Roeder et al. 2017)"
+        "--path-gradient",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of a flow posterior (Roeder et al. 2017)",
     )
     group.add_argument("--dropout", type=float, default=0.0, help="in encoder and decoder")
     group.add_argument("--prior-dropout", type=float, default=0.0)
@@ -73,7 +76,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--kl-warm-up",
         type=float,
         metavar="SHARE",
-        help="share of the training over which the weight of the KL rises to 1 (default: half, at most five passes "
+        help="share of the training over which the weight of the KL rises to 1 (default: 0.9, at most five passes "
         "through the data; none with --start-from)",
     )
     group.add_argument(

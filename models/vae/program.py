@@ -18,7 +18,7 @@ from models.vae.training import refine_encoder, train, train_prior
 from pyro_flowkit.training import FitResult
 
 FAST_STEPS = 20
-WARM_UP_SHARE = 0.5
+WARM_UP_SHARE = 0.9
 WARM_UP_EPOCHS = 5
 
 

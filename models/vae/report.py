@@ -92,8 +92,17 @@ def gaps(vae: VAE, prepared: Prepared, args: argparse.Namespace) -> None:
     """Prints what the gap is made of, and which latents are in use."""
     rows = prepared.test[: args.gaps]
     samples = FAST_SAMPLES if args.fast else args.num_samples
-    print(f"Of {len(rows)} test rows, whose posteriors are optimised one by one:")
-    found = inference_gaps(vae.model, vae.guide, rows, num_samples=samples, seed=args.seed)
+    print(
+        f"Of {len(rows)} test rows and as many training rows, whose posteriors are optimised one by one:"
+    )
+    found = inference_gaps(
+        vae.model,
+        vae.guide,
+        rows,
+        train_data=prepared.reference[: args.gaps],
+        num_samples=samples,
+        seed=args.seed,
+    )
     print(found.attrs["message"])
     test = prepared.test[:2000]
     print(latent_usage(vae.model, vae.guide, test, seed=args.seed).attrs["message"])

@@ -38,7 +38,7 @@ def test_the_program_says_what_the_data_have_chosen(capsys):
 def test_the_program_says_what_the_gap_is_made_of_and_which_latents_are_in_use(capsys):
     main([*TINY, "--gaps", "2"])
     printed = capsys.readouterr().out
-    assert "Of 2 test rows" in printed
+    assert "Of 2 test rows and as many training rows" in printed
     assert "are the family's (approximation)" in printed and "posterior collapse" in printed
 
 
@@ -79,7 +79,7 @@ def test_every_option_of_the_training_has_its_effect(tmp_path, capsys):
     for options in (
         ["--couplings", "1"],
         ["--context-dim", "3"],
-        ["--path-gradient"],
+        ["--no-path-gradient"],
         ["--prior-dropout", "0.5"],
         ["--two-stage", "5"],
     ):
@@ -95,13 +95,12 @@ def test_every_option_of_the_training_has_its_effect(tmp_path, capsys):
         main([*TINY, *checkpoints])
 
 
-def test_the_weight_of_the_kl_rises_over_half_of_the_steps_but_not_of_a_trained_vae(
-    tmp_path, capsys
-):
+def test_the_weight_of_the_kl_rises_for_a_few_passes_but_not_of_a_trained_vae(tmp_path, capsys):
     path = str(tmp_path / "plain.pt")
     plain = main([*TINY, "--save", path])
+    # of 20 steps; five passes are ten batches of 128, or five of 300
     assert "weight of the KL: 0.1 to 1 over 50% of the steps" in capsys.readouterr().out
-    main([*TINY, "--batch-size", "300"])  # one step is a pass through the data
+    main([*TINY, "--batch-size", "300"])
     assert "over 25% of the steps" in capsys.readouterr().out
     more = main([*TINY, *BOTH, "--start-from", path])
     printed = capsys.readouterr().out

@@ -118,7 +118,8 @@ def test_the_encoder_alone_is_tuned_on_samples_and_never_for_the_worse(posterior
     assert result.best_step > 0 and _mean_elbo(vae, x) > elbo
     assert all(p.requires_grad for p in vae.parameters())
     before = copy_of(vae)
-    result = refine_encoder(vae, x, steps=5, batch_size=2, lr=10.0, **QUIET)
+    with pytest.warns(RuntimeWarning, match="diverges"):
+        result = refine_encoder(vae, x, steps=20, batch_size=2, lr=10.0, **QUIET)
     assert changed(before, vae) == set() and result.best_step == 0
 
 
