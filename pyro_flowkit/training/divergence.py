@@ -10,8 +10,8 @@ steps in a window (interquartile range / 1.35; 0 for validations, whose noise is
 medians, so that single outliers are none of it. What is far below does not join the earlier judgements of the next. One
 alone may be a spike: two in a row are said, and the last one of a fit.
 
-A fit that falls at once has no such best. It is below where it began if no step after the first window came within
-1 nat of the first step, or of the median of the first five.
+A fit that falls at once has no such best. It is below where it began if no step after the first window, of five at
+least, came within 1 nat of the first step, or of the median of the first five.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Series:
         self._spreads: list[float] = []
         self._start = -math.inf
         self._highest = -math.inf  # step after the first window
+        self._later = 0  # steps after the first window
         self.best = (0, -math.inf)
         self.last = (0, -math.inf)
         self.in_a_row = 0
@@ -65,6 +66,7 @@ class Series:
             self._start = max(steps[0], statistics.median(steps[:_FIRST]))
         else:
             self._highest = max([self._highest, *steps])
+            self._later += len(steps)
 
     def add(self, step: int, level: float, spread: float = 0.0) -> None:
         """Takes in a judgement after so many steps."""
@@ -92,7 +94,7 @@ class Series:
     @property
     def below_start(self) -> float:
         """By how much the last judgement is below where the fit began, if all that followed was; else 0."""
-        near = self._start - self._highest <= _LEAST or self._highest == -math.inf
+        near = self._start - self._highest <= _LEAST or self._later < _FIRST
         return 0.0 if near else self._start - self.last[1]
 
     def state_dict(self) -> dict[str, Any]:

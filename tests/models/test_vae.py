@@ -9,8 +9,16 @@ import pytest
 import torch
 from pyro import poutine
 
-from models.vae import LIKELIHOODS, POSTERIORS, PRIORS, VAE, main, train
+from models.vae import POSTERIORS, PRIORS, VAE, train
+from models.vae.likelihoods import DiscretizedLogistic
+from models.vae.posterior import HeadsAffine
 from pyro_flowkit.diagnostics import pointwise_bounds
+from pyro_flowkit.testing import (
+    check_context,
+    check_log_det,
+    check_pushed_derivative,
+    check_round_trip,
+)
 
 SMALL = {"latent_dim": 2, "hidden_dims": (16,), "num_transforms": 2, "flow_hidden_dims": (8, 8)}
 
@@ -73,7 +81,7 @@ def test_a_fresh_flow_prior_is_the_standard_normal():
     z = torch.randn(9, 2)
     flow, standard = (VAE(5, data_size=9, prior=p, name=p, **SMALL) for p in ("flow", "standard"))
     torch.testing.assert_close(
-        flow._prior().log_prob(z), standard._prior().log_prob(z), atol=1e-4, rtol=0
+        flow.p_z().log_prob(z), standard.p_z().log_prob(z), atol=1e-4, rtol=0
     )
 
 
@@ -83,7 +91,7 @@ def test_the_scale_of_a_constant_dimension_is_bounded_below():
     vae = VAE(5, data_size=len(x), min_scale=0.05, **SMALL).standardize(x)
     with torch.no_grad():
         vae.raw_noise.fill_(-100.0)
-    scale = vae._observation(torch.zeros(1, 2)).base_dist.scale
+    scale = vae.p_x(torch.zeros(1, 2)).base_dist.scale
     torch.testing.assert_close(scale[0], 0.05 * torch.cat([torch.ones(1), x[:, 1:].std(0)]))
 
 
@@ -111,21 +119,66 @@ def test_unknown_choices_say_what_there_is():
         VAE(5, data_size=4, prior="vamp")
     with pytest.raises(ValueError, match=r"finite data of shape \(n, 5\), got \(4, 3\)"):
         VAE(5, data_size=4).standardize(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="levels for the logistic likelihood, got None"):
+        VAE(5, data_size=4, likelihood="logistic")
+    with pytest.raises(ValueError, match=r"image_shape of 6 pixels.*got \(2, 2\)"):
+        VAE(6, data_size=4, networks="conv", image_shape=(2, 2))
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_the_program_prints_bounds_as_bounds(likelihood, capsys):
-    bounds = main(["--fast", "--likelihood", likelihood])
-    printed = capsys.readouterr().out
-    assert bounds.sizes["obs_id"] == 30 and bounds.attrs["event_size"] == 64
-    for quantity in ("ELBO", "IWAE-10"):
-        line = next(line for line in printed.splitlines() if line.startswith(quantity))
-        assert "lower bound" in line
-    assert f"{float(bounds['elbo'].mean()):.2f}" in printed and "gap, IWAE-10 - ELBO" in printed
+def test_a_pixel_that_is_hardly_ever_on_does_not_become_a_large_input():
+    x = torch.zeros(10_000, 3)
+    x[0, 0] = x[::2, 1] = 1.0
+    largest = {}
+    for kind in ("columns", "common", "centre"):
+        vae = VAE(3, data_size=len(x), name=kind, **SMALL).standardize(x, kind)
+        largest[kind] = float(((x - vae.loc) / vae.scale).abs().max())
+    assert largest["columns"] > 99 and largest["common"] < 4 and largest["centre"] <= 1
 
 
-def test_the_program_says_what_the_gap_is_made_of_and_which_latents_are_in_use(capsys):
-    main(["--fast", "--gaps", "2"])
-    printed = capsys.readouterr().out
-    assert "Of 2 test rows" in printed
-    assert "are the family's (approximation)" in printed and "posterior collapse" in printed
+def test_the_discretised_logistic_is_a_distribution_over_its_levels():
+    loc = torch.tensor([-30.0, 0.0, 3.7, 16.0, 500.0], dtype=torch.float64)
+    for scale in (1e-3, 0.4, 50.0):
+        p = DiscretizedLogistic(loc, torch.tensor(scale, dtype=torch.float64), 17)
+        total = p.log_prob(torch.arange(17.0, dtype=torch.float64)[:, None]).exp().sum(0)
+        torch.testing.assert_close(total, torch.ones_like(loc))
+    p = DiscretizedLogistic(torch.tensor(4.2), torch.tensor(1.3), 17)
+    draws = p.sample((40_000,))
+    seen = torch.bincount(draws.long(), minlength=17) / len(draws)
+    assert (seen - p.log_prob(torch.arange(17.0)).exp()).abs().max() < 0.01
+    far = DiscretizedLogistic(torch.tensor(0.0), torch.tensor(1e-4), 17).log_prob(torch.tensor(9.0))
+    assert float(far) == pytest.approx(-85_000, rel=1e-4)  # a difference of sigmoids would be log 0
+    with pytest.raises(ValueError, match="support"):
+        p.log_prob(torch.tensor(17.0))
+
+
+@pytest.mark.parametrize(
+    "check", [check_round_trip, check_log_det, check_pushed_derivative, check_context]
+)
+def test_the_last_layer_of_a_flow_posterior_keeps_a_transform_s_contract(check):
+    check(HeadsAffine(3))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5)])
+def test_convolutional_networks_take_images_of_any_shape(shape):
+    height, width = shape
+    vae = VAE(
+        height * width,
+        data_size=20,
+        networks="conv",
+        image_shape=shape,
+        channels=2,
+        likelihood="bernoulli",
+        prior="flow",
+        posterior="flow",
+        **SMALL,
+    )
+    x = (torch.rand(20, height * width) < 0.3).float()
+    bounds = pointwise_bounds(vae.model, vae.guide, x, num_samples=30, batch_size=7, seed=0)
+    assert bounds["elbo"].shape == (20,) and bool(np.isfinite(bounds["elbo"]).all())
+    vae.eval()
+    several = vae.decode(torch.randn(3, 4, 2))
+    torch.testing.assert_close(several, several.flatten(0, 1).reshape(3, 4, -1))
+    assert several.shape == (3, 4, height * width)
+    # the networks are told nothing of positions: a spot at the edge reaches the features
+    spots = torch.eye(height * width)
+    assert len(vae.encoder(spots).unique(dim=0)) == height * width
