@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.vae.likelihoods import DiscretizedLogistic
 from models.vae.networks import ConvDecoder, ConvEncoder, mlp
-from models.vae.posterior import FlowPosterior, normal_of
+from models.vae.posterior import FlowPosterior, NormalPosterior
 from pyro_flowkit import SplineFlow
 
 PRIORS = ("standard", "flow")
@@ -43,7 +43,7 @@ class VAE(PyroModule):
         flow_hidden_dims: widths of the flows' conditioners.
         count_bins: bins of the flows' splines.
         context_dim: size of the context of a flow posterior, a linear map of the encoder's features.
-        path_gradient: have a flow posterior take the path gradient (see `FlowDistribution`).
+        path_gradient: train the posterior, normal or flow, by the path gradient (see `FlowDistribution`).
         networks: "mlp" or "conv".
         image_shape: height and width, for "conv".
         channels: of the first stage of "conv".
@@ -101,7 +101,8 @@ class VAE(PyroModule):
             "hidden_dims": list(flow_hidden_dims),
             "count_bins": count_bins,
         }
-        self.prior = self.posterior = None
+        self.prior = None
+        self.posterior: nn.Module = NormalPosterior(latent_dim, path_gradient=path_gradient)
         self.heads = nn.Linear(widths[-1], 2 * latent_dim)
         if posterior == "flow":
             self.posterior = FlowPosterior(
@@ -170,9 +171,7 @@ class VAE(PyroModule):
         """The posterior that the encoder gives for data of shape ``(*batch, D)``."""
         features = self.encoder((x - self.loc) / self.scale)
         heads = self.heads(features)
-        if self.posterior is not None:
-            return self.posterior(features, heads)
-        return dist.Normal(*normal_of(heads)).to_event(1)
+        return self.posterior(features, heads)
 
     def p_x(self, z: Tensor) -> dist.TorchDistribution:
         """The distribution of the data given codes of shape ``(*batch, L)``."""

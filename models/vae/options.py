@@ -59,7 +59,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--path-gradient",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="of a flow posterior (Roeder et al. 2017)",
+        help="of the posterior, normal or flow (Roeder et al. 2017)",
     )
     group.add_argument("--dropout", type=float, default=0.0, help="in encoder and decoder")
     group.add_argument("--prior-dropout", type=float, default=0.0)

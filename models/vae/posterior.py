@@ -7,6 +7,7 @@ have bins of a fixed width: after m and s, rather than before, they could not re
 """
 
 import pyro.distributions as dist
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +48,28 @@ class HeadsAffine(ConditionalFlowTransformModule):
         self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
     ) -> Tensor:
         return derivative / normal_of(context.detach())[1]
+
+
+class NormalPosterior(nn.Module):
+    """q(z | x) from the heads alone; while it is trained it is a flow of one affine map, for its path gradient.
+
+    Args:
+        latent_dim: size L of the code.
+        path_gradient: see `FlowDistribution`.
+    """
+
+    def __init__(self, latent_dim: int, *, path_gradient: bool):
+        super().__init__()
+        self.affine = HeadsAffine(latent_dim)
+        self.path_gradient = path_gradient
+
+    def forward(self, features: Tensor, heads: Tensor) -> dist.TorchDistribution:
+        """The distribution for outputs ``(*batch, 2 L)`` of the heads."""
+        loc, scale = normal_of(heads)
+        if not (self.training and self.path_gradient):
+            return dist.Normal(loc, scale).to_event(1)
+        base = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
+        return FlowDistribution(base, [self.affine.condition(heads)], path_gradient=True)
 
 
 class FlowPosterior(nn.Module):

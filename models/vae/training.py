@@ -143,7 +143,7 @@ def refine_encoder(
 
     kept = {name: value.detach().clone() for name, value in vae.state_dict().items()}
     parts = (vae.encoder, vae.heads, vae.posterior)
-    encoder = [p for part in parts if part is not None for p in part.parameters()]
+    encoder = [p for part in parts for p in part.parameters()]
     before = _validation(vae, val_data)
     # the others have gradients, too, but nobody to take a step by them
     result = fit(
