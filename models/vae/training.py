@@ -14,7 +14,7 @@ References:
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.infer import Trace_ELBO
@@ -30,8 +30,16 @@ LR = 4e-3
 WARM_UP_START = 0.1
 
 
+class Trainable(Protocol):
+    """Model and guide of data, such as a VAE, and the number of data that their objective is counted for."""
+
+    data_size: int
+    model: Any
+    guide: Any
+
+
 def train(
-    vae: VAE,
+    vae: Trainable,
     data: Data,
     val_data: Tensor,
     *,
@@ -55,7 +63,7 @@ def train(
         batch_size: rows per step, where data are rows.
         lr: learning rate at the start; it falls to zero along a cosine.
         kl_warm_up: share of the training over which the weight of the KL rises from 0.1 to 1.
-        free_bits: see :class:`FreeBitsELBO`.
+        free_bits: floor of the KL (nats per datum), of each level where there are several; see :class:`FreeBitsELBO`.
         average: decay of an exponential moving average of the parameters, which is then what is validated and kept.
         seed: of all random numbers.
         progress: show a bar.
@@ -173,10 +181,11 @@ def _validation(vae: VAE, x: Tensor) -> float:
 class FreeBitsELBO(Trace_ELBO):
     r"""The ELBO in which a KL below a floor costs as much as the floor, and so is not pushed any lower.
 
-    .. math:: E_q[\log p(x \mid z)] - \max(\lambda, \mathrm{KL})
+    .. math:: E_q[\log p(x \mid z)] - \sum_l \max(\lambda, \mathrm{KL}_l)
 
-    with the KL as the mean over the batch of log q(z | x) - log p(z), over all latents together: for a flow there is no
-    KL of each dimension. Its `loss`, which validates, is that of the plain ELBO.
+    with KL_l, of each level of latents where there are several, as the mean over the batch of log q - log p, over all
+    latents of the level together: for a flow there is no KL of each dimension. Its `loss`, which validates, is that of
+    the plain ELBO.
 
     Args:
         floor: lambda, in nats per datum.
@@ -194,11 +203,16 @@ class FreeBitsELBO(Trace_ELBO):
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
         observed = model_trace.log_prob_sum(lambda name, site: site["is_observed"])
-        prior = model_trace.log_prob_sum(lambda name, site: not site["is_observed"])
-        kl = float((guide_trace.log_prob_sum() - prior).detach())
-        if kl >= self.total:
-            return super()._differentiable_loss_particle(model_trace, guide_trace)
-        return self.total - float(observed.detach()), self.total - observed
+        loss, surrogate = -float(observed.detach()), -observed
+        for name, site in guide_trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            prior = model_trace.nodes[name]["log_prob_sum"]
+            kl = float((site["log_prob_sum"] - prior).detach())
+            loss += max(kl, self.total)
+            if kl >= self.total:
+                surrogate = surrogate + site["score_parts"].entropy_term.sum() - prior
+        return loss, surrogate
 
 
 @contextmanager
