@@ -73,11 +73,11 @@ class HierarchicalVAE(PyroModule):
         )
         width = hidden_dims[-1]
         upper = latent_dims[1:]
-        self.up = PyroModule[nn.ModuleList](
+        self.up = nn.ModuleList(
             mlp([width, width, width], dropout, activate_last=True) for _ in upper
         )
-        self.heads = PyroModule[nn.ModuleList](nn.Linear(width, 2 * size) for size in upper)
-        self.down = PyroModule[nn.ModuleList](
+        self.heads = nn.ModuleList(nn.Linear(width, 2 * size) for size in upper)
+        self.down = nn.ModuleList(
             mlp([above, width, 2 * size], dropout) for size, above in pairwise(latent_dims)
         )
         flow: dict[str, Any] = {

@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
     )
     report.levels(vae, prepared, seed=args.seed)
     if args.gaps:
-        report.gaps(vae, prepared, num_rows=args.gaps, num_samples=samples, seed=args.seed)
+        options = {"num_steps": FAST_STEPS} if args.fast else {}
+        report.gaps(
+            vae, prepared, num_rows=args.gaps, num_samples=samples, seed=args.seed, **options
+        )
     if args.compare_flat:
         settings.update(latent_dim=sum(dims), prior="flow", posterior="flow", name="flat_vae")
         widths = flat_widths(size, args.hidden, settings)

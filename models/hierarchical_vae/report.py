@@ -88,12 +88,11 @@ def levels(vae: HasLevels, prepared: Prepared, *, seed: int) -> None:
     print(usage.attrs["message"])
 
 
-def gaps(vae: HasBounds, prepared: Prepared, *, num_rows: int, num_samples: int, seed: int) -> None:
-    """Prints what the gap of test rows is made of."""
+def gaps(vae: HasBounds, prepared: Prepared, *, num_rows: int, **options: Any) -> None:
+    """Prints what the gap of test rows is made of; the options are those of `inference_gaps`."""
     rows = prepared.test[:num_rows]
     print(f"Of {len(rows)} test rows, whose posteriors are optimised one by one:")
-    found = inference_gaps(vae.model, vae.guide, rows, num_samples=num_samples, seed=seed)
-    print(found.attrs["message"])
+    print(inference_gaps(vae.model, vae.guide, rows, **options).attrs["message"])
 
 
 def difference(found: Found, flat: Found) -> None:
