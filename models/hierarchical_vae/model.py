@@ -1,7 +1,7 @@
 """The hierarchical VAE as a Pyro module: model and guide."""
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from models.vae.model import VAE
 from models.vae.networks import mlp
+from models.vae.posterior import MIN_POSTERIOR_SCALE, FlowPosterior
 from pyro_flowkit import SplineFlow
+
+UNIT_SCALE = math.log(math.expm1(1.0 - MIN_POSTERIOR_SCALE))
+"""The raw scale of a standard normal."""
 
 
 class HierarchicalVAE(PyroModule):
@@ -25,11 +29,12 @@ class HierarchicalVAE(PyroModule):
         data_size: number N of training data, which a minibatch stands for.
         latent_dims: sizes of the levels from the data up, at least one; with one level it is a flat VAE with a flow as
             its prior and as its posterior.
-        hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse, and the networks between
-            levels, which have one hidden layer each, the last one.
+        hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse.
+        level_dim: size of what the encoder knows at each further level, and of the messages down; one layer each.
         num_transforms: couplings of each flow.
         flow_hidden_dims: widths of the flows' conditioners.
         count_bins: bins of the flows' splines.
+        context_dim: size of the contexts of conditional flows, linear maps of features and messages.
         path_gradient: have the posterior's flows take the path gradient (see `FlowDistribution`).
         dropout: probability of dropping a hidden unit of the networks while training.
         prior_dropout: that of the conditioners of the prior's flows.
@@ -48,9 +53,11 @@ class HierarchicalVAE(PyroModule):
         data_size: int,
         latent_dims: Sequence[int] = (32, 16),
         hidden_dims: Sequence[int] = (256, 256),
+        level_dim: int = 64,
         num_transforms: int = 2,
         flow_hidden_dims: Sequence[int] = (64, 64),
         count_bins: int = 8,
+        context_dim: int = 64,
         path_gradient: bool = False,
         dropout: float = 0.0,
         prior_dropout: float = 0.0,
@@ -61,7 +68,6 @@ class HierarchicalVAE(PyroModule):
         if not latent_dims:
             raise ValueError("Expected at least one level of latents, got no latent_dims")
         self.latent_dims, self.data_size = tuple(latent_dims), data_size
-        self.path_gradient = path_gradient
         self.ends = VAE(
             input_dim,
             data_size=data_size,
@@ -71,27 +77,34 @@ class HierarchicalVAE(PyroModule):
             name=f"{name}.ends",
             **options,
         )
-        width = hidden_dims[-1]
-        upper = latent_dims[1:]
+        widths = [hidden_dims[-1], *[level_dim] * (len(latent_dims) - 1)]
+        lower, upper = latent_dims[:-1], latent_dims[1:]
         self.up = nn.ModuleList(
-            mlp([width, width, width], dropout, activate_last=True) for _ in upper
+            mlp([below, level_dim], dropout, activate_last=True) for below in widths[:-1]
         )
-        self.heads = nn.ModuleList(nn.Linear(width, 2 * size) for size in upper)
         self.down = nn.ModuleList(
-            mlp([above, width, 2 * size], dropout) for size, above in pairwise(latent_dims)
+            mlp([size, level_dim], dropout, activate_last=True) for size in upper
         )
+        self.up_heads = nn.ModuleList(nn.Linear(level_dim, 2 * size) for size in upper)
+        self.down_heads = nn.ModuleList(_silent(level_dim, size) for size in lower)
+        self.prior_heads = nn.ModuleList(_silent(level_dim, size, UNIT_SCALE) for size in lower)
         flow: dict[str, Any] = {
             "num_transforms": num_transforms,
             "hidden_dims": list(flow_hidden_dims),
             "count_bins": count_bins,
         }
-        top = latent_dims[-1]
-        priors = [SplineFlow(s, 2 * s, dropout=prior_dropout, **flow) for s in latent_dims[:-1]]
-        self.priors = PyroModule[nn.ModuleList](
-            [*priors, SplineFlow(top, dropout=prior_dropout, **flow)]
+        self.top_prior = SplineFlow(latent_dims[-1], dropout=prior_dropout, **flow)
+        self.priors = nn.ModuleList(
+            FlowPosterior(
+                size, level_dim, context_dim, path_gradient=False, dropout=prior_dropout, **flow
+            )
+            for size in lower
         )
-        posteriors = [SplineFlow(size, 4 * size, **flow) for size in latent_dims[:-1]]
-        self.posteriors = PyroModule[nn.ModuleList]([*posteriors, SplineFlow(top, 2 * top, **flow)])
+        inputs = [*(width + level_dim for width in widths[:-1]), widths[-1]]
+        self.posteriors = nn.ModuleList(
+            FlowPosterior(size, count, context_dim, path_gradient=path_gradient, **flow)
+            for size, count in zip(latent_dims, inputs, strict=True)
+        )
 
     @property
     def sites(self) -> list[str]:
@@ -130,29 +143,30 @@ class HierarchicalVAE(PyroModule):
         return reversed([*enumerate(self.sites)])
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """What the encoder says to each level, from the data up, of data ``(*batch, D)``; shapes ``(*batch, 2 L)``."""
-        state = self.ends.encoder((x - self.ends.loc) / self.ends.scale)
-        said = [self.ends.heads(state)]
-        for up, heads in zip(self.up, self.heads, strict=True):
-            state = up(state)
-            said.append(heads(state))
-        return said
+        """The encoder's features for each level, from the data up, of data ``(*batch, D)``, each ``(*batch, H)``."""
+        features = [self.ends.encoder((x - self.ends.loc) / self.ends.scale)]
+        for up in self.up:
+            features.append(up(features[-1]))
+        return features
 
     def message(self, level: int, z: Tensor) -> Tensor | None:
-        """What codes ``(*batch, L)`` of a level say to the one below, of size l: ``(*batch, 2 l)``, or None."""
+        """What codes ``(*batch, L)`` of a level say to the one below, ``(*batch, level_dim)``, or None."""
         return self.down[level - 1](z) if level else None
 
     def p_z(self, level: int, message: Tensor | None) -> dist.TorchDistribution:
         """The prior of a level, 0 the one next to the data, given the message from above, where there is one."""
-        return self.priors[level](message)
+        if message is None:
+            return self.top_prior()
+        return self.priors[level](message, self.prior_heads[level](message))
 
     def q_z(self, level: int, features: Tensor, message: Tensor | None) -> dist.TorchDistribution:
-        """The posterior of a level given what the encoder says to it, and the message from above."""
-        context = features
+        """The posterior of a level given the encoder's features for it, and the message from above."""
+        up_heads = self.up_heads[level - 1] if level else self.ends.heads
+        heads = up_heads(features)
         if message is not None:
-            features = features.expand(*message.shape[:-1], -1)
-            context = torch.cat([features, message], -1)
-        return self.posteriors[level](context, path_gradient=self.path_gradient)
+            heads = heads + self.down_heads[level](message)
+            features = torch.cat([features.expand(*message.shape[:-1], -1), message], -1)
+        return self.posteriors[level](features, heads)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
@@ -185,3 +199,12 @@ class HierarchicalVAE(PyroModule):
         """An estimate of the ELBO of data of shape ``(n, D)`` from one draw each (nats), shape ``(n,)``."""
         terms = self.elbo_terms(x)
         return terms.pop("x") - sum(terms.values())
+
+
+def _silent(input_dim: int, latent_dim: int, raw_scale: float = 0.0) -> nn.Linear:
+    """Heads of a Gaussian, location and raw scale, that at first do not listen to their input."""
+    heads = nn.Linear(input_dim, 2 * latent_dim)
+    nn.init.zeros_(heads.weight)
+    with torch.no_grad():
+        heads.bias.copy_(torch.tensor([0.0, raw_scale]).repeat_interleave(latent_dim))
+    return heads

@@ -14,11 +14,13 @@ from models.hierarchical_vae import report
 from models.hierarchical_vae.model import HierarchicalVAE
 from models.vae.data import BINARISATIONS, Prepared, prepare
 from models.vae.model import NETWORKS, VAE
+from models.vae.program import WARM_UP_EPOCHS, WARM_UP_SHARE
 from models.vae.report import stage
 from models.vae.training import LR, train
 
 FAST_STEPS = 20
 FAST_SAMPLES = 50
+FREE_BITS = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> xr.Dataset:
@@ -109,6 +111,7 @@ def _settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
         "channels": args.channels,
         "num_transforms": args.couplings,
         "flow_hidden_dims": args.flow_hidden,
+        "context_dim": args.context_dim,
         "count_bins": args.bins,
         "path_gradient": args.path_gradient,
         "dropout": args.dropout,
@@ -118,13 +121,15 @@ def _settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
 def _train(args: argparse.Namespace, vae: HierarchicalVAE | VAE, prepared: Prepared) -> None:
     vae.standardize(prepared.reference, prepared.standardization)
     began = time.process_time()
+    steps = FAST_STEPS if args.fast else args.steps
+    share = min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
     result = train(
         vae,
         prepared.batches,
         prepared.val,
-        steps=FAST_STEPS if args.fast else args.steps,
+        steps=steps,
         lr=args.lr,
-        kl_warm_up=args.kl_warm_up,
+        kl_warm_up=share if args.kl_warm_up is None else args.kl_warm_up,
         free_bits=args.free_bits,
         seed=args.seed,
         progress=sys.stderr.isatty() and not args.fast,
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--couplings", type=int, default=2, help="of each flow")
     add("--flow-hidden", type=int, nargs="+", default=[64, 64], metavar="WIDTH")
     add("--bins", type=int, default=8, help="of the flows' splines")
+    add("--context-dim", type=int, default=64, help="of conditional flows")
     add("--path-gradient", action="store_true", help="of the posterior (Roeder et al. 2017)")
     add("--dropout", type=float, default=0.0, help="in encoder and decoder")
     add("--steps", type=int, default=3000)
@@ -164,16 +170,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--kl-warm-up",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="of the training, over which the KL comes in",
+        help="of the training, over which the weight of the KL rises to 1 (default: as python -m models.vae)",
     )
     add(
         "--free-bits",
         type=float,
-        default=0.0,
+        default=FREE_BITS,
         metavar="NATS",
-        help="KL of each level that costs nothing",
+        help="KL of each level that costs nothing: without them the upper levels are never used",
     )
     add("--seed", type=int, default=0)
     add("--fast", action="store_true", help="a few steps on a few rows, to try it")
