@@ -6,15 +6,17 @@ r"""A variational autoencoder with levels of latents, each of which is drawn giv
     x | z1 ~ p(x | z1)                as in models.vae
 
 The posterior is drawn from the top down, too, q(z3 | x) q(z2 | z3, x) q(z1 | z2, x): a deterministic encoder goes from
-the data up, d1 = e1(x), d2 = e2(d1), ..., and the flow of each level sees what it says there beside the message from
-above, t1 = g2(z2), which is the one that the generative model's own flow p(z1 | z2) sees (Sonderby et al. 2016). Fresh
-flows are standard normals; while their splines are the identity, p(z1 | z2) and q(z1 | z2, x) are Gaussians, the
-location and log-scale of the latter a sum of one part from below and one from above (Kingma et al. 2016). The ELBO is
+the data up, d1 = e1(x), d2 = e2(d1), ..., and the flow of each level sees its features d beside the message from above,
+t1 = g2(z2), which is the one that the generative model's own flow p(z1 | z2) sees (Sonderby et al. 2016). Each flow
+bends a Gaussian; location and raw scale of the posterior's are a sum of one part from below and one from above (Kingma
+et al. 2016). At first no level listens to the one above, and every prior is a standard normal: a fresh hierarchical VAE
+is a flat one, from which it learns to depart. The ELBO is
 
     log p(x) >= E_q[log p(x | z1)] - KL(q(z3 | x) || p(z3)) - E_q KL(q(z2 | z3, x) || p(z2 | z3)) - ...
 
-A level whose KL is zero says nothing about the data. Two remedies: the weight of the KL rises while training, and free
-bits, a floor for the KL of each level below which it costs nothing more.
+A level whose KL is zero says nothing about the data. While training, the weight of the KL rises, so that the level next
+to the data comes into use. That does not help an upper level: what it takes off the KL below counts as little as what
+it costs itself. Free bits do: a floor for the KL of each level, below which it costs nothing more.
 
 Diffusion models are a case of this chain. It is Markovian: p(x, z1, ..., zT) = p(zT) p(z_T-1 | zT) ... p(x | z1), and
 they have hundreds of levels, all of the size of x, Gaussian conditionals with one network for all of them, told the
