@@ -58,7 +58,7 @@ class HierarchicalVAE(PyroModule):
         flow_hidden_dims: Sequence[int] = (64, 64),
         count_bins: int = 8,
         context_dim: int = 64,
-        path_gradient: bool = False,
+        path_gradient: bool = True,
         dropout: float = 0.0,
         prior_dropout: float = 0.0,
         name: str = "hierarchical_vae",

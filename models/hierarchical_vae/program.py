@@ -162,7 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--flow-hidden", type=int, nargs="+", default=[64, 64], metavar="WIDTH")
     add("--bins", type=int, default=8, help="of the flows' splines")
     add("--context-dim", type=int, default=64, help="of conditional flows")
-    add("--path-gradient", action="store_true", help="of the posterior (Roeder et al. 2017)")
+    add(
+        "--path-gradient",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of the posterior (Roeder et al. 2017)",
+    )
     add("--dropout", type=float, default=0.0, help="in encoder and decoder")
     add("--steps", type=int, default=3000)
     add("--batch-size", type=int, default=128)

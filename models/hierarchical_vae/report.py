@@ -90,9 +90,12 @@ def levels(vae: HasLevels, prepared: Prepared, *, seed: int) -> None:
 
 def gaps(vae: HasBounds, prepared: Prepared, *, num_rows: int, **options: Any) -> None:
     """Prints what the gap of test rows is made of; the options are those of `inference_gaps`."""
-    rows = prepared.test[:num_rows]
-    print(f"Of {len(rows)} test rows, whose posteriors are optimised one by one:")
-    print(inference_gaps(vae.model, vae.guide, rows, **options).attrs["message"])
+    rows, known = prepared.test[:num_rows], prepared.reference[:num_rows]
+    print(
+        f"Of {len(rows)} test rows and as many training rows, whose posteriors are optimised one by one:"
+    )
+    found = inference_gaps(vae.model, vae.guide, rows, train_data=known, **options)
+    print(found.attrs["message"])
 
 
 def difference(found: Found, flat: Found) -> None:
