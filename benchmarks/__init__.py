@@ -11,6 +11,7 @@ Run them from the repository root, with the extra `bench` installed for the libr
     python -m benchmarks.fit_overhead       what fit costs beyond a loop written by hand
     python -m benchmarks.faults             a fit that is killed again and again, and damaged checkpoints
     python -m benchmarks.pyro_examples      Pyro's own examples with only the loop replaced
+    python -m benchmarks.conditional_flow   conditional flows: a banana at three scales, and Pyro's notebook
 
 Each prints its tables and writes them to `benchmarks/results/`. Time is CPU time on one thread; numerical libraries
 read their number of threads when they are loaded, so it is set here, before any of them.

@@ -15,12 +15,14 @@ from torch.distributions import Transform
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.nn import Activation, compressed, default_hidden_dims
+from pyro_flowkit.nn import Activation, default_hidden_dims
 from pyro_flowkit.ops import Tails
 from pyro_flowkit.transforms.base import check_context, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from pyro_flowkit.transforms.coupling import (
+    ConditionalSplineCoupling,
+    SplineCoupling,
     conditional_spline_coupling,
     half_mask,
     spline_coupling,
@@ -32,7 +34,7 @@ MAX_ORDERED_DIM = 128
 
 # How much faster than the splines the slope of a conditional flow's affine map moves under Adam. It is zero at first,
 # so that an encoder learns only by what the map has learned; and it has to be there before the splines do its work.
-WEIGHT_RATE = 3.0
+WEIGHT_RATE = 2.5
 
 
 class SplineFlow(StoreModule):
@@ -46,7 +48,7 @@ class SplineFlow(StoreModule):
 
     A fresh flow is its base distribution. With a context (and linear tails) it ends in an affine map whose location and
     logarithm of the scale are a linear function and a network of the context: a conditional Gaussian, which the splines
-    bend in units of its scale. Contexts of any size will do, see :func:`~pyro_flowkit.nn.compressed`.
+    bend in units of its scale. The networks see a context that has been :func:`~pyro_flowkit.nn.compressed`.
 
     Inside a ``PyroModule`` it takes its name in the param store from there; on its own it is SplineFlow, and further
     ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
@@ -117,6 +119,8 @@ class SplineFlow(StoreModule):
             )
             for i in range(num_transforms)
         ]
+        for layer in couplings:
+            cast(SplineCoupling | ConditionalSplineCoupling, layer).compresses_context = True
         self.layers = nn.ModuleList(_mix(couplings, input_dim, mixing, seed))
         self.affine: ConditionalAffine | None = None
         if context_dim and tails == "linear":  # an affine map does not keep a period
@@ -151,8 +155,6 @@ class SplineFlow(StoreModule):
         """The layers from base to sample, as transforms, without the standardisation."""
         check_context(context, self.context_dim, "SplineFlow")
         layers = [*self.layers] if self.affine is None else [*self.layers, self.affine]
-        if context is not None:
-            context = compressed(context)
         return [
             layer.condition(context)
             if isinstance(layer, ConditionalFlowTransformModule) and context is not None

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import MLP
+from pyro_flowkit.nn import MLP, compressed
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 
 
@@ -96,7 +96,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         context = context.to(self.weight.dtype)
         constant = self.rate * self.raw_constant
         output = torch.nn.functional.linear(context, self.weight_rate * self.weight, constant)
-        output = output + self.network(context)
+        output = output + self.network(compressed(context))
         size = self.input_dim
         loc, log_scale, below = output.tensor_split([size, 2 * size], dim=-1)
         if self.kind == "diagonal":

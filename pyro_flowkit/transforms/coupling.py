@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import MLP, Activation, default_hidden_dims, make_conditioner
+from pyro_flowkit.nn import MLP, Activation, compressed, default_hidden_dims, make_conditioner
 from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, fused, spline_columns
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
@@ -41,6 +41,8 @@ class _Coupling(nn.Module):
     conditioner: nn.Module
     passed_params: nn.Parameter | None
     mask: Tensor
+    compresses_context = False
+    """Whether the conditioner reads the :func:`~pyro_flowkit.nn.compressed` context, in its place."""
 
     def _setup(
         self, conditioner: nn.Module, mask: Tensor, settings: SplineSettings, identity: bool
@@ -84,6 +86,8 @@ class _Coupling(nn.Module):
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         split, conditioner, settings = self._split, self.conditioner, self.settings
+        if context is not None and self.compresses_context:
+            context = compressed(context)
         if (
             split.passed_range is not None
             and settings.tails != "circular"
