@@ -180,10 +180,11 @@ class FlowDistribution(dist.TransformedDistribution):
         if not self._takes_path_gradient or _is_empty(value):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         if derivatives:
-            paths, along, u = [value], derivatives[-1:], derivatives[self._count_bent]
+            u = derivatives[self._count_bent] * self._base_units()
+            paths, along = [value], derivatives[-1:]
         else:
             paths, along, u = self._pulled_derivatives(value, log_prob.shape)
-        entropy_term = guarded_path_term(log_prob, paths, along, u * self._base_units())
+        entropy_term = guarded_path_term(log_prob, paths, along, u)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
     @property
@@ -218,6 +219,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 return (back * u).sum() + torch.as_tensor(ladj).sum()
 
             (derivative,) = derivatives_of(through_affine, path)
+        u = u * self._base_units()
         path, derivative, u = (part.reshape(*shape, -1) for part in (path, derivative, u))
         return [path], [derivative], u
 

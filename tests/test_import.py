@@ -17,6 +17,7 @@ HOUSE = [
     {"ops"},
     {"nn"},
     {"transforms"},
+    {"path_gradient"},
     {"_pyro", "bases", "flow_distribution", "preprocessing"},
     {"flows"},
     {"guides", "objectives"},

@@ -5,7 +5,7 @@ networks (.001) is slow for a location. A guide cannot choose the optimizer, but
 parameter moved since the last call. At its next call it takes the moves back to what its parts bear:
 
 - *location and scale* move in units of the guide's standard deviations, the scale ten times as far as the rate says and
-  the location fifty times, up to a limit; a wide posterior and a narrow one take the same number of steps. A guide that
+  the location at first fifty times, up to a limit; a wide posterior and a narrow one take the same number of steps. A guide that
   widens before it arrives can settle on several modes at once, as one broad Gaussian;
 - the *matrix*, the *hierarchy* and the *flow* (networks and LU layers) move as the rate says, up to limits of their
   own.
@@ -74,7 +74,7 @@ class Limit:
     Attributes:
         gain: moves in the part's units for a unit of its parameters.
         floor: with one particle; it rises with the square root of their number.
-        boost: by how much more than the optimizer says the part moves, where the limit allows.
+        boost: by how much more than the optimizer says the part moves at first, where the limit allows; falls to 1.
     """
 
     first: float
@@ -85,8 +85,14 @@ class Limit:
     boost: float = 1.0
 
     def after(self, noisy_steps: float, num_particles: float) -> float:
-        falling = self.first * (1.0 + noisy_steps / self.steps) ** -self.power
+        falling = self.first * self._share(noisy_steps)
         return max(falling, min(self.first, self.floor * num_particles**0.5))
+
+    def boost_after(self, noisy_steps: float) -> float:
+        return 1.0 + (self.boost - 1.0) * self._share(noisy_steps)
+
+    def _share(self, noisy_steps: float) -> float:
+        return (1.0 + noisy_steps / self.steps) ** -self.power
 
 
 LOCATION = Limit(0.4, 8.0, 1.0, 1e-3, gain=10.0, boost=5.0)
@@ -227,7 +233,7 @@ class Pace(nn.Module):
     def _shortened(self, move: Tensor, part: Part, reach: float, noisy_steps: float) -> Tensor:
         # where the gradients' size counts, they came smaller than they are
         limit = part.limit
-        factor = limit.boost if bool(self.clock[_EVEN]) else limit.boost / SHRINK
+        factor = limit.boost_after(noisy_steps) / (1.0 if bool(self.clock[_EVEN]) else SHRINK)
         allowed = limit.after(noisy_steps, max(1, self._draws))
         return move * min(factor, allowed / (limit.gain * reach + 1e-30))
 

@@ -116,7 +116,7 @@ def full_rank(problem: Regression) -> AutoMultivariateNormal:
 def under_trained_flow(problem: Regression) -> AutoSplineFlow:
     guide = AutoSplineFlow(problem.model)
     svi = SVI(problem.model, guide, Adam({"lr": 0.03}), Trace_ELBO(16, vectorize_particles=True))
-    for _ in range(30):
+    for _ in range(12):
         svi.step()
     return guide
 

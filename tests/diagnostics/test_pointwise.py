@@ -259,7 +259,7 @@ def perturbed_flow(*args, **kwargs):
     flow = SplineFlow(*args, num_transforms=2, hidden_dims=[8], **kwargs).double()
     with torch.no_grad():
         for parameter in flow.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn_like(parameter))
     return flow
 
 

@@ -61,7 +61,7 @@ def test_the_derivative_at_its_own_draw_is_carried_along_and_elsewhere_pulled_ba
     fixed = d._pull(point, d.base_dist, d.transforms)
     (expected,) = torch.autograd.grad(fixed.sum(), point)
     if is_own:
-        monkeypatch.setattr(d, "_pulled", None)
+        monkeypatch.setattr(d, "_pulled_derivatives", None)
     parts = d.score_parts(x)
     (through_x,) = torch.autograd.grad(parts.entropy_term.sum(), x)
     assert (through_x - expected).abs().max() < 1e-4 * expected.abs().max()

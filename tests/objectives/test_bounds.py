@@ -175,7 +175,7 @@ def test_a_learned_point_gets_the_gradient_of_the_bound() -> None:
 
 
 def flow_program(path_gradient: bool):
-    flow = perturb_(SplineFlow(2, num_transforms=2, hidden_dims=[8], count_bins=4), 0.3).double()
+    flow = perturb_(SplineFlow(2, num_transforms=2, hidden_dims=[8], count_bins=4), 0.1).double()
 
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1))
