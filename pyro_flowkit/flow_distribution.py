@@ -116,7 +116,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def _pull_back(
         self, value: Tensor, transforms: list[Transform]
     ) -> tuple[Tensor, Tensor | float]:
-        """The value before these transforms, the last of the flow's or some of them, and the log-det of the way."""
+        """The value before the last transforms of the flow, which are given, and the log-det of the way."""
         event_dim = len(self.event_shape)
         total: Tensor | float = 0.0
         for transform in reversed(transforms):
@@ -180,27 +180,27 @@ class FlowDistribution(dist.TransformedDistribution):
         if not self._takes_path_gradient or _is_empty(value):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         if derivatives:
-            paths, along, u = [value], derivatives[-1:], derivatives[self._count_bent]
+            paths, along = [value], derivatives[-1:]
+            u = self._in_base_units(derivatives[self._count_bent])
         else:
             paths, along, u = self._pulled_derivatives(value, log_prob.shape)
-        entropy_term = guarded_path_term(log_prob, paths, along, u * self._base_units())
+        entropy_term = guarded_path_term(log_prob, paths, along, u)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
     @property
     def _count_bent(self) -> int:
         """The number of transforms before the affine ones at the end."""
-        count = len(self.transforms)
-        while count and is_affine(self.transforms[count - 1]):
-            count -= 1
-        return count
+        bent = [i for i, transform in enumerate(self.transforms) if not is_affine(transform)]
+        return bent[-1] + 1 if bent else 0
 
-    def _base_units(self) -> Tensor | float:
-        """The scale of the base's noise, where it has one: a unit of what the transforms before the affine ones see."""
+    def _in_base_units(self, u: Tensor) -> Tensor:
+        """A derivative before the affine transforms at the end, per unit of the base's scale, where it has one."""
         base = self.base_dist
         while isinstance(base, torch.distributions.Independent):
             base = base.base_dist
-        scale = getattr(base, "scale", 1.0)
-        return scale.detach() if isinstance(scale, Tensor) else scale
+        scale: Any = getattr(base, "scale", None)
+        fits = isinstance(scale, Tensor) and scale.shape[-1:] in ((), u.shape[-1:])
+        return u * scale.detach() if fits else u
 
     def _pulled_derivatives(
         self, value: Tensor, shape: torch.Size
@@ -218,8 +218,8 @@ class FlowDistribution(dist.TransformedDistribution):
                 return (back * u).sum() + torch.as_tensor(ladj).sum()
 
             (derivative,) = derivatives_of(through_affine, path)
-        path, derivative, u = (part.reshape(*shape, -1) for part in (path, derivative, u))
-        return [path], [derivative], u
+        u = self._in_base_units(u).reshape(*shape, -1)
+        return [path.reshape(*shape, -1)], [derivative.reshape(*shape, -1)], u
 
     def _with_derivatives(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The log-density, and its derivative with respect to the input of every transform and to the value.
