@@ -5,8 +5,8 @@ networks (.001) is slow for a location. A guide cannot choose the optimizer, but
 parameter moved since the last call. At its next call it takes the moves back to what its parts bear:
 
 - *location and scale* move in units of the guide's standard deviations, the scale ten times as far as the rate says and
-  the location at first fifty times, up to a limit; a wide posterior and a narrow one take the same number of steps. A guide that
-  widens before it arrives can settle on several modes at once, as one broad Gaussian;
+  the location at first fifty times, up to a limit; a wide posterior and a narrow one take the same number of steps. A
+  guide that widens before it arrives can settle on several modes at once, as one broad Gaussian;
 - the *matrix*, the *hierarchy* and the *flow* (networks and LU layers) move as the rate says, up to limits of their
   own.
 
