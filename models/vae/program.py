@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
         report.heading(settings, prepared)
     else:
         data = _data_settings(args, {})
-        prepared = _prepared(args, data, args.likelihood)
-        settings = _settings(args, prepared)
+        prepared = prepared_data(args)
+        settings = vae_settings(args, prepared)
         report.heading(settings, prepared)
         vae = _trained(args, settings, prepared)
     if args.save:
@@ -64,13 +64,18 @@ def _data_settings(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str
     }
 
 
+def prepared_data(args: argparse.Namespace) -> Prepared:
+    """The data that the command line names."""
+    return _prepared(args, _data_settings(args, {}), args.likelihood)
+
+
 def _prepared(args: argparse.Namespace, data: dict[str, Any], likelihood: str) -> Prepared:
     return prepare(
         **data, likelihood=likelihood, batch_size=args.batch_size, seed=args.seed, fast=args.fast
     )
 
 
-def _settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
+def vae_settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
     """The arguments of the VAE."""
     return {
         "input_dim": prepared.test.shape[-1],
@@ -104,7 +109,7 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
         plain = VAE(**{**settings, "prior": "standard", "name": "plain"})
         plain.load_state_dict({name: vae.state_dict()[name] for name in plain.state_dict()})
         if args.steps:
-            _stage(args, "standard prior", lambda: _fitted(args, plain, prepared, quiet))
+            _stage(args, "standard prior", lambda: fitted(args, plain, prepared, quiet))
         storage.start_from(vae, plain)
         steps = FAST_STEPS if args.fast else args.two_stage
         _stage(
@@ -115,7 +120,7 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
             ),
         )
     elif args.steps:
-        _stage(args, "training", lambda: _fitted(args, vae, prepared, quiet))
+        _stage(args, "training", lambda: fitted(args, vae, prepared, quiet))
     if args.refine_encoder:
         steps = FAST_STEPS if args.fast else args.refine_encoder
         _stage(
@@ -128,9 +133,10 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
     return vae.eval()
 
 
-def _fitted(
+def fitted(
     args: argparse.Namespace, vae: VAE, prepared: Prepared, quiet: dict[str, Any]
 ) -> FitResult:
+    """Trains a VAE by the ELBO for the steps, at the rate and with the warm-up that the command line says."""
     steps = FAST_STEPS if args.fast else args.steps
     warm_up = _warm_up(args, steps, prepared)
     report.warm_up(warm_up)
