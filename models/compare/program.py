@@ -60,10 +60,19 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
 
 def run(request: Request) -> Comparison:
     """The comparison that was asked for."""
-    recipe = request.recipe
     request.output.mkdir(parents=True, exist_ok=True)
+    return summarise(request, _train(request))
+
+
+def summarise(request: Request, outcomes: Mapping[str, Sequence[Outcome]]) -> Comparison:
+    """Print, draw and save what was found.
+
+    Args:
+        request: what was asked for.
+        outcomes: of every model by seed, in the order of the table.
+    """
+    recipe = request.recipe
     prepared = prepared_data(vae_arguments(Job(PLAIN, 0, "standard", "normal"), request))
-    outcomes = _train(request)
     scores = {
         name: xr.concat([o.scores for o in found], _seeds(found), combine_attrs="override")
         for name, found in outcomes.items()

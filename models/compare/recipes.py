@@ -45,16 +45,16 @@ class Recipe:
 DIGITS = Recipe(
     title="the digits",
     vae_options=(
-        *("--likelihood", "normal", "--binarise", "none", "--latent-dim", "8"),
+        *("--likelihood", "normal", "--binarise", "none", "--latent-dim", "16"),
         *("--context-dim", "16", "--flow-hidden", "32", "32", "--dropout", "0.1"),
-        *("--steps", "2500", "--kl-warm-up", "0"),
+        *("--steps", "2500", "--kl-warm-up", "0.3"),
     ),
     has_densities=True,
     seeds=3,
     bound_rows=179,
     gap_rows=60,
     prior_steps=600,
-    core_minutes=10.0,
+    core_minutes=12.0,
     stem="compare",
 )
 # the defaults of models.vae: 32 latents, 256x256 hidden units, 3,000 steps, the KL raised over the first half of them

@@ -105,6 +105,8 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
     vae = VAE(**settings).standardize(prepared.reference, prepared.standardization)
     if args.start_from:
         storage.start_from(vae, storage.load(args.start_from).build("start"))
+    if args.steps:
+        report.warm_up(_warm_up(args, prepared))
     if args.two_stage:
         plain = VAE(**{**settings, "prior": "standard", "name": "plain"})
         plain.load_state_dict({name: vae.state_dict()[name] for name in plain.state_dict()})
@@ -137,16 +139,13 @@ def fitted(
     args: argparse.Namespace, vae: VAE, prepared: Prepared, quiet: dict[str, Any]
 ) -> FitResult:
     """Trains a VAE by the ELBO for the steps, at the rate and with the warm-up that the command line says."""
-    steps = FAST_STEPS if args.fast else args.steps
-    warm_up = _warm_up(args, steps, prepared)
-    report.warm_up(warm_up)
     return train(
         vae,
         prepared.batches,
         prepared.val,
-        steps=steps,
+        steps=_steps(args),
         lr=args.lr,
-        kl_warm_up=warm_up,
+        kl_warm_up=_warm_up(args, prepared),
         free_bits=args.free_bits,
         average=args.average,
         max_seconds=args.max_seconds,
@@ -157,7 +156,11 @@ def fitted(
     )
 
 
-def _warm_up(args: argparse.Namespace, steps: int, prepared: Prepared) -> float:
+def _steps(args: argparse.Namespace) -> int:
+    return FAST_STEPS if args.fast else args.steps
+
+
+def _warm_up(args: argparse.Namespace, prepared: Prepared) -> float:
     """The share of the steps over which the weight of the KL rises.
 
     While it is low the decoder learns fast what codes can be good for. A model that has seen its data often has learnt
@@ -167,7 +170,7 @@ def _warm_up(args: argparse.Namespace, steps: int, prepared: Prepared) -> float:
         return args.kl_warm_up
     if args.start_from:
         return 0.0
-    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
+    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / _steps(args))
 
 
 def _stage(args: argparse.Namespace, name: str, fitted: Any) -> None:
