@@ -39,7 +39,7 @@ def draw(
     Args:
         scores: by the name of the model, with the dimensions seed and obs_id.
         reasons: what of the plain VAE a flow could mend.
-        pictures: images by what they are, each of shape ``(n, height, width)``.
+        pictures: images by what they are, the real ones first, each of shape ``(n, height, width)``.
         title: of the data.
         path: a file whose suffix says the format.
     """
@@ -55,14 +55,16 @@ def draw(
     )
     above, middle, below = figure.subfigures(3, 1, height_ratios=[1.0, 0.8, 0.95])
     buys, why = above.subplots(1, 2)
-    _differences(buys, scores, seeds)
-    _reasons(why, reasons)
+    over = "± standard error over " + ("seeds and images" if seeds > 1 else "images")
+    _differences(buys, scores, over)
+    _reasons(why, reasons, over)
     _levels(middle.subplots(), scores)
     below.suptitle(
         "Real images, and draws (of VAEs the mean given the code that was drawn)", fontsize=12
     )
+    brightest = float(next(iter(pictures.values())).max())
     for ax, (name, images) in zip(below.subplots(1, len(pictures)), pictures.items(), strict=True):
-        ax.imshow(mosaic(images), cmap="gray_r", vmin=0.0, vmax=float(images.max()))
+        ax.imshow(mosaic(images), cmap="gray_r", vmin=0.0, vmax=brightest)
         ax.set_title(NAMES.get(name, name), fontsize=11)
         ax.set_xticks([])
         ax.set_yticks([])
@@ -70,13 +72,15 @@ def draw(
     figure.savefig(path, dpi=160)
 
 
-def _differences(ax: "Axes", scores: Mapping[str, xr.Dataset], seeds: int) -> None:
+def _differences(ax: "Axes", scores: Mapping[str, xr.Dataset], over: str) -> None:
     rows = (FLOW_POSTERIOR, FLOW_PRIOR, BOTH)
     for i, name in enumerate(rows):
         values = difference(scores, name)
         mean, error = mean_and_error(values)
         ax.errorbar(mean, i, xerr=error, fmt="o", color=BLUE, markersize=9, capsize=4, linewidth=2)
-        ax.plot(by_seed(values), np.full(seeds, i + 0.2), "|", color=GREY, markersize=8)
+        ax.plot(
+            by_seed(values), np.full(values.sizes["seed"], i + 0.2), "|", color=GREY, markersize=8
+        )
         ax.annotate(
             f"{mean:+.2f} ± {error:.2f}", (mean, i), (0, -19), textcoords="offset points",
             ha="center", fontsize=11, color=BLUE,
@@ -88,13 +92,13 @@ def _differences(ax: "Axes", scores: Mapping[str, xr.Dataset], seeds: int) -> No
     particles = int(scores[PLAIN]["n_particles"].max())
     ax.set_title("Over the plain VAE", fontsize=12)
     ax.set_xlabel(
-        f"nats of IWAE-{particles} per test image\n± standard error over seeds and images; | a seed",
+        f"nats of IWAE-{particles} per test image\n{over}; | a seed",
         fontsize=11,
     )
     _bare(ax)
 
 
-def _reasons(ax: "Axes", reasons: xr.Dataset) -> None:
+def _reasons(ax: "Axes", reasons: xr.Dataset, over: str) -> None:
     rows = {
         "encoder: not its\nbest on new images": ("amortization_gap", GREY),
         "posterior: is\nno normal": ("approximation_gap", ORANGE),
@@ -109,9 +113,7 @@ def _reasons(ax: "Axes", reasons: xr.Dataset) -> None:
     ax.set_yticks(range(len(rows)), list(rows), fontsize=11)
     ax.margins(x=0.2)
     ax.set_title("Why: what its parts cost the plain VAE", fontsize=12)
-    ax.set_xlabel(
-        "nats of ELBO per test image\n± standard error over seeds and images", fontsize=11
-    )
+    ax.set_xlabel(f"nats of ELBO per test image\n{over}", fontsize=11)
     _bare(ax)
 
 

@@ -134,39 +134,39 @@ def _total_sentence(scores: Scores) -> str:
 
 
 def _prior_sentence(scores: Scores, reasons: xr.Dataset) -> str:
-    alone, gain = difference(scores, FLOW_PRIOR), reasons["prior_gain"]
-    verdict = _alone("prior", alone)
+    gain = reasons["prior_gain"]
+    elbo = scores[FLOW_PRIOR]["elbo"] - scores[PLAIN]["elbo"]
     if is_clear(gain) and float(gain.mean()) > 0:
         why = "its codes are not distributed as the standard normal says, and a prior that can follow them mends that"
     else:
         why = "its codes are close to what the standard normal says, and leave such a flow nothing to mend"
     return (
-        f"{verdict}: {amount(alone)}. Fitted afterwards to the codes of the plain VAE, all else frozen, a flow prior "
-        f"changes the ELBO by {amount(gain)}: {why}."
+        f"{_alone('prior', difference(scores, FLOW_PRIOR))}. Trained with all the rest it changes the ELBO by "
+        f"{_size(elbo, '+')}, fitted afterwards to the codes of the plain VAE, all else frozen, by "
+        f"{_size(gain, '+')}: {why}."
     )
 
 
 def _posterior_sentence(scores: Scores, reasons: xr.Dataset) -> str:
-    alone = difference(scores, FLOW_POSTERIOR)
     family, encoder = reasons["approximation_gap"], reasons["amortization_gap"]
     learnt = reasons["train_amortization_gap"]
     largest = "the smaller" if float(family.mean()) < float(encoder.mean()) else "the larger"
     return (
-        f"{_alone('posterior', alone)}: {amount(alone)}. Of the plain VAE's gap between ELBO and log p, "
-        f"{_size(family)} are the normal family's, {largest} part and all that a flow could close; {_size(encoder)} "
-        f"are the encoder's, which is not its best on test images ({_size(learnt)} on training images)."
+        f"{_alone('posterior', difference(scores, FLOW_POSTERIOR))}. Of the plain VAE's gap between ELBO and log p, "
+        f"{_size(family)} are the normal family's, {largest} part and all that a flow as its posterior could close; "
+        f"{_size(encoder)} are the encoder's, which is not its best on test images ({_size(learnt)} on training ones)."
     )
 
 
 def _alone(part: str, values: xr.DataArray) -> str:
     if not is_clear(values):
-        return f"The {part} alone makes no clear difference"
-    return f"The {part} alone {'buys' if float(values.mean()) > 0 else 'costs'}"
+        return f"A flow {part} alone makes no clear difference: {amount(values)}"
+    return f"A flow {part} alone {'buys' if float(values.mean()) > 0 else 'costs'} {amount(values)}"
 
 
-def _size(values: xr.DataArray) -> str:
+def _size(values: xr.DataArray, sign: str = "") -> str:
     mean, error = mean_and_error(values)
-    return f"{mean:.2f} nats (s.e. {error:.2f})"
+    return f"{mean:{sign}.2f} nats (s.e. {error:.2f})"
 
 
 def _density_sentence(scores: Scores) -> str:

@@ -239,12 +239,14 @@ def reasons(prior_gain=1.5, family=0.3, encoder=2.0):
 def test_gains_are_called_gains_only_where_they_are_clear():
     wins = sentences(scores_of(prior=2.0, posterior=0.0, both=2.2), reasons())
     assert "together raise the plain VAE's IWAE-1000" in wins[0]
-    assert "prior alone buys" in wins[1] and "not distributed as the standard normal" in wins[1]
+    assert (
+        "flow prior alone buys +" in wins[1] and "not distributed as the standard normal" in wins[1]
+    )
     assert "posterior alone makes no clear difference" in wins[2] and "the smaller part" in wins[2]
     loses = sentences(scores_of(prior=0.0, posterior=-3.0, both=-2.0), reasons(0.0, family=3.0))
     assert "together lower" in loses[0]
     assert "prior alone makes no clear" in loses[1] and "nothing to mend" in loses[1]
-    assert "posterior alone costs" in loses[2] and "the larger part" in loses[2]
+    assert "flow posterior alone costs -" in loses[2] and "the larger part" in loses[2]
     nothing = sentences(scores_of(both=0.5, noise=30.0), reasons())
     assert "no clear difference" in nothing[0]
 
