@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from models.compare.jobs import BOTH, FLOW_POSTERIOR, FLOW_PRIOR, GAUSSIAN, PLAIN, SPLINE_FLOW
-from models.compare.report import difference, tightest
+from models.compare.report import difference, headline, tightest
 from models.compare.statistics import by_seed, mean_and_error
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def draw(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.0, 9.0), layout="constrained")
-    value, error = mean_and_error(difference(scores, BOTH))
     seeds = scores[PLAIN].sizes["seed"]
+    together, alone = headline(scores).split("; ")
     figure.suptitle(
-        f"What flows buy in a VAE of {title}: {value:+.1f} ± {error:.1f} nats per test image\n",
+        f"What flows buy in a VAE of {title}: {together}\n{alone}\n",
         fontsize=15,
         fontweight="bold",
     )
@@ -83,7 +83,7 @@ def _differences(ax: "Axes", scores: Mapping[str, xr.Dataset], over: str) -> Non
         )
         ax.annotate(
             f"{mean:+.2f} ± {error:.2f}", (mean, i), (0, -19), textcoords="offset points",
-            ha="center", fontsize=11, color=BLUE,
+            ha="center", fontsize=11, color=BLUE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
     ax.axvline(0.0, color="0.2", linewidth=1.0)
     ax.set_yticks(range(len(rows)), [NAMES[name] for name in rows], fontsize=12)
@@ -100,8 +100,8 @@ def _differences(ax: "Axes", scores: Mapping[str, xr.Dataset], over: str) -> Non
 
 def _reasons(ax: "Axes", reasons: xr.Dataset, over: str) -> None:
     rows = {
-        "encoder: not its\nbest on new images": ("amortization_gap", GREY),
-        "posterior: is\nno normal": ("approximation_gap", ORANGE),
+        "encoder: misses\nthe best normal": ("amortization_gap", GREY),
+        "posterior: is\nnot normal": ("approximation_gap", ORANGE),
         "prior: codes are\nnot standard normal": ("prior_gain", BLUE),
     }
     for i, (name, color) in enumerate(rows.values()):

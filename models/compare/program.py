@@ -98,7 +98,8 @@ def summarise(request: Request, outcomes: Mapping[str, Sequence[Outcome]]) -> Co
     print(table_text(rows) + "\n")
     for paragraph in text:
         print(textwrap.fill(paragraph, WIDTH) + "\n")
-    print(f"One of these VAEs: {recipe.command} --prior flow --posterior flow\n")
+    command = f"One of these VAEs: {recipe.command} --prior flow --posterior flow"
+    print(textwrap.fill(command, WIDTH, break_on_hyphens=False) + "\n")
 
     figure, netcdf = (request.output / f"{recipe.stem}.{suffix}" for suffix in ("png", "nc"))
     draw(scores, reasons, _pictures(outcomes, prepared), recipe.title, figure)

@@ -124,6 +124,18 @@ def amount(values: xr.DataArray) -> str:
     return f"{mean:+.2f} nats (s.e. {error:.2f}{each})"
 
 
+def headline(scores: Scores) -> str:
+    """What both flows are worth together, and each alone."""
+    mean, error = mean_and_error(difference(scores, BOTH))
+    prior, posterior = (
+        float(difference(scores, one).mean()) for one in (FLOW_PRIOR, FLOW_POSTERIOR)
+    )
+    return (
+        f"{mean:+.1f} ± {error:.1f} nats per test image; "
+        f"by the prior alone {prior:+.1f}, by the posterior alone {posterior:+.1f}"
+    )
+
+
 def _total_sentence(scores: Scores) -> str:
     both = difference(scores, BOTH)
     bound = f"IWAE-{int(scores[BOTH]['n_particles'].max())}"
@@ -152,7 +164,8 @@ def _posterior_sentence(scores: Scores, reasons: xr.Dataset) -> str:
     learnt = reasons["train_amortization_gap"]
     largest = "the smaller" if float(family.mean()) < float(encoder.mean()) else "the larger"
     return (
-        f"{_alone('posterior', difference(scores, FLOW_POSTERIOR))}. Of the plain VAE's gap between ELBO and log p, "
+        f"{_alone('posterior', difference(scores, FLOW_POSTERIOR))}, and beside a flow prior "
+        f"{_size(difference(scores, BOTH, FLOW_PRIOR), '+')}. Of the plain VAE's gap between ELBO and log p, "
         f"{_size(family)} are the normal family's, {largest} part and all that a flow as its posterior could close; "
         f"{_size(encoder)} are the encoder's, which is not its best on test images ({_size(learnt)} on training ones)."
     )

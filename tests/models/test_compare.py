@@ -24,7 +24,7 @@ from models.compare.jobs import (
 )
 from models.compare.program import group, main
 from models.compare.recipes import announcement, parse
-from models.compare.report import difference, sentences
+from models.compare.report import difference, headline, sentences
 from models.compare.statistics import by_seed, is_clear, mean_and_error
 
 VAES = [PLAIN, FLOW_POSTERIOR, FLOW_PRIOR, BOTH]
@@ -103,8 +103,8 @@ def test_images_of_a_file_take_the_same_path(small_mnist, tmp_path, capsys):
     assert (tmp_path / "compare_mnist.png").stat().st_size > 10_000
 
 
-def test_the_prior_fitted_to_frozen_codes_gains_what_the_elbo_gains(comparison):
-    """Codes of a barely trained encoder are narrow: the standard normal is a bad prior for them."""
+def test_a_prior_fitted_to_the_codes_of_a_barely_trained_encoder_gains(comparison):
+    """Its codes are narrow, and the standard normal is a bad prior for them."""
     assert is_clear(comparison.reasons["prior_gain"])
     assert float(comparison.reasons["prior_gain"].mean()) > 0
     gaps = comparison.reasons["approximation_gap"] + comparison.reasons["amortization_gap"]
@@ -243,12 +243,20 @@ def test_gains_are_called_gains_only_where_they_are_clear():
         "flow prior alone buys +" in wins[1] and "not distributed as the standard normal" in wins[1]
     )
     assert "posterior alone makes no clear difference" in wins[2] and "the smaller part" in wins[2]
+    value, error = mean_and_error(difference(scores_of(prior=2.0, both=2.2), BOTH, FLOW_PRIOR))
+    assert f"beside a flow prior {value:+.2f} nats (s.e. {error:.2f})" in wins[2]
     loses = sentences(scores_of(prior=0.0, posterior=-3.0, both=-2.0), reasons(0.0, family=3.0))
     assert "together lower" in loses[0]
     assert "prior alone makes no clear" in loses[1] and "nothing to mend" in loses[1]
     assert "flow posterior alone costs -" in loses[2] and "the larger part" in loses[2]
     nothing = sentences(scores_of(both=0.5, noise=30.0), reasons())
     assert "no clear difference" in nothing[0]
+
+
+def test_the_headline_says_what_the_flows_are_worth_together_and_alone():
+    found = headline(scores_of(prior=2.0, posterior=-0.5, both=3.0))
+    assert found.startswith("+3.0 ± 0.0 nats")
+    assert found.endswith("by the prior alone +2.0, by the posterior alone -0.5")
 
 
 def test_a_bound_settles_who_is_better_only_from_above():
