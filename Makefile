@@ -1,4 +1,5 @@
-# make demo    train the models of the README on the digits, print the table, save figure and netCDF
+# make demo    what flows buy in a VAE, on the digits: print the README's table, save figure and netCDF
+# make demo-mnist DATA=PATH    the same on MNIST or Fashion-MNIST: an npz file, an idx file or a folder of them
 # make test    run the test suite
 # make check   ruff, codespell, mypy
 # make notebooks    execute the tutorials and write the notebooks beside them
@@ -19,15 +20,26 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 JOBS        ?= auto
 DEMO_ARGS   ?=
+DATA        ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check notebooks setup setup-dev clean
+.PHONY: demo demo-mnist test check notebooks setup setup-dev clean
 
-demo: setup
+# Said first, since a fresh environment is a download and a minute or two of silence.
+SET_UP = @echo "Set-up in $(VENV) (once: PyTorch is downloaded, one to two minutes), then the comparison." && \
+    $(MAKE) --no-print-directory setup
+
+demo:
+	$(SET_UP)
 	$(BIN)/python -m models.compare $(DEMO_ARGS)
+
+demo-mnist:
+	@test -n "$(DATA)" || { echo "Expected DATA=PATH (an npz file, an idx file or a folder of them), got none"; exit 2; }
+	$(SET_UP)
+	$(BIN)/python -m models.compare --data "$(DATA)" $(DEMO_ARGS)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
         report.heading(settings, prepared)
     else:
         data = _data_settings(args, {})
-        prepared = _prepared(args, data, args.likelihood)
-        settings = _settings(args, prepared)
+        prepared = prepared_data(args)
+        settings = vae_settings(args, prepared)
         report.heading(settings, prepared)
         vae = _trained(args, settings, prepared)
     if args.save:
@@ -64,13 +64,18 @@ def _data_settings(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str
     }
 
 
+def prepared_data(args: argparse.Namespace) -> Prepared:
+    """The data that the command line names."""
+    return _prepared(args, _data_settings(args, {}), args.likelihood)
+
+
 def _prepared(args: argparse.Namespace, data: dict[str, Any], likelihood: str) -> Prepared:
     return prepare(
         **data, likelihood=likelihood, batch_size=args.batch_size, seed=args.seed, fast=args.fast
     )
 
 
-def _settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
+def vae_settings(args: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
     """The arguments of the VAE."""
     return {
         "input_dim": prepared.test.shape[-1],
@@ -100,11 +105,13 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
     vae = VAE(**settings).standardize(prepared.reference, prepared.standardization)
     if args.start_from:
         storage.start_from(vae, storage.load(args.start_from).build("start"))
+    if args.steps:
+        report.warm_up(_warm_up(args, prepared))
     if args.two_stage:
         plain = VAE(**{**settings, "prior": "standard", "name": "plain"})
         plain.load_state_dict({name: vae.state_dict()[name] for name in plain.state_dict()})
         if args.steps:
-            _stage(args, "standard prior", lambda: _fitted(args, plain, prepared, quiet))
+            _stage(args, "standard prior", lambda: fitted(args, plain, prepared, quiet))
         storage.start_from(vae, plain)
         steps = FAST_STEPS if args.fast else args.two_stage
         _stage(
@@ -115,7 +122,7 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
             ),
         )
     elif args.steps:
-        _stage(args, "training", lambda: _fitted(args, vae, prepared, quiet))
+        _stage(args, "training", lambda: fitted(args, vae, prepared, quiet))
     if args.refine_encoder:
         steps = FAST_STEPS if args.fast else args.refine_encoder
         _stage(
@@ -128,19 +135,17 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
     return vae.eval()
 
 
-def _fitted(
+def fitted(
     args: argparse.Namespace, vae: VAE, prepared: Prepared, quiet: dict[str, Any]
 ) -> FitResult:
-    steps = FAST_STEPS if args.fast else args.steps
-    warm_up = _warm_up(args, steps, prepared)
-    report.warm_up(warm_up)
+    """Trains a VAE by the ELBO for the steps, at the rate and with the warm-up that the command line says."""
     return train(
         vae,
         prepared.batches,
         prepared.val,
-        steps=steps,
+        steps=_steps(args),
         lr=args.lr,
-        kl_warm_up=warm_up,
+        kl_warm_up=_warm_up(args, prepared),
         free_bits=args.free_bits,
         average=args.average,
         max_seconds=args.max_seconds,
@@ -151,7 +156,11 @@ def _fitted(
     )
 
 
-def _warm_up(args: argparse.Namespace, steps: int, prepared: Prepared) -> float:
+def _steps(args: argparse.Namespace) -> int:
+    return FAST_STEPS if args.fast else args.steps
+
+
+def _warm_up(args: argparse.Namespace, prepared: Prepared) -> float:
     """The share of the steps over which the weight of the KL rises.
 
     While it is low the decoder learns fast what codes can be good for. A model that has seen its data often has learnt
@@ -161,7 +170,7 @@ def _warm_up(args: argparse.Namespace, steps: int, prepared: Prepared) -> float:
         return args.kl_warm_up
     if args.start_from:
         return 0.0
-    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
+    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / _steps(args))
 
 
 def _stage(args: argparse.Namespace, name: str, fitted: Any) -> None:
