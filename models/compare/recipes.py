@@ -66,7 +66,7 @@ IMAGES = Recipe(
     bound_rows=500,
     gap_rows=30,
     prior_steps=1000,
-    core_minutes=15.0,
+    core_minutes=12.0,
     stem="compare_mnist",
 )
 
