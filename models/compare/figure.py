@@ -82,9 +82,15 @@ def _differences(ax: "Axes", scores: Mapping[str, xr.Dataset], over: str) -> Non
             by_seed(values), np.full(values.sizes["seed"], i + 0.2), "|", color=GREY, markersize=8
         )
         ax.annotate(
-            f"{mean:+.2f} ± {error:.2f}", (mean, i), (0, -19), textcoords="offset points",
-            ha="center", fontsize=11, color=BLUE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-        )  # fmt: skip
+            f"{mean:+.2f} ± {error:.2f}",
+            (mean, i),
+            (0, -19),
+            textcoords="offset points",
+            ha="center",
+            fontsize=11,
+            color=BLUE,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )
     ax.axvline(0.0, color="0.2", linewidth=1.0)
     ax.set_yticks(range(len(rows)), [NAMES[name] for name in rows], fontsize=12)
     ax.set_ylim(-0.7, len(rows) - 0.4)
@@ -108,8 +114,13 @@ def _reasons(ax: "Axes", reasons: xr.Dataset, over: str) -> None:
         mean, error = mean_and_error(reasons[name])
         ax.barh(i, mean, color=color, height=0.55, xerr=error, error_kw={"capsize": 4})
         ax.annotate(
-            f"{mean:.2f}", (mean + error, i), (7, 0), textcoords="offset points", va="center", fontsize=11
-        )  # fmt: skip
+            f"{mean:.2f}",
+            (mean + error, i),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=11,
+        )
     ax.set_yticks(range(len(rows)), list(rows), fontsize=11)
     ax.margins(x=0.2)
     ax.set_title("Why: what its parts cost the plain VAE", fontsize=12)

@@ -161,13 +161,15 @@ def _prior_sentence(scores: Scores, reasons: xr.Dataset) -> str:
 
 def _posterior_sentence(scores: Scores, reasons: xr.Dataset) -> str:
     family, encoder = reasons["approximation_gap"], reasons["amortization_gap"]
-    learnt = reasons["train_amortization_gap"]
-    largest = "the smaller" if float(family.mean()) < float(encoder.mean()) else "the larger"
+    part = ""
+    if is_clear(family - encoder):
+        part = f" the {'larger' if float((family - encoder).mean()) > 0 else 'smaller'} part and"
     return (
         f"{_alone('posterior', difference(scores, FLOW_POSTERIOR))}, and beside a flow prior "
         f"{_size(difference(scores, BOTH, FLOW_PRIOR), '+')}. Of the plain VAE's gap between ELBO and log p, "
-        f"{_size(family)} are the normal family's, {largest} part and all that a flow as its posterior could close; "
-        f"{_size(encoder)} are the encoder's, which is not its best on test images ({_size(learnt)} on training ones)."
+        f"{_size(family)} are the normal family's,{part} all that a flow as its posterior could close. By "
+        f"{_size(encoder)} the encoder misses the best normal posterior of a test image, by "
+        f"{_size(reasons['train_amortization_gap'])} that of a training image."
     )
 
 
