@@ -212,7 +212,7 @@ def test_conditional_distribution_of_pyro_gets_the_batch_of_the_context() -> Non
 
 
 def test_expand_mask_to_event_and_plates() -> None:
-    flow = bent(3)
+    flow = bent(3).double()
     d = flow().expand([2, 5])
     assert isinstance(d, FlowDistribution) and d.batch_shape == (2, 5)
     x = d.rsample()

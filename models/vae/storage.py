@@ -77,8 +77,13 @@ def start_from(vae: VAE, other: VAE) -> None:
                 f"Expected a VAE with the same networks to start from: {name} has shape {shapes[0]} there and "
                 f"{shapes[1]} here"
             )
-    for what in ("prior", "posterior"):
-        if getattr(other, what) is not None and getattr(vae, what) is None:
-            raise ValueError(f"Expected a VAE without a flow as its {what} to start from, got one")
+    for prefix in flows:
+        is_flow_there, is_flow_here = (
+            any(name.startswith(prefix) for name in state) for state in (given, own)
+        )
+        if is_flow_there and not is_flow_here:
+            raise ValueError(
+                f"Expected a VAE without a flow as its {prefix.rstrip('.')} to start from, got one"
+            )
     taken = {name: value for name, value in given.items() if name in own}
     vae.load_state_dict({**own, **taken})

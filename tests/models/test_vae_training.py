@@ -75,6 +75,8 @@ def test_a_vae_with_flows_starts_from_a_plain_one_with_the_same_bound():
         start_from(make(x, latent_dim=3), plain)
     with pytest.raises(ValueError, match="without a flow as its prior to start from, got one"):
         start_from(plain, make(x, prior="flow"))
+    with pytest.raises(ValueError, match="without a flow as its posterior to start from, got one"):
+        start_from(plain, make(x, posterior="flow"))
 
 
 def test_a_flow_posterior_bends_a_normal_that_is_much_narrower_than_its_bins():
