@@ -19,6 +19,7 @@ from models.vae import POSTERIORS, PRIORS, VAE, train_prior
 from models.vae.data import Prepared
 from models.vae.options import parser
 from models.vae.program import FAST_STEPS, fitted, prepared_data, vae_settings
+from models.vae.report import FAST_SAMPLES
 from models.vae.storage import start_from
 from pyro_flowkit import SplineFlow
 from pyro_flowkit.diagnostics import heldout_log_prob, inference_gaps, pointwise_bounds
@@ -26,7 +27,6 @@ from pyro_flowkit.training import FitResult, fit
 
 GAUSSIAN, SPLINE_FLOW = "Gaussian", "spline flow"
 NUM_SAMPLES = 1000
-FAST_SAMPLES = 50
 NUM_DRAWN = 20
 CODE_DRAWS = 50
 DENSITY_EPOCHS = 16

@@ -14,12 +14,10 @@ from models.hierarchical_vae import report
 from models.hierarchical_vae.model import HierarchicalVAE
 from models.vae.data import BINARISATIONS, Prepared, prepare
 from models.vae.model import NETWORKS, VAE
-from models.vae.program import WARM_UP_EPOCHS, WARM_UP_SHARE
-from models.vae.report import stage
+from models.vae.program import FAST_STEPS, warm_up_share
+from models.vae.report import FAST_SAMPLES, parts_of_gap, stage
 from models.vae.training import LR, train
 
-FAST_STEPS = 20
-FAST_SAMPLES = 50
 FREE_BITS = 3.0
 
 
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
     report.levels(vae, prepared, seed=args.seed)
     if args.gaps:
         options = {"num_steps": FAST_STEPS} if args.fast else {}
-        report.gaps(
+        parts_of_gap(
             vae, prepared, num_rows=args.gaps, num_samples=samples, seed=args.seed, **options
         )
     if args.compare_flat:
@@ -122,7 +120,7 @@ def _train(args: argparse.Namespace, vae: HierarchicalVAE | VAE, prepared: Prepa
     vae.standardize(prepared.reference, prepared.standardization)
     began = time.process_time()
     steps = FAST_STEPS if args.fast else args.steps
-    share = min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
+    share = warm_up_share(prepared, steps)
     result = train(
         vae,
         prepared.batches,

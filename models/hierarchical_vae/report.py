@@ -1,32 +1,22 @@
 """What ``python -m models.hierarchical_vae`` prints: bounds, the levels one by one, the difference from a flat VAE."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import xarray as xr
 from torch import Tensor
 
 from models.vae.data import Prepared
+from models.vae.report import ELBO_DRAWS, HasBounds, elbo_of_rows
 from pyro_flowkit.diagnostics import (
     compare_densities,
-    inference_gaps,
     latent_usage,
     pointwise_bounds,
 )
 
-ELBO_DRAWS = 5
 USAGE_ROWS = 1000
 USAGE_DRAWS = 50
-
-
-class HasBounds(Protocol):
-    """Model and guide of data, and a fast estimate of their ELBO."""
-
-    model: Any
-    guide: Any
-
-    def elbo(self, x: Tensor) -> Tensor: ...
 
 
 class HasLevels(HasBounds, Protocol):
@@ -55,13 +45,8 @@ def bounds(
     vae: HasBounds, prepared: Prepared, *, num_rows: int, num_samples: int, seed: int
 ) -> Found:
     """Prints the ELBO of all test rows, and the ladder of bounds of the first."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = [
-            torch.stack([vae.elbo(rows) for _ in range(ELBO_DRAWS)]).mean(0)
-            for rows in prepared.test.split(1000)
-        ]
-    elbo, rows = torch.cat(parts), prepared.test[:num_rows]
+    elbo = elbo_of_rows(vae, prepared.test, draws=ELBO_DRAWS, seed=seed)
+    rows = prepared.test[:num_rows]
     found = pointwise_bounds(vae.model, vae.guide, rows, num_samples=num_samples, seed=seed)
     print(f"ELBO of all {len(elbo)} test rows: {_with_error(elbo)} nats")
     print(f"On {len(rows)} test rows:")
@@ -86,16 +71,6 @@ def levels(vae: HasLevels, prepared: Prepared, *, seed: int) -> None:
         size, active = int(own["num_directions"]), int(own["active_directions"])
         print(f"{site:<6} {size:<8} {active:<18} {_with_error(kl)}")
     print(usage.attrs["message"])
-
-
-def gaps(vae: HasBounds, prepared: Prepared, *, num_rows: int, **options: Any) -> None:
-    """Prints what the gap of test rows is made of; the options are those of `inference_gaps`."""
-    rows, known = prepared.test[:num_rows], prepared.reference[:num_rows]
-    print(
-        f"Of {len(rows)} test rows and as many training rows, whose posteriors are optimised one by one:"
-    )
-    found = inference_gaps(vae.model, vae.guide, rows, train_data=known, **options)
-    print(found.attrs["message"])
 
 
 def difference(found: Found, flat: Found) -> None:

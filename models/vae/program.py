@@ -161,16 +161,21 @@ def _steps(args: argparse.Namespace) -> int:
 
 
 def _warm_up(args: argparse.Namespace, prepared: Prepared) -> float:
-    """The share of the steps over which the weight of the KL rises.
-
-    While it is low the decoder learns fast what codes can be good for. A model that has seen its data often has learnt
-    it anyway, and overfits by the time the bound is the true one.
-    """
+    """The share of the steps over which the weight of the KL rises."""
     if args.kl_warm_up is not None:
         return args.kl_warm_up
     if args.start_from:
         return 0.0
-    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / _steps(args))
+    return warm_up_share(prepared, _steps(args))
+
+
+def warm_up_share(prepared: Prepared, steps: int) -> float:
+    """The share of so many steps over which the weight of the KL rises where nobody says.
+
+    While it is low the decoder learns fast what codes can be good for. A model that has seen its data often has learnt
+    it anyway, and overfits by the time the bound is the true one.
+    """
+    return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
 
 
 def _stage(args: argparse.Namespace, name: str, fitted: Any) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,15 @@ from pyro_flowkit.training import FitResult
 FAST_SAMPLES = 50
 ELBO_DRAWS = 5
 SHOWN = 10
+
+
+class HasBounds(Protocol):
+    """Model and guide of data, and a fast estimate of their ELBO."""
+
+    model: Any
+    guide: Any
+
+    def elbo(self, x: Tensor) -> Tensor: ...
 
 
 def heading(settings: dict[str, Any], prepared: Prepared) -> None:
@@ -78,7 +87,7 @@ def bounds(vae: VAE, prepared: Prepared, args: argparse.Namespace) -> xr.Dataset
     return found
 
 
-def elbo_of_rows(vae: VAE, rows: Tensor, *, draws: int, seed: int) -> Tensor:
+def elbo_of_rows(vae: HasBounds, rows: Tensor, *, draws: int, seed: int) -> Tensor:
     """ELBO of every row (nats), the mean over so many draws; shape ``(n,)``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -90,22 +99,20 @@ def elbo_of_rows(vae: VAE, rows: Tensor, *, draws: int, seed: int) -> Tensor:
 
 def gaps(vae: VAE, prepared: Prepared, args: argparse.Namespace) -> None:
     """Prints what the gap is made of, and which latents are in use."""
-    rows = prepared.test[: args.gaps]
     samples = FAST_SAMPLES if args.fast else args.num_samples
+    parts_of_gap(vae, prepared, num_rows=args.gaps, num_samples=samples, seed=args.seed)
+    test = prepared.test[:2000]
+    print(latent_usage(vae.model, vae.guide, test, seed=args.seed).attrs["message"])
+
+
+def parts_of_gap(vae: HasBounds, prepared: Prepared, *, num_rows: int, **options: Any) -> None:
+    """Prints what the gap of test rows is made of; the options are those of `inference_gaps`."""
+    rows, known = prepared.test[:num_rows], prepared.reference[:num_rows]
     print(
         f"Of {len(rows)} test rows and as many training rows, whose posteriors are optimised one by one:"
     )
-    found = inference_gaps(
-        vae.model,
-        vae.guide,
-        rows,
-        train_data=prepared.reference[: args.gaps],
-        num_samples=samples,
-        seed=args.seed,
-    )
+    found = inference_gaps(vae.model, vae.guide, rows, train_data=known, **options)
     print(found.attrs["message"])
-    test = prepared.test[:2000]
-    print(latent_usage(vae.model, vae.guide, test, seed=args.seed).attrs["message"])
 
 
 def pictures(vae: VAE, prepared: Prepared, found: xr.Dataset, folder: Path) -> None:

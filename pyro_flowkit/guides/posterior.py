@@ -103,7 +103,8 @@ class GuidePosterior(FlowDistribution):
 
     def _traced_score_parts(self, value: Tensor) -> ScoreParts:
         parts = super().score_parts(value)
-        bent, affine = self.transforms[: self._count_bent], self.transforms[self._count_bent :]
+        cut = self._count_bent
+        bent, affine = self.transforms[:cut], self.transforms[cut:]
         with torch.no_grad():
             whitened, _ = self._pull_back(value, affine)
             _, ladj = self._pull_back(whitened, bent)
