@@ -119,7 +119,7 @@ class HierarchicalVAE(PyroModule):
     @pyro_method
     def model(self, x: Tensor) -> None:
         """p(x, z1, z2, ...) of data of shape ``(batch, D)``, which stand for ``data_size`` data in training."""
-        with self._plate(x):
+        with self.ends.plate(x):
             message = None
             for level, site in self._downwards():
                 z = pyro.sample(site, self.p_z(level, message))
@@ -129,22 +129,18 @@ class HierarchicalVAE(PyroModule):
     @pyro_method
     def guide(self, x: Tensor) -> None:
         """q(z1, z2, ... | x), drawn from the top down."""
-        with self._plate(x):
+        with self.ends.plate(x):
             features, message = self.features(x), None
             for level, site in self._downwards():
                 z = pyro.sample(site, self.q_z(level, features[level], message))
                 message = self.message(level, z)
-
-    def _plate(self, x: Tensor) -> pyro.plate:
-        # An evaluation may bring more data than the training had.
-        return pyro.plate("data", max(self.data_size, len(x)), subsample=x)
 
     def _downwards(self) -> Iterator[tuple[int, str]]:
         return reversed([*enumerate(self.sites)])
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The encoder's features for each level, from the data up, of data ``(*batch, D)``, each ``(*batch, H)``."""
-        features = [self.ends.encoder((x - self.ends.loc) / self.ends.scale)]
+        features = [self.ends.features(x)]
         for up in self.up:
             features.append(up(features[-1]))
         return features

@@ -147,17 +147,18 @@ class VAE(PyroModule):
     @pyro_method
     def model(self, x: Tensor) -> None:
         """p(x, z) of data of shape ``(batch, D)``, which stand for ``data_size`` data in training."""
-        with self._plate(x):
+        with self.plate(x):
             z = pyro.sample("z", self.p_z())
             pyro.sample("x", self.p_x(z), obs=x)
 
     @pyro_method
     def guide(self, x: Tensor) -> None:
         """q(z | x)."""
-        with self._plate(x):
+        with self.plate(x):
             pyro.sample("z", self.q_z(x))
 
-    def _plate(self, x: Tensor) -> pyro.plate:
+    def plate(self, x: Tensor) -> pyro.plate:
+        """The data's plate, for rows of shape ``(batch, D)``."""
         # An evaluation may bring more data than the training had.
         return pyro.plate("data", max(self.data_size, len(x)), subsample=x)
 
@@ -167,9 +168,13 @@ class VAE(PyroModule):
             return self.prior()
         return dist.Normal(self.loc.new_zeros(self.latent_dim), 1.0).to_event(1)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the encoder says of data of shape ``(*batch, D)``, shape ``(*batch, H)``."""
+        return self.encoder((x - self.loc) / self.scale)
+
     def q_z(self, x: Tensor) -> dist.TorchDistribution:
         """The posterior that the encoder gives for data of shape ``(*batch, D)``."""
-        features = self.encoder((x - self.loc) / self.scale)
+        features = self.features(x)
         heads = self.heads(features)
         return self.posterior(features, heads)
 
