@@ -226,16 +226,23 @@ def train(transform, dtype, steps=25):
     return d
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-9)])
-def test_a_trained_flow_comes_back_from_its_own_samples(dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trained_flow_comes_back_from_its_own_samples(dtype):
+    """Each row to a few roundings of x, carried back: where the flow squeezes a thousandfold, those count a
+    thousandfold. What training found there differs between processors, this bound does not."""
     transform = T.iterated(6, T.spline_coupling, 2, hidden_dims=[32])
     train(transform, dtype)
     with torch.no_grad():
         z = torch.randn(2000, 2).to(dtype)
         x, ladj = transform.call_and_ladj(z)
-        back, inverse_ladj = transform.inverse_and_ladj(x)
-    assert (back - z).abs().max() <= tolerance
-    assert (ladj + inverse_ladj).abs().max() <= 50 * tolerance
+    x.requires_grad_()
+    back, inverse_ladj = transform.inverse_and_ladj(x)
+    jacobian = torch.stack(
+        [torch.autograd.grad(z.sum(), x, retain_graph=True)[0] for z in back.unbind(-1)], -2
+    )
+    rounding = torch.finfo(dtype).eps * torch.linalg.matrix_norm(jacobian, 2).clamp(min=1)
+    assert ((back - z).abs().amax(-1) / rounding).max() <= 60
+    assert ((ladj + inverse_ladj).abs() / rounding).max() <= 400
 
 
 @pytest.mark.parametrize(
