@@ -58,7 +58,7 @@ static PyObject *call(PyObject *const *args, Py_ssize_t count, int addresses, in
                            : chosen->float_run(&p, a[0], a[1], a[2], a[3], a[4]);
     if (saved) PyEval_RestoreThread(saved);
     if (failed) return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return Py_NewRef(Py_None);
 }
 
 static PyObject *py_run(PyObject *module, PyObject *const *args, Py_ssize_t count) {
@@ -118,7 +118,7 @@ static PyObject *call_coupling(PyObject *const *args, Py_ssize_t count, int addr
 #undef CALL
     if (saved) PyEval_RestoreThread(saved);
     if (failed) return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return Py_NewRef(Py_None);
 }
 
 static PyObject *py_couple(PyObject *module, PyObject *const *args, Py_ssize_t count) {
