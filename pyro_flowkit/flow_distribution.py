@@ -11,7 +11,7 @@ Reference:
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -65,6 +65,9 @@ class FlowDistribution(dist.TransformedDistribution):
     nor a parameter was written to since and the grad mode is the same. Copies and pickles do not carry it.
     """
 
+    _held: Sequence[tuple[list[nn.Module], Tensor | None]] = ()
+    """Modules that get no gradient from its draws; with a boolean tensor only while it is False."""
+
     def __init__(
         self,
         base_dist: torch.distributions.Distribution,
@@ -88,6 +91,12 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _push(self, value: Tensor, inputs: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The draw and its log-density; the inputs of the transforms are added to a list, where one is given."""
+        with ExitStack() as stack:
+            for modules, until in self._held:
+                stack.enter_context(held_fixed(modules, until))
+            return self._pushed(value, inputs)
+
+    def _pushed(self, value: Tensor, inputs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         event_dim = len(self.base_dist.event_shape)
         if _is_empty(value):
             log_prob = value.new_zeros(value.shape[: value.dim() - event_dim])
@@ -291,10 +300,11 @@ class FlowDistribution(dist.TransformedDistribution):
         new = self._get_checked_instance(FlowDistribution, _instance)
         new.path_gradient = self.path_gradient
         new._draw = None
+        new._held = self._held
         return super().expand(batch_shape, _instance=new)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draw": None}
+        return {**self.__dict__, "_draw": None, "_held": ()}
 
 
 def _with_batch_of_contexts(

@@ -15,6 +15,7 @@ from torch.distributions import Transform
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
+from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.nn import Activation, default_hidden_dims
 from pyro_flowkit.ops import Tails
 from pyro_flowkit.transforms.base import check_context, check_size
@@ -32,10 +33,6 @@ from pyro_flowkit.transforms.permute import Permute
 
 MAX_ORDERED_DIM = 128
 
-# How much faster than the splines the slope of a conditional flow's affine map moves under Adam. It is zero at first,
-# so that an encoder learns only by what the map has learned; and it has to be there before the splines do its work.
-WEIGHT_RATE = 2.5
-
 
 class SplineFlow(StoreModule):
     """A rational-quadratic spline coupling flow: density, prior or (with a context) conditional distribution.
@@ -48,7 +45,9 @@ class SplineFlow(StoreModule):
 
     A fresh flow is its base distribution. With a context (and linear tails) it ends in an affine map whose location and
     logarithm of the scale are a linear function and a network of the context: a conditional Gaussian, which the splines
-    bend in units of its scale. The networks see a context that has been :func:`~pyro_flowkit.nn.compressed`.
+    bend in units of its scale. The networks see a context that has been :func:`~pyro_flowkit.nn.compressed`. Trained by
+    its draws, as a posterior is, it begins with the affine map alone; the map's network learns after 20 steps of the
+    optimizer, the splines after 100 (:mod:`pyro_flowkit.head_start`).
 
     Inside a ``PyroModule`` it takes its name in the param store from there; on its own it is SplineFlow, and further
     ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
@@ -130,9 +129,8 @@ class SplineFlow(StoreModule):
                 context_dim,
                 "diagonal",
                 hidden_dims=hidden_dims,
-                rate=1.0,
-                weight_rate=WEIGHT_RATE,
             )
+            self.head_start = HeadStart(self.affine)
         self.standardization = Standardization(input_dim)
         self.base = make_base(base, input_dim, context_dim)
 
@@ -149,7 +147,10 @@ class SplineFlow(StoreModule):
             ValueError: if a context is missing, unexpected or of another size.
         """
         self.sync_with_store()
-        return self._distribution(context, path_gradient)
+        distribution = self._distribution(context, path_gradient)
+        if self.affine is not None:
+            self.head_start.give(distribution, self.layers, self.affine)
+        return distribution
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
         """The layers from base to sample, as transforms, without the standardisation."""

@@ -111,8 +111,13 @@ def is_affine(transform: Transform) -> bool:
 
 
 @contextmanager
-def held_fixed(transforms: Sequence[Transform]) -> Iterator[list[Transform]]:
-    """The transforms, computing with detached parameters and contexts for a while."""
+def held_fixed(transforms: Sequence[Any], until: Tensor | None = None) -> Iterator[list[Transform]]:
+    """The transforms, computing with detached parameters and contexts for a while.
+
+    Args:
+        transforms: modules may be among them, too.
+        until: a boolean, without dimensions; where it is True the parameters are not detached.
+    """
     owners = [t.transform if isinstance(t, ConditionedTransform) else t for t in transforms]
     swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     try:
@@ -122,7 +127,10 @@ def held_fixed(transforms: Sequence[Transform]) -> Iterator[list[Transform]]:
                 for name, parameter in parameters.items():
                     if parameter is not None and parameter.requires_grad:
                         swapped.append((parameters, name, parameter))
-                        parameters[name] = parameter.detach()
+                        held = parameter.detach()
+                        parameters[name] = (  # type: ignore[assignment]
+                            held if until is None else torch.where(until, parameter, held)
+                        )
         yield [_with_fixed_context(transform) for transform in transforms]
     finally:
         for parameters, name, parameter in swapped:

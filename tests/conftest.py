@@ -4,6 +4,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_flowkit import head_start
+
 torch.set_num_threads(1)
 
 
@@ -16,3 +18,10 @@ def fresh_pyro():
     pyro.clear_param_store()
     # torch.compile turns validation off for the whole process
     torch.distributions.Distribution.set_default_validate_args(validated)
+
+
+@pytest.fixture
+def no_head_start(monkeypatch):
+    """Every parameter of a conditional flow learns from the first step on."""
+    monkeypatch.setattr(head_start, "NETWORK_STEPS", 0)
+    monkeypatch.setattr(head_start, "SPLINE_STEPS", 0)

@@ -69,7 +69,7 @@ class VAE(PyroModule):
             pyro.sample("z", self.posterior(self.encoder(x)))
 
 
-def test_flow_prior_and_flow_posterior_of_a_vae_train() -> None:
+def test_flow_prior_and_flow_posterior_of_a_vae_train(no_head_start) -> None:
     vae = VAE()
     trained = two_steps(vae.model, vae.guide, torch.randn(8, 3))
     assert all(trained.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_flowkit import SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 TINY = {"num_transforms": 2, "hidden_dims": [8, 8], "count_bins": 4}
 CONTEXT = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
@@ -20,7 +21,17 @@ def make_flow(input_dim: int = 3, context_dim: int = 0, **settings) -> SplineFlo
 
 
 def bent(*args, **settings) -> SplineFlow:
-    return perturb_(make_flow(*args, **settings), 0.3)
+    flow = perturb_(make_flow(*args, **settings), 0.3)
+    if flow.affine is not None:
+        calm_(flow.affine)
+    return flow
+
+
+def calm_(affine: ConditionalAffine) -> None:
+    """Take its rates out of a map that was perturbed."""
+    with torch.no_grad():
+        affine.raw_constant.div_(affine.rate)
+        affine.weight.div_(affine.weight_rate)
 
 
 DATA = torch.tensor([0.3, 1.2, -0.5, 0.9])

@@ -4,9 +4,9 @@ With x_i the data, z_i their local latents and t the global ones, in unconstrain
 
     c_i = (encoder(x_i), t),   e ~ base,   z_i = m(c_i) + S(c_i) f(e; c_i),   t ~ global guide,
 
-where f is a conditional spline flow, the identity at first, and t is part of the context only with
-``condition_on_global=True``. What is learned is a function of the data: minibatches may have any size, and the
-posterior of data that were not seen in training is a call of the guide.
+where f is a conditional spline flow, the identity at first, which waits while m and S go to where the posterior is
+(:mod:`pyro_flowkit.head_start`), and t is part of the context only with ``condition_on_global=True``. What is learned is a function of the data: minibatches may have any size, and the posterior
+of data that were not seen in training is a call of the guide.
 
 References:
     Diederik P. Kingma, Max Welling. Auto-Encoding Variational Bayes. ICLR 2014.
@@ -53,6 +53,7 @@ from pyro_flowkit.guides.supports import (
     refuse_changing_supports,
 )
 from pyro_flowkit.guides.without_masked import whole_model
+from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
@@ -234,6 +235,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, DataRows, StoreModule):
         self.affine = ConditionalAffine(
             loc, self.init_scale, context_dim, kind, hidden_dims=hidden_dims
         )
+        self.head_start = HeadStart(self.affine)
         self._convert()
 
     def _setup_global_guide(self, args: tuple, kwargs: dict) -> None:
@@ -284,6 +286,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, DataRows, StoreModule):
         features = self._encode(args, kwargs)
         with plates[self._plate] as rows:
             posterior = self._posterior(self._features_of(rows, features), global_context)
+        self.head_start.give(posterior, self.flow.layers, self.affine)
         masks = self._row_masks(rows, args, kwargs)
         with plates[self._plate], masks.around():
             latent = pyro.sample(

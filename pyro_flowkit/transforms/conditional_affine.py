@@ -5,9 +5,11 @@ r"""An affine map whose location and scale are functions of the context: the las
 with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
 network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
 network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
-Adam they move ``rate`` times faster than the other parameters, and the linear part ``weight_rate`` times.
+Adam they move ``rate`` times faster than the other parameters. So does the linear part, for contexts of few numbers; of
+many each moves less, as their moves add up.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,7 +30,8 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         kind: "full" (lower triangular) or "diagonal" scale.
         hidden_dims: widths of the network's hidden layers.
         rate: how much faster than other parameters the constants move, positive.
-        weight_rate: how much faster the linear part moves, positive.
+        weight_rate: how much faster the linear part moves, positive; None is ``20 / sqrt(context_dim)``, but at most
+            ``rate``.
 
     Shapes: ``(*batch, D)`` and a context ``(*batch, context_dim)`` to ``(*batch, D)``, with log-det ``(*batch,)`` in
     nats.
@@ -45,12 +48,15 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         *,
         hidden_dims: Sequence[int],
         rate: float = 10.0,
-        weight_rate: float = 1.0,
+        weight_rate: float | None = None,
     ):
         size = loc.shape[-1]
         super().__init__(size, context_dim)
         self.kind = kind if size > 1 else "diagonal"
-        self.rate, self.weight_rate = rate, weight_rate
+        self.rate = rate
+        self.weight_rate = (
+            min(rate, 20.0 / math.sqrt(context_dim)) if weight_rate is None else weight_rate
+        )
         below = size * (size - 1) // 2 if self.kind == "full" else 0
         initial = [loc.detach(), torch.full_like(loc.detach(), scale).log(), loc.new_zeros(below)]
         self.raw_constant = nn.Parameter(torch.cat(initial) / rate)

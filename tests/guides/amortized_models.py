@@ -42,4 +42,7 @@ def make_guide(of=model, encoder=None, *, context_dim: int = 2, **settings) -> A
 
 
 def ready_guide(*args, **settings) -> AmortizedSplineFlow:
-    return perturb_(make_guide(*args, **settings).setup(DATA), 0.1)
+    guide = perturb_(make_guide(*args, **settings).setup(DATA), 0.1)
+    with torch.no_grad():
+        guide.affine.weight.div_(guide.affine.weight_rate)
+    return guide

@@ -34,6 +34,8 @@ from tests.guides.amortized_models import (
 )
 from tests.tiny import step
 
+pytestmark = pytest.mark.usefixtures("no_head_start")
+
 SITES = {"loc", "scale", "z", "weights"}
 
 
