@@ -108,7 +108,9 @@ class ZukoFlow(nn.Module):
     def forward(self, context: Tensor) -> Any:
         from pyro.contrib.zuko import ZukoToPyro
 
-        return ZukoToPyro(self.flow(context))
+        distribution = ZukoToPyro(self.flow(context))
+        distribution.sample = distribution.dist.sample  # it only draws when it is called
+        return distribution
 
 
 NOTEBOOK: dict[str, Callable[[], nn.Module]] = {
