@@ -5,8 +5,9 @@ With x_i the data, z_i their local latents and t the global ones, in unconstrain
     c_i = (encoder(x_i), t),   e ~ base,   z_i = m(c_i) + S(c_i) f(e; c_i),   t ~ global guide,
 
 where f is a conditional spline flow, the identity at first, which waits while m and S go to where the posterior is
-(:mod:`pyro_flowkit.head_start`), and t is part of the context only with ``condition_on_global=True``. What is learned is a function of the data: minibatches may have any size, and the posterior
-of data that were not seen in training is a call of the guide.
+(:mod:`pyro_flowkit.head_start`), and t is part of the context only with ``condition_on_global=True``. What is learned
+is a function of the data: minibatches may have any size, and the posterior of data that were not seen in training is a
+call of the guide.
 
 References:
     Diederik P. Kingma, Max Welling. Auto-Encoding Variational Bayes. ICLR 2014.
