@@ -85,7 +85,7 @@ def test_latent_density_is_the_models_log_joint(model, vectorized) -> None:
     x = torch.arange(6.0).reshape(2, 3)
     guide = AutoSplineFlow(model, **TINY).setup(x)
     density = LatentDensity(model, guide, (x,))
-    assert density.is_vectorized == vectorized
+    assert (density.obstacle is None) == vectorized
     latent = torch.randn(4, guide.latent_dim)
     expected = []
     for row in latent:
