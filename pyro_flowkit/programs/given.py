@@ -36,7 +36,7 @@ class Given(TorchDistribution):
     @property
     def expanded_shape(self) -> torch.Size:
         """The batch shape in the plates around the site, once it has passed them."""
-        return torch.Size(self._shared.get("batch_shape", self.batch_shape))
+        return self._shared["batch_shape"] if "batch_shape" in self._shared else self.batch_shape
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Given":
         new = Given(self._like, torch.Size(batch_shape))
