@@ -22,6 +22,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 
 from models._targets import Target, targets
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.training.objective import chosen_loss
 
 HIDDEN_DIMS = [32, 32]
 NUM_TRANSFORMS = 4
@@ -91,6 +92,22 @@ def loop_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], o
         loss = elbo.differentiable_loss(problem.model, guide, *problem.args)
         optimizer.zero_grad()
         loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def fit_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], object]:
+    """A step as `fit` takes it by the guide's recipe: the model as a recording, the same Adam."""
+    options: dict[str, Any] = {"objective": None, "num_particles": num_particles}
+    loss = chosen_loss(problem.model, guide, (), problem.args, {}, **options)
+    loss.prepare((), None, False)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=LR, fused=True)
+    guide.pace.is_resting = True
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss.backward(())
         optimizer.step()
 
     return step

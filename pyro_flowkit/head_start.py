@@ -72,7 +72,10 @@ class HeadStart(nn.Module):
         if not is_tracing and bool(self.steps >= SPLINE_STEPS):
             return
         self._count(affine)
-        waiting = (([affine.network], NETWORK_STEPS), ([*splines], SPLINE_STEPS))
+        waiting: list[tuple[list[nn.Module], int]] = [
+            ([affine.network], NETWORK_STEPS),
+            ([*splines], SPLINE_STEPS),
+        ]
         if is_tracing:
             distribution._held = [(modules, self.steps >= end) for modules, end in waiting]
         else:

@@ -128,7 +128,7 @@ def held_fixed(transforms: Sequence[Any], until: Tensor | None = None) -> Iterat
                     if parameter is not None and parameter.requires_grad:
                         swapped.append((parameters, name, parameter))
                         held = parameter.detach()
-                        parameters[name] = (  # type: ignore[assignment]
+                        parameters[name] = (
                             held if until is None else torch.where(until, parameter, held)
                         )
         yield [_with_fixed_context(transform) for transform in transforms]

@@ -14,11 +14,12 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
-    {"ops"},
+    {"ops", "programs"},
     {"nn"},
     {"transforms"},
     {"path_gradient"},
     {"_pyro", "bases", "flow_distribution", "preprocessing"},
+    {"head_start"},
     {"flows"},
     {"guides", "objectives"},
     {"diagnostics", "testing"},

@@ -79,8 +79,9 @@ def evidence_bounds(
         num_particles: the K of IWAE-K. The default leaves out what exceeds ``num_samples``.
         exact_log_evidence: the true log evidence in nats, where it is known.
         chunk_size: draws that pass through the model at once; memory grows with it.
-        vectorize: True demands vectorised particles, False runs them one by one, None tries the
-            first and falls back to the second with a warning.
+        vectorize: True demands particles that run at once (in a plate, or by a recording of the
+            model), False runs them one by one, None tries the first and falls back to the second with a
+            warning.
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:

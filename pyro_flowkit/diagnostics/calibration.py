@@ -30,15 +30,10 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.particles import (
-    Particles,
-    draw_particles,
-    evaluation,
-    plates_of,
-    sample_sites,
-)
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.schema import schema_attrs
 from pyro_flowkit.diagnostics.uniformity import DEFAULT_LEVEL, calibration_tests
+from pyro_flowkit.programs.sites import plates_of, scored_sites
 
 Observations = dict[str, Tensor]
 Arguments = tuple[tuple, dict[str, Any]]
@@ -173,8 +168,8 @@ class _Ranks:
         """Adds a chunk of draws."""
         self._check_observed(particles)
         self.size += particles.size
-        simulated = Particles(self.truth, self.truth, 1, particles.nesting, False)
-        for name, site in sample_sites(particles.model_trace):
+        simulated = Particles(self.truth, self.truth, 1, particles.nesting)
+        for name, site in scored_sites(particles.model_trace):
             if site["is_observed"]:
                 continue
             plates, event_dim = plates_of(site), site["fn"].event_dim
@@ -234,7 +229,7 @@ def _train(make_guide: Callable[..., Callable], args: tuple, kwargs: dict, seed:
 def _observations(trace: Any) -> Observations:
     """What an unconditioned model simulated in the place of its observations."""
     found = {}
-    for name, site in sample_sites(trace):
+    for name, site in scored_sites(trace):
         if isinstance(site["fn"], Unit):
             raise ValueError(
                 f"Expected a model that simulates its data, got pyro.factor at '{name}', which "

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_flowkit.diagnostics.bounds import as_exact
 from pyro_flowkit.diagnostics.local_optimum import ROUNDS, LocalProblem, new_seed
-from pyro_flowkit.diagnostics.particles import evaluation
+from pyro_flowkit.diagnostics.particles import Particles, evaluation
 from pyro_flowkit.diagnostics.pointwise import batches, check_data
 from pyro_flowkit.diagnostics.schema import (
     DIAGNOSTIC,
@@ -128,13 +128,17 @@ def inference_gaps(
     if exact_log_evidence is not None:
         exact = as_exact(exact_log_evidence, [len(tensors[0])])
 
+    like: Particles | None = None
+
     def log_weights(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal plate, vectorize
+        nonlocal plate, like
         parts: list[tuple[Tensor, ...]] = []
         for rows in batches(tensors, batch_size or 256):
-            problem = LocalProblem.of(model, guide, rows, args, kwargs or {}, plate, vectorize)
+            problem = LocalProblem.of(
+                model, guide, rows, args, kwargs or {}, plate, vectorize, like
+            )
             # Settled by the first batch: a last batch of one row would fit any plate.
-            plate, vectorize = problem.plate, problem.like.stacked
+            plate, like = problem.plate, problem.like
             local, late_gain = problem.optimize(num_steps, lr, num_particles)
             few, own_seed = max(_MIN_CHOICE, num_samples // 4), new_seed()
             gain = problem.log_weights(local, few, own_seed)

@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_flowkit.diagnostics.naming import latent_sites
-from pyro_flowkit.diagnostics.particles import (
-    Particles,
-    is_point_mass,
-    sample_sites,
-    unscaled_log_prob,
-)
+from pyro_flowkit.diagnostics.particles import Particles
+from pyro_flowkit.programs.sites import is_point_mass, scored_sites, unscaled_log_prob
 
 
 class LatentColumns:
@@ -57,7 +53,7 @@ class LatentColumns:
         return columns
 
     def _all(self) -> Iterator[tuple[Any, int]]:
-        for _, site in sample_sites(self.particles.guide_trace):
+        for _, site in scored_sites(self.particles.guide_trace):
             yield site, 1
         for site in self.sites.values():
             yield site, -1

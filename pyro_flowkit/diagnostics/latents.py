@@ -46,16 +46,11 @@ from torch import Tensor
 
 from pyro_flowkit.diagnostics.directions import explained_by_direction, largest_of_noise
 from pyro_flowkit.diagnostics.latent_columns import LatentColumns
-from pyro_flowkit.diagnostics.particles import (
-    Particles,
-    draw_particles,
-    evaluation,
-    is_point_mass,
-    sample_sites,
-)
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.pointwise import ROWS_AT_ONCE, batches, check_data, data_plate
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, ESTIMATE, schema_attrs
 from pyro_flowkit.diagnostics.verdict import Verdict
+from pyro_flowkit.programs.sites import is_point_mass, scored_sites
 
 ACTIVE = 0.01
 """Share of the variance that the means of an active latent or direction vary by, over data, at least.
@@ -121,6 +116,7 @@ def latent_usage(
     batch_size = min(batch_size or 256, num_data)
     parts: list[dict[str, Tensor]] = []
     within: dict[str, Tensor] = {}
+    like: Particles | None = None
     with evaluation(model, guide, seed=seed):
         for rows in batches(tensors, batch_size):
             columns: dict[str, list[Tensor]] = {}
@@ -133,11 +129,13 @@ def latent_usage(
                 chunk_size=max(1, ROWS_AT_ONCE // batch_size),
                 whole_data=False,
                 vectorize=vectorize,
+                like=like,
+                ways=("plate",),  # the prior of a latent is drawn from, too
             ):
                 # Settled by the first batch: a last batch of one row would fit any plate.
                 plate, dim = data_plate(particles, len(rows[0]), plate)
                 _check_random(particles)
-                vectorize = particles.stacked
+                like = like or particles
                 view = LatentColumns(particles, dim, len(rows[0]))
                 for name, value in view.columns().items():
                     columns.setdefault(name, []).append(value)
@@ -226,7 +224,7 @@ def _following(usage: xr.Dataset) -> list[str]:
 
 
 def _check_random(particles: Particles) -> None:
-    fns = [site["fn"] for _, site in sample_sites(particles.guide_trace)]
+    fns = [site["fn"] for _, site in scored_sites(particles.guide_trace)]
     if all(is_point_mass(fn) for fn in fns):
         raise ValueError(
             "Expected a guide with random latents, got point estimates (Delta) only: they have no KL"

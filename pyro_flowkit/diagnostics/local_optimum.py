@@ -65,11 +65,17 @@ class LocalProblem:
         kwargs: dict[str, Any],
         plate: str | None,
         vectorize: bool | None,
+        like: Particles | None,
     ) -> "LocalProblem":
         call = (model, guide, (*rows, *args), kwargs)
         like = next(
             draw_particles(
-                *call, num_samples=2, chunk_size=2, whole_data=False, vectorize=vectorize
+                *call,
+                num_samples=2,
+                chunk_size=2,
+                whole_data=False,
+                vectorize=vectorize,
+                like=like,
             )
         )
         plate, dim = data_plate(like, len(rows[0]), plate)
@@ -87,7 +93,7 @@ class LocalProblem:
                 num_samples=num_samples,
                 chunk_size=max(1, ROWS_AT_ONCE // len(self.rows[0])),
                 plate=self.plate,
-                vectorize=self.like.stacked,
+                like=self.like,
             ).log_weights
 
     def optimize(

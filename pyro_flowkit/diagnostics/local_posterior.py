@@ -29,8 +29,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_flowkit.diagnostics.particles import innermost, is_point_mass, sample_sites
 from pyro_flowkit.flow_distribution import FlowDistribution
+from pyro_flowkit.programs.sites import innermost, is_point_mass, scored_sites
 from pyro_flowkit.transforms.conditional import ConditionedTransform
 
 ENCODER = "encoder"
@@ -151,7 +151,7 @@ def local_families(first: Any, second: Any, replayed: Any, dim: int) -> dict[str
             if there is none, or if the numbers of a site are not the same for the same draws.
     """
     families = {}
-    for name, site in sample_sites(first):
+    for name, site in scored_sites(first):
         fn, value = site["fn"], site["value"].detach().clone()
         if site["is_observed"] or is_point_mass(fn):
             continue

@@ -13,8 +13,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.particles import Particles, plates_of, sample_sites
+from pyro_flowkit.diagnostics.particles import Particles
 from pyro_flowkit.diagnostics.schema import DRAWS, schema_attrs
+from pyro_flowkit.programs.sites import plates_of, scored_sites
 
 
 class Namer:
@@ -106,7 +107,7 @@ class Namer:
 def latent_sites(particles: Particles) -> list[tuple[str, Any]]:
     return [
         (name, site)
-        for name, site in sample_sites(particles.model_trace)
+        for name, site in scored_sites(particles.model_trace)
         if not site["is_observed"]
     ]
 
@@ -115,7 +116,7 @@ def observed_sites(particles: Particles) -> list[tuple[str, Any]]:
     """Observed sites with values: ``pyro.factor`` has none."""
     return [
         (name, site)
-        for name, site in sample_sites(particles.model_trace)
+        for name, site in scored_sites(particles.model_trace)
         if site["is_observed"] and site["value"].numel() > 0
     ]
 

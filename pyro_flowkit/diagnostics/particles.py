@@ -2,28 +2,39 @@ r"""Draws of a guide with their log weights: the raw material of every bound.
 
 A particle is one draw ``z ~ q(z)`` of all latents of a model, with ``log p(x, z)`` and ``log
 q(z)``; its log weight is ``log w = log p(x, z) - log q(z)``, and ``E_q[w] = p(x)`` whatever the
-guide. Model and guide run under one more plate to the left of their own, many particles at a time.
-A model that mixes particles under that plate (``z.mean()``, ``float(z)``) gives wrong numbers
-without any error, so the first particle of each run is computed a second time by itself and must
-agree. Where that fails, the particles are run one by one and a warning says so.
+guide. Many particles at a time run under one more plate to the left of the program's own: the
+guide, and the model by whichever way gives the densities of plain runs at every site
+(:mod:`pyro_flowkit.programs.vectorized`). Where none does, they are run one by one and a warning
+says so.
 """
 
 import contextlib
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-Site = dict[str, Any]
+from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
+from pyro_flowkit.programs.sites import (
+    PARTICLES,
+    Site,
+    guided_names,
+    nesting_of,
+    scored_sites,
+    subsampled_frame,
+)
+from pyro_flowkit.programs.vectorized import Vectorized, Way
+
+# A plate needs no recording, which pays where a model runs thousands of times.
+WAYS: tuple[Way, ...] = ("plate", "graph")
 
 
 @dataclass(frozen=True)
@@ -31,15 +42,35 @@ class Particles:
     """Traces of ``size`` particles.
 
     ``nesting`` is the number of the model's own batch dimensions; the particles are in the
-    dimension to the left of them, or there is one particle and no such dimension (``stacked`` is
-    False).
+    dimension to the left of them, and ``program`` is the model for many of them, or there is one
+    particle and no such dimension (``program`` is None).
     """
 
     model_trace: Any
     guide_trace: Any
     size: int
     nesting: int
-    stacked: bool
+    program: Vectorized | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the particles have a dimension of their own."""
+        return self.program is not None
+
+    def latents(self) -> dict[str, Tensor]:
+        """Values of the latents of each particle as in a plain run, ``(size, *batch, *event)``."""
+        found = {}
+        for name, site in scored_sites(self.model_trace):
+            if not site["is_observed"]:
+                own = self.program.latents[name] if self.program else len(site["fn"].batch_shape)
+                value = self.view(site["value"], site["fn"].event_dim)
+                found[name] = value.reshape(self.size, *value.shape[1 + self.nesting - own :])
+        return found
+
+    def runs_in_plate(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether the model is written for a plate of particles, whatever way its densities take."""
+        program = self.program
+        return program is not None and program.agrees("plate", self.latents(), args, kwargs)
 
     def view(self, value: Tensor, event_dim: int = 0) -> Tensor:
         """``value`` with shape ``(size, *nesting dimensions, *event)``."""
@@ -63,7 +94,7 @@ class Particles:
 
     def _total(self, trace: Any) -> Tensor:
         total = torch.zeros(self.size, dtype=torch.float64)
-        for _, site in sample_sites(trace):
+        for _, site in scored_sites(trace):
             total += (
                 self.view(site["log_prob"])
                 .reshape(self.size, -1)
@@ -71,24 +102,6 @@ class Particles:
                 .cpu()
             )
         return total
-
-
-def sample_sites(trace: Any) -> Iterator[tuple[str, Site]]:
-    """The sample sites of a trace that carry a density: no ``pyro.deterministic``."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
-            yield name, site
-
-
-def unscaled_log_prob(site: Site) -> Tensor:
-    """The log density of a site with its mask, without the scale of a subsampled plate."""
-    return scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-
-
-def plates_of(site: Site) -> dict[int, Any]:
-    """The vectorised plates of a site by their (negative) dimension, particles left out."""
-    frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
-    return {frame.dim: frame for frame in frames if frame.name != _PARTICLES}
 
 
 @contextlib.contextmanager
@@ -120,6 +133,8 @@ def draw_particles(
     chunk_size: int,
     whole_data: bool,
     vectorize: bool | None = None,
+    like: Particles | None = None,
+    ways: Sequence[Way] = WAYS,
 ) -> Iterator[Particles]:
     """Yields particles in chunks of at most ``chunk_size``, ``num_samples`` in all.
 
@@ -133,6 +148,9 @@ def draw_particles(
         whole_data: refuse a subsampled plate, whose scaled weights say nothing about the evidence.
         vectorize: True runs a chunk at once, False one by one; None tries the first and falls back
             to the second with a warning.
+        like: particles of this model and a guide like this one, for other data: what was found out
+            about them is not found out again.
+        ways: those to many particles at a time that are tried.
 
     Raises:
         ValueError: if a latent of the model has no site in the guide or the other way round, or
@@ -142,34 +160,42 @@ def draw_particles(
         raise ValueError(
             f"Expected num_samples >= 1 and chunk_size >= 1, got {num_samples} and {chunk_size}"
         )
-    prototype = _prototype(model, guide, args, kwargs)
+    if like is None:
+        like = _prototype(model, guide, args, kwargs)
+        if vectorize is not False and num_samples > 1:
+            program = _program(model, guide, args, kwargs, vectorize, num_samples, ways)
+            like = dataclasses.replace(like, program=program)
     if whole_data:
-        _refuse_subsampling(prototype.model_trace)
+        _refuse_subsampling(like.model_trace)
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
-    first = None
-    if vectorize is not False and num_samples > 1:
-        try:
-            first = _stacked(model, guide, args, kwargs, prototype.nesting, sizes[0])
-            _check_first_particle(model, guide, args, kwargs, prototype, first)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if vectorize:
-                raise
-            first = None
-            warnings.warn(
-                f"The model and the guide cannot be vectorised over particles "
-                f"({str(error).splitlines()[0]}); "
-                f"running {num_samples} particles one by one",
-                stacklevel=4,
-            )
-    if first is None:
-        for _ in range(num_samples):
-            yield from draw_again(prototype, model, guide, args, kwargs, 1)
-        return
-    yield first
-    for size in sizes[1:]:
-        yield from draw_again(first, model, guide, args, kwargs, size)
+    for size in sizes if like.stacked else [1] * num_samples:
+        yield from draw_again(like, model, guide, args, kwargs, size)
+
+
+def _program(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    vectorize: bool | None,
+    num_samples: int,
+    ways: Sequence[Way],
+) -> Vectorized | None:
+    """The model for many particles; None where there is none that is faster than one by one."""
+    try:
+        return vectorized(model, guide, args, kwargs, with_deterministic=True, ways=ways)
+    except NotVectorizable as error:
+        reason = error
+    if vectorize:
+        raise ValueError(
+            f"Expected a model and a guide that can be vectorised over particles, got {reason}"
+        )
+    warnings.warn(
+        f"The model and the guide cannot be vectorised over particles ({reason}); "
+        f"running {num_samples} particles one by one",
+        stacklevel=5,
+    )
+    return None
 
 
 def draw_again(
@@ -185,29 +211,59 @@ def draw_again(
     They are stacked where those are, otherwise one by one. Gradients are followed where they are
     enabled.
     """
-    if like.stacked:
-        return [_stacked(model, guide, args, kwargs, like.nesting, size)]
+    if like.program is not None:
+        with pyro.plate(PARTICLES, size, dim=-like.nesting - 1):
+            guide_trace, model_trace = _run(like.program, guide, args, kwargs)
+        return [Particles(model_trace, guide_trace, size, like.nesting, like.program)]
     drawn = []
     for _ in range(size):
         guide_trace, model_trace = _run(model, guide, args, kwargs)
-        drawn.append(Particles(model_trace, guide_trace, 1, like.nesting, False))
+        drawn.append(Particles(model_trace, guide_trace, 1, like.nesting))
     return drawn
 
 
-def trace_again(
-    like: Particles, program: Callable, args: tuple, kwargs: dict[str, Any], size: int
-) -> Particles:
-    """One run of a program by itself, under the plates of ``like`` and without densities.
+def draws_again(
+    like: Particles,
+    program: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    size: int,
+    latents: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What a program draws at some sites, ``(size, *nesting, *event)``, under the plates of ``like``.
 
-    It stands for model and guide alike; ``size`` is 1 where ``like`` is not stacked.
+    Args:
+        like: particles of the program with its observations.
+        program: the program, without them.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        names: of the sites.
+        size: number of draws.
+        latents: values ``(size, *batch, *event)``; without them the latents are drawn, too.
     """
-    plate = pyro.plate(_PARTICLES, size, dim=-like.nesting - 1) if like.stacked else None
-    with plate or contextlib.nullcontext():
-        trace = poutine.trace(program).get_trace(*args, **kwargs)
-    return Particles(trace, trace, size, like.nesting, like.stacked)
+    if like.program is not None and like.runs_in_plate(args, kwargs):
+        wide = {
+            name: like.program.padded(name, value, args, kwargs)
+            for name, value in (latents or {}).items()
+        }
+        with poutine.condition(data=wide), pyro.plate(PARTICLES, size, dim=-like.nesting - 1):
+            trace = poutine.trace(program).get_trace(*args, **kwargs)
+        drawn = dataclasses.replace(like, size=size)
+        return {name: _drawn(drawn, trace.nodes[name]) for name in names}
+    one = Particles(like.model_trace, like.guide_trace, 1, like.nesting)
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for row in range(size):
+        values = {name: value[row] for name, value in (latents or {}).items()}
+        with poutine.condition(data=values):
+            trace = poutine.trace(program).get_trace(*args, **kwargs)
+        for name in names:
+            found[name].append(_drawn(one, trace.nodes[name]))
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
-_PARTICLES = "num_particles_vectorized"  # the name that Pyro's own ELBOs give to this plate
+def _drawn(particles: Particles, site: Site) -> Tensor:
+    return particles.view(site["value"], site["fn"].event_dim).cpu()
 
 
 def _owner(program: Any) -> Any:
@@ -231,102 +287,23 @@ def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) 
 def _prototype(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Particles:
     """One plain run: sets up a lazy guide, shows the plates, and is checked for its latents."""
     guide_trace, model_trace = _run(model, guide, args, kwargs)
-    latents = {name for name, site in sample_sites(model_trace) if not site["is_observed"]}
-    guided = {
-        name
-        for name, site in sample_sites(guide_trace)
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
-    }
+    latents = {name for name, site in scored_sites(model_trace) if not site["is_observed"]}
+    guided = set(guided_names(guide_trace))
     if latents != guided:
         raise ValueError(
             "Expected the same latents in model and guide, got "
             f"{sorted(latents - guided)} in the model only and {sorted(guided - latents)} in the "
             "guide only (a latent that is enumerated, not guided, must be summed out in the model)"
         )
-    dims = [
-        dim
-        for trace in (model_trace, guide_trace)
-        for _, site in sample_sites(trace)
-        for dim in plates_of(site)
-    ]
-    return Particles(model_trace, guide_trace, 1, -min(dims, default=0), False)
-
-
-def _stacked(
-    model: Callable,
-    guide: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    nesting: int,
-    size: int,
-) -> Particles:
-    dim = -nesting - 1
-    with pyro.plate(_PARTICLES, size, dim=dim):
-        guide_trace, model_trace = _run(model, guide, args, kwargs)
-    for trace in (guide_trace, model_trace):
-        for name, site in sample_sites(trace):
-            shape = tuple(site["log_prob"].shape)
-            if len(shape) < -dim or shape[dim] != size:
-                raise ValueError(
-                    f"expected site '{name}' to have {size} particles in dimension {dim}, got "
-                    f"a log_prob of shape {shape}"
-                )
-    return Particles(model_trace, guide_trace, size, nesting, True)
-
-
-def _check_first_particle(
-    model: Callable,
-    guide: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    prototype: Particles,
-    particles: Particles,
-) -> None:
-    """Raises ValueError unless the first particle run by itself has the same log densities."""
-    alone = prototype.guide_trace.copy()
-    for name, site in list(sample_sites(alone)):
-        if is_point_mass(site["fn"]):
-            # Follows from the other sites; replayed, a last digit would cost all of its density.
-            alone.remove_node(name)
-            continue
-        stacked = particles.guide_trace.nodes[name]["value"]
-        value = particles.view(stacked, site["fn"].event_dim)[0].reshape(site["value"].shape)
-        alone.nodes[name] = {**site, "value": value}
-    guide_trace, model_trace = _run(model, poutine.replay(guide, trace=alone), args, kwargs)
-    single = Particles(model_trace, guide_trace, 1, prototype.nesting, False)
-    site_log_probs = [site["log_prob"] for _, site in sample_sites(model_trace)]
-    coarsest = max(torch.finfo(log_prob.dtype).eps for log_prob in site_log_probs)
-    size = sum(float(lp[lp.isfinite()].abs().sum()) for lp in site_log_probs)
-    tolerance = 1e3 * coarsest * (1.0 + size)
-    for what, expected, got in (
-        ("log p", single.log_joint()[0], particles.log_joint()[0]),
-        ("log q", single.log_guide()[0], particles.log_guide()[0]),
-    ):
-        if not torch.isclose(expected, got, rtol=0.0, atol=tolerance, equal_nan=True):
-            raise ValueError(
-                f"expected {what} = {float(expected):.6g} for a particle run by itself, got "
-                f"{float(got):.6g} beside {particles.size - 1} others"
-            )
+    return Particles(model_trace, guide_trace, 1, nesting_of(model_trace, guide_trace))
 
 
 def _refuse_subsampling(model_trace: Any) -> None:
-    for name, site in sample_sites(model_trace):
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"Expected all {frame.full_size} data in plate '{frame.name}' of site "
-                    f"'{name}', got a subsample of {frame.size}: the weights of a minibatch say "
-                    "nothing about the evidence; pass the whole data"
-                )
-
-
-def is_point_mass(fn: Any) -> bool:
-    """Whether a distribution is a ``Delta``, whatever it is wrapped in."""
-    return isinstance(innermost(fn), Delta)
-
-
-def innermost(fn: Any) -> Any:
-    """The distribution inside of ``to_event``, ``mask``, transforms and the like."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+    for name, site in scored_sites(model_trace):
+        frame = subsampled_frame(site)
+        if frame is not None:
+            raise ValueError(
+                f"Expected all {frame.full_size} data in plate '{frame.name}' of site "
+                f"'{name}', got a subsample of {frame.size}: the weights of a minibatch say "
+                "nothing about the evidence; pass the whole data"
+            )

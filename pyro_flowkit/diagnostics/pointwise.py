@@ -17,15 +17,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
-from pyro_flowkit.diagnostics.particles import (
-    Particles,
-    draw_particles,
-    evaluation,
-    plates_of,
-    sample_sites,
-    unscaled_log_prob,
-)
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.schema import EXACT, schema_attrs
+from pyro_flowkit.programs.sites import plates_of, scored_sites, unscaled_log_prob
 
 ROWS_AT_ONCE = 16_384
 
@@ -101,7 +95,8 @@ def pointwise_bounds(
                     num_samples=num_samples,
                     chunk_size=chunk_size,
                     plate=settled.plate if settled else plate,
-                    vectorize=settled.stacked if settled and num_samples > 1 else vectorize,
+                    vectorize=vectorize,
+                    like=settled.like if settled else None,
                 )
             )
     log_weights = torch.cat([pool.log_weights for pool in pools])
@@ -156,13 +151,13 @@ class DatumPool:
     Attributes:
         log_weights: of every datum by itself, shape ``(data, draws)``, float64, in nats.
         plate: the name of the plate of the data.
-        stacked: whether the draws were vectorised.
+        like: some of the draws, for :func:`draw_particles`.
         event_size: observed values per datum.
     """
 
     log_weights: Tensor
     plate: str
-    stacked: bool
+    like: Particles
     event_size: int
 
 
@@ -176,7 +171,8 @@ def draw_pool(
     num_samples: int,
     chunk_size: int,
     plate: str | None,
-    vectorize: bool | None,
+    vectorize: bool | None = None,
+    like: Particles | None = None,
 ) -> DatumPool:
     """Log weights of the data of one batch; see `pointwise_bounds` for arguments and errors."""
     size, chunks = len(batch[0]), []
@@ -189,15 +185,16 @@ def draw_pool(
         chunk_size=chunk_size,
         whole_data=False,
         vectorize=vectorize,
+        like=like,
     ):
         plate, dim = data_plate(particles, size, plate)
         chunks.append(datum_log_weights(particles, dim, size))
     event_size = sum(
         site["value"].numel() // size
-        for _, site in sample_sites(particles.model_trace)
+        for _, site in scored_sites(particles.model_trace)
         if site["is_observed"]
     )
-    return DatumPool(torch.cat(chunks).T, str(plate), particles.stacked, event_size)
+    return DatumPool(torch.cat(chunks).T, str(plate), like or particles, event_size)
 
 
 def check_data(data: Any) -> tuple[Tensor, ...]:
@@ -223,7 +220,7 @@ def batches(tensors: tuple[Tensor, ...], batch_size: int) -> Iterator[tuple[Tens
 
 def _sites(particles: Particles) -> Iterator[tuple[str, str, Any]]:
     for program, trace in (("model", particles.model_trace), ("guide", particles.guide_trace)):
-        for name, site in sample_sites(trace):
+        for name, site in scored_sites(trace):
             yield program, name, site
 
 

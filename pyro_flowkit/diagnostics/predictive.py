@@ -8,13 +8,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.naming import latent_sites, observed_sites
-from pyro_flowkit.diagnostics.particles import Particles, evaluation, trace_again
+from pyro_flowkit.diagnostics.particles import Particles, draws_again, evaluation
 
 MAX_NUMBERS = 10**8
 """Predictions that are more numbers than this are kept on demand only."""
@@ -34,9 +32,10 @@ def posterior_predictive(
 ) -> dict[str, Tensor]:
     """A draw of every observed site for each particle, ``(particles, *nesting, *event)``."""
     sites = [name for name, _ in observed_sites(particles)]
-    with evaluation(seed=seed), _Unobserve(sites), poutine.replay(trace=particles.guide_trace):
-        drawn = trace_again(particles, model, args, kwargs, particles.size)
-    return _values(drawn, sites)
+    with evaluation(seed=seed), _Unobserve(sites):
+        return draws_again(
+            particles, model, args, kwargs, sites, particles.size, particles.latents()
+        )
 
 
 def prior_draws(
@@ -53,15 +52,9 @@ def prior_draws(
     """
     latent = [name for name, _ in latent_sites(particles)]
     observed = [name for name, _ in observed_sites(particles)]
-    found: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = ({}, {})
-    size = num_samples if particles.stacked else 1
     with evaluation(seed=seed), _Unobserve(observed):
         try:
-            for _ in range(num_samples // size):
-                drawn = trace_again(particles, model, args, kwargs, size)
-                for group, names in zip(found, (latent, observed), strict=True):
-                    for name, value in _values(drawn, names).items():
-                        group.setdefault(name, []).append(value)
+            drawn = draws_again(particles, model, args, kwargs, [*latent, *observed], num_samples)
         except (NotImplementedError, ValueError, RuntimeError) as error:
             warnings.warn(
                 f"The prior cannot be drawn from ({str(error).splitlines()[0]}): the tree has no groups "
@@ -69,10 +62,7 @@ def prior_draws(
                 stacklevel=3,
             )
             return {}, {}
-    prior, predictions = (
-        {name: torch.cat(values) for name, values in group.items()} for group in found
-    )
-    return prior, predictions
+    return {name: drawn[name] for name in latent}, {name: drawn[name] for name in observed}
 
 
 class _Unobserve(Messenger):
@@ -85,8 +75,3 @@ class _Unobserve(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self._names and msg["is_observed"]:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
-
-
-def _values(drawn: Particles, names: list[str]) -> dict[str, Tensor]:
-    sites = ((name, drawn.model_trace.nodes[name]) for name in names)
-    return {name: drawn.view(site["value"], site["fn"].event_dim).cpu() for name, site in sites}

@@ -31,6 +31,7 @@ from pyro_flowkit.guides.circular import CircularAffine, angular_columns
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.pace import FLOW, HIERARCHY, Pace
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
@@ -40,6 +41,7 @@ from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
@@ -283,6 +285,28 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         if torch.is_grad_enabled() and not is_transformed():
             self.pace.drew(latent.shape[:-1].numel())
         return latent
+
+    def draw_with_log_prob(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws for a step of training, whose parameters are in step with the param store.
+
+        Returns:
+            Unconstrained latents ``(num_samples, latent_dim)``, their log-density in nats, and the term of log q that
+            the gradient of the ELBO goes through, both ``(num_samples,)``.
+        """
+        posterior = self.get_posterior()
+        latent = posterior.rsample((num_samples,))
+        if torch.is_grad_enabled():
+            self.pace.drew(num_samples)
+        parts = posterior.score_parts(latent)
+        return latent, parts.log_prob, cast(Tensor, parts.entropy_term)
+
+    def elbo(self, program: Vectorized, num_particles: int) -> LatentELBO | None:
+        """The objective for this guide and its model at many draws, without handlers; None if it has none."""
+        if (
+            program.way != "graph" or self.idle is not None
+        ):  # the handlers compare masks at every call
+            return None
+        return LatentELBO(program, num_particles)
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Distribution of z, event shape ``(latent_dim,)``."""

@@ -44,8 +44,16 @@ class GaussianStart:
 
     @classmethod
     def of(cls, guide: "AutoSplineFlow", density: LatentDensity, max_seconds: float) -> Self | None:
-        """Put a fresh guide onto the best Gaussian; None, with nothing done, where that does not work."""
-        if not density.is_vectorized or not _is_gaussian(guide):
+        """Put a fresh guide onto the best Gaussian; None, with nothing done, where that does not work,
+        and a warning where that is the model's doing."""
+        if not _is_gaussian(guide):
+            return None
+        if density.obstacle is not None:
+            warnings.warn(
+                f"The search for the best Gaussian is left out, so training starts at {type(guide).__name__}'s own "
+                f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}.",
+                stacklevel=3,
+            )
             return None
         affine, deadline = guide.affine, time.monotonic() + max_seconds
         flat: Density = density

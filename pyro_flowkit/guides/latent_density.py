@@ -6,36 +6,35 @@ With u the vector of all latents in unconstrained space and z(u) their values,
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_flowkit.guides.latent_values import unpack
-from pyro_flowkit.guides.masked import is_unscored
-
-_PARTICLES = "latent_density_particles"
+from pyro_flowkit.programs.runs import Program
+from pyro_flowkit.programs.sites import latent_names, nesting_of, scored_sites, subsampled_frame
+from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way
 
 
 class LatentDensity:
     """log p(x, u) of a guide's model, differentiable, for many u at a time.
-
-    They pass through the model under one more plate to the left of its own. A model that mixes particles there
-    (``z.mean()``, ``float(z)``) would give wrong numbers without any error, so two of them are run by themselves, too;
-    where they disagree, and where the model fails under the plate, they always are.
 
     Args:
         model: a Pyro model.
         guide: a guide for all of its latents, after its setup.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
+        ways: those to many u at a time that are tried (:mod:`pyro_flowkit.programs.vectorized`).
+
+    Attributes:
+        obstacle: why the model is run for one u after the other, for people; None where it is not.
 
     Raises:
-        ValueError: at the first call, if the model has latents that the guide does not know.
+        ValueError: if the model has latents that the guide does not know.
     """
 
     def __init__(
@@ -44,77 +43,51 @@ class LatentDensity:
         guide: AutoContinuous,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
+        ways: Sequence[Way] = WAYS,
     ):
-        self._model, self._guide = model, guide
+        self._guide = guide
         self._args, self._kwargs = tuple(args), dict(kwargs or {})
-        self._nesting = 0
-        self.is_vectorized = self._agrees()
+        loc = guide._init_loc()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            latent = loc + 0.1 * torch.randn(2, *loc.shape, dtype=loc.dtype).to(loc.device)
+            values, _ = unpack(guide, latent)
+
+            def plain_run(program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
+                given = poutine.condition(program, data={n: v[0] for n, v in values.items()})
+                return poutine.trace(given).get_trace(*args, **kwargs)
+
+            with poutine.block():
+                trace = plain_run(model, self._args, self._kwargs)
+        unknown = latent_names(trace)
+        if unknown:
+            raise ValueError(
+                f"Expected a guide for every latent of the model, got none for {unknown[0]!r}."
+            )
+        self._program = Vectorized(
+            model,
+            plain_run,
+            {name: len(trace.nodes[name]["fn"].batch_shape) for name in values},
+            nesting_of(trace),
+        )
+        self._program.settle(values, self._args, self._kwargs, ways)
+        self.obstacle = self._obstacle(trace)
+
+    def _obstacle(self, trace: poutine.Trace) -> str | None:
+        for name, site in scored_sites(trace):
+            frame = subsampled_frame(site)
+            if frame is not None:
+                return (
+                    f"site {name!r} is in plate {frame.name!r}, which has {frame.size} of {frame.full_size} rows: its "
+                    "density is another one at every run"
+                )
+        return None if self._program.way != "rows" else self._program.complaint()
 
     def __call__(self, latent: Tensor) -> Tensor:
         """log p(x, u) in nats for ``u`` of shape ``(n, D)``, shape ``(n,)``."""
-        if self.is_vectorized:
-            try:
-                return self._together(latent)
-            except torch.linalg.LinAlgError:  # of one particle; the others have a density
-                pass
-        return torch.stack([self._alone(row) for row in latent.unbind(0)])
-
-    def _together(self, latent: Tensor) -> Tensor:
-        size = latent.shape[0]
-        values, total = unpack(self._guide, latent, nesting=self._nesting)
-        with poutine.block(), pyro.plate(_PARTICLES, size, dim=-1 - self._nesting):
-            trace = self._trace(values)
-        for site in _observed(trace):
-            log_prob = site["log_prob"]
-            if log_prob.dim() <= self._nesting or log_prob.shape[-1 - self._nesting] != size:
-                raise ValueError(f"Expected {size} particles at site {site['name']!r}.")
-            total = total + log_prob.reshape(size, -1).sum(-1)
-        return total
-
-    def _alone(self, latent: Tensor) -> Tensor:
         values, total = unpack(self._guide, latent)
         try:
-            sites = list(_observed(self._trace(values)))
+            return total + self._program.log_joint(values, self._args, self._kwargs)
         except torch.linalg.LinAlgError:  # a matrix singular in this dtype, far out
-            return total * math.nan
-        for site in sites:
-            total = total + site["log_prob"].sum()
-        return total
-
-    def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
-        # far out, a scale may under- or overflow: that is a density that is no number, not an error
-        with poutine.block(), pyro.validation_enabled(False):
-            model = poutine.condition(self._model, data=values)
-            trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            trace.compute_log_prob()
-        return trace
-
-    @torch.no_grad()
-    def _agrees(self) -> bool:
-        with torch.random.fork_rng(devices=[]):
-            try:
-                loc = self._guide._init_loc()
-                latent = loc + 0.1 * torch.randn(2, *loc.shape, dtype=loc.dtype).to(loc.device)
-                self._nesting = self._count_plates(latent[0])
-                together = self._together(latent)
-                alone = torch.stack([self._alone(row) for row in latent])
-            except Exception:  # whatever a model not written for an outer plate may raise
-                return False
-        digits = math.sqrt(torch.finfo(together.dtype).eps)
-        return torch.allclose(together, alone, rtol=digits, atol=digits, equal_nan=True)
-
-    def _count_plates(self, latent: Tensor) -> int:
-        """How many batch dimensions the model's plates take."""
-        sites = _observed(self._trace(unpack(self._guide, latent)[0]))
-        dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
-        return -min(dims, default=0)
-
-
-def _observed(trace: poutine.Trace) -> Iterator[dict[str, Any]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not is_unscored(site):
-            if not site["is_observed"]:
-                raise ValueError(
-                    f"Expected a guide for every latent of the model, got none for {name!r}."
-                )
-            yield site
+            if len(latent) == 1:
+                return total * math.nan
+        return torch.cat([self(row) for row in latent.split(1)])  # the others have a density

@@ -23,15 +23,14 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from pyro.util import ignore_jit_warnings
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.programs.sites import Site, is_scored
 
-Site = Any  # a node of a trace
 Masks = dict[str, Tensor]
 
 
@@ -314,7 +313,7 @@ class _Probe:
         with _fixed_seed(self._device), poutine.block(), pyro.validation_enabled(False):
             model = poutine.condition(self._model, data={**values, **self._others})
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            trace.compute_log_prob(lambda _, site: not is_unscored(site))
+            trace.compute_log_prob(lambda _, site: is_scored(site))
         return trace
 
 
@@ -328,11 +327,6 @@ def _drawn(trace: poutine.Trace, without: Mapping[str, Any]) -> dict[str, Tensor
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and name not in without
     }
-
-
-def is_unscored(site: Site) -> bool:
-    """Whether a sample site is a deterministic value or the rows of a plate, which have no density."""
-    return site["infer"].get("_deterministic", False) or site_is_subsample(site)
 
 
 def same_mask(first: Tensor | None, second: Tensor | None) -> bool:

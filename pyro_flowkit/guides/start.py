@@ -10,7 +10,11 @@ from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import WithoutMasked
+from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.transforms.affine import Affine
+
+# a setup looks at a few points only
+WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 
 
 class Start(WithoutMasked):
@@ -40,7 +44,7 @@ class Start(WithoutMasked):
         model, is_given = self._given
         if is_given:
             return loc
-        density = LatentDensity(model, self, args, kwargs)
+        density = LatentDensity(model, self, args, kwargs, WITHOUT_RECORDING)
         draws = normal_draws(8, loc, seed=0)
         scale = torch.full_like(loc, self.init_scale)
         origin = torch.zeros_like(loc)
@@ -59,7 +63,7 @@ class Start(WithoutMasked):
     ) -> Cut:
         """Where to cut the angles among the latents: opposite to a given start, or where there is least mass."""
         model, is_given = self._given
-        density = LatentDensity(model, self, args, kwargs)
+        density = LatentDensity(model, self, args, kwargs, WITHOUT_RECORDING)
         columns = periodic_columns(density, loc, angular)
         if is_given:
             return Cut(columns, loc[columns], loc)

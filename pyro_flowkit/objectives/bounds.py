@@ -43,8 +43,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flowkit.objectives.base import WeightedObjective
-from pyro_flowkit.objectives.draws import Gated, is_delta
+from pyro_flowkit.objectives.draws import Gated
 from pyro_flowkit.objectives.weights import LogWeights, Run
+from pyro_flowkit.programs.sites import is_point_mass
 
 
 class AlphaDivergence(WeightedObjective):
@@ -124,7 +125,7 @@ class AlphaDivergence(WeightedObjective):
 
     def _check_draws(self, run: Run) -> None:
         for name, site in run.guide_trace.nodes.items():
-            if site["type"] != "sample" or site["is_observed"] or is_delta(site["fn"]):
+            if site["type"] != "sample" or site["is_observed"] or is_point_mass(site["fn"]):
                 continue
             if not site["fn"].has_rsample:
                 raise ValueError(

@@ -13,10 +13,10 @@ not from what a distribution remembers of the way there.
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_flowkit.programs.sites import is_point_mass, is_scored
 
 
 class Draw(NamedTuple):
@@ -72,12 +72,5 @@ class _Passage(torch.autograd.Function):
         return (grad if ctx.gate.open else None), None
 
 
-def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a Delta, or one that was expanded, masked or made dependent."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
 def _is_draw(msg: Any) -> bool:
-    return not (msg["is_observed"] or site_is_subsample(msg) or is_delta(msg["fn"]))
+    return is_scored(msg) and not (msg["is_observed"] or is_point_mass(msg["fn"]))

@@ -24,8 +24,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flowkit.objectives.base import WeightedObjective
-from pyro_flowkit.objectives.draws import Detached, is_delta
+from pyro_flowkit.objectives.draws import Detached
 from pyro_flowkit.objectives.weights import LogWeights, Run
+from pyro_flowkit.programs.sites import is_point_mass
 
 
 class ForwardKL(WeightedObjective):
@@ -82,7 +83,11 @@ class ForwardKL(WeightedObjective):
 
     def _check_draws(self, run: Run) -> None:
         for name, site in run.guide_trace.nodes.items():
-            if site["type"] == "sample" and is_delta(site["fn"]) and site["value"].requires_grad:
+            if (
+                site["type"] == "sample"
+                and is_point_mass(site["fn"])
+                and site["value"].requires_grad
+            ):
                 raise ValueError(
                     f"Expected guide sites with a density, got a Delta at {name!r} whose place is learned: at a "
                     "given value it has no density to fit. Use a distribution there, or Trace_ELBO."

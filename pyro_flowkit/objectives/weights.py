@@ -22,11 +22,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flowkit.objectives.draws import Draw, Gated
+from pyro_flowkit.programs.sites import PARTICLES, Site, is_scored
 
-Site = dict[str, Any]
 Plate = tuple[str, int]  # name and dimension
-
-_PARTICLES = "num_particles_vectorized"  # the plate of pyro.infer.ELBO
 
 
 class Run(NamedTuple):
@@ -134,13 +132,13 @@ def _sites(run: Run) -> Iterator[tuple[str, str, Site]]:
     """Program, name and site of whatever has a density."""
     for program, trace in (("model", run.model_trace), ("guide", run.guide_trace)):
         for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            if is_scored(site):
                 yield program, name, site
 
 
 def _plates_of(site: Site) -> set[Plate]:
     frames = site["cond_indep_stack"]
-    return {(f.name, f.dim) for f in frames if f.vectorized and f.name != _PARTICLES}
+    return {(f.name, f.dim) for f in frames if f.vectorized and f.name != PARTICLES}
 
 
 def _check_latents(run: Run) -> None:

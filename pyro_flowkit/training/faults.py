@@ -12,8 +12,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_flowkit.programs.sites import scored_sites
 from pyro_flowkit.training.losses import Batch, MaximumLikelihood, Variational
-from pyro_flowkit.training.plates import sample_sites
 
 
 class Interruption:
@@ -98,7 +98,7 @@ def _worst_rows(loss: MaximumLikelihood, batch: Batch) -> str:
 def _worst_sample(loss: Variational, batch: Batch) -> str:
     model_trace, guide_trace = loss.traces(batch)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
-        for name, site in sample_sites(trace):
+        for name, site in scored_sites(trace):
             value = site["value"]
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):
                 return f"the value of site {name!r} of the {program} has {_count(value)}"

@@ -115,10 +115,11 @@ def fit(
             Or a `DataLoader` of such batches, or a function from the step (from 0) to a batch.
         args: Further positional arguments.
         kwargs: Keyword arguments.
-        objective: An instance of `pyro.infer.ELBO`; default `Trace_ELBO(num_particles)`, vectorised
-            where a check on two particles shows that this leaves the ELBO unchanged.
-        num_particles: Particles of the default objective; default 1. Of a recipe's at most 8 are run, with a
-            warning, where the model cannot be vectorised over them.
+        objective: An instance of `pyro.infer.ELBO`; default `Trace_ELBO(num_particles)`. Its particles run at once,
+            whatever the style of the model: as a recording of its tensor operations, or in a plate, where that
+            gives the log-densities of plain runs (:mod:`pyro_flowkit.programs.vectorized`).
+        num_particles: Particles of the default objective; default 1. Where they cannot run at once they run one
+            after the other, of a recipe's at most 8, with a warning that says why.
         max_steps: Number of optimizer steps.
         max_epochs: Number of passes over data.
         max_seconds: Wall-clock limit; the schedule ends with it. What a fit took before it was resumed counts.

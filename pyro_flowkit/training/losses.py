@@ -20,15 +20,13 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
+from pyro_flowkit.guides.latent_elbo import LatentELBO
+from pyro_flowkit.programs.pairs import trace_pair
+from pyro_flowkit.programs.plates import check_plates, effective_size
+from pyro_flowkit.programs.sites import enumerated_names, latent_names
+from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.training.device import moved
 from pyro_flowkit.training.messengers import KLWeight, ParamCapture
-from pyro_flowkit.training.plates import (
-    check_plates,
-    effective_size,
-    enumerated_names,
-    latent_names,
-    trace_pair,
-)
 from pyro_flowkit.training.registered import DIVIDER, buffers_of, registered_modules
 from pyro_flowkit.training.state import module_tensors, modules_of, write_into
 
@@ -226,7 +224,8 @@ class Variational(Loss):
     ) -> None:
         super().__init__(args, kwargs, model, guide)
         self._model, self._guide = model, guide
-        self._programs = (model, guide)
+        self._programs = (model, guide)  # as the objective runs them
+        self._vectorized: Vectorized | None = None
         self._weight: KLWeight | None = None
         self._has_guide = has_guide
         self._normalizer = 1.0
@@ -245,16 +244,27 @@ class Variational(Loss):
         # Some of Pyro's objectives (TraceGraph_ELBO, RenyiELBO) only offer loss_and_grads.
         self._differentiable = hasattr(objective, "differentiable_loss")
 
+    def run_vectorized(self, program: Vectorized) -> None:
+        """Let the objective, whose particles are in a plate, run the model by this program."""
+        self._vectorized = program
+        self._programs = (program, self._guide)
+
     @property
     def kl_weight(self) -> float:
         """What the log-probabilities of latent sites are multiplied by in :meth:`loss` and :meth:`backward`."""
+        if isinstance(self._objective, LatentELBO):
+            return self._objective.kl_weight
         return 1.0 if self._weight is None else self._weight.weight
 
     @kl_weight.setter
     def kl_weight(self, weight: float) -> None:
+        if isinstance(self._objective, LatentELBO):
+            self._objective.kl_weight = weight
+            return
         if self._weight is None:
             self._weight = KLWeight()
-            self._programs = self._weight(self._model), self._weight(self._guide)
+            model, guide = self._programs
+            self._programs = self._weight(model), self._weight(guide)
         self._weight.weight = weight
 
     def prepare(self, batch: Batch, data_size: int | None, check: bool) -> None:
@@ -329,10 +339,15 @@ class Variational(Loss):
 
     def evaluate(self, batch: Batch) -> float:
         """The loss without gradients, per datum of this batch's plate."""
+        objective = self._objective
+        weight = self.kl_weight
+        if isinstance(objective, LatentELBO):
+            objective.kl_weight = 1.0
         with poutine.block():
-            total = self._objective.loss(
-                self._model, self._guide, *batch, *self._args, **self._kwargs
-            )
+            model = self._vectorized or self._model
+            total = objective.loss(model, self._guide, *batch, *self._args, **self._kwargs)
+        if isinstance(objective, LatentELBO):
+            objective.kl_weight = weight
         if not batch:
             return float(total)
         rows = len(batch[0])

@@ -14,10 +14,13 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous
 
+from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
+from pyro_flowkit.programs.vectorized import Vectorized, Way
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational, no_guide
-from pyro_flowkit.training.plates import vectorized_nesting
 
 MAX_SEQUENTIAL = 8
+AT_ONCE: tuple[Way, ...] = ("graph", "plate")
 
 Program = Callable[..., Any]
 
@@ -60,7 +63,16 @@ def chosen_loss(
         return loss
     wished = getattr(recipe_of(guide), "num_particles", None)
     inputs = (*batch, *args)
-    loss.objective = default_objective(num_particles, wished, model, program, inputs, kwargs)
+    count = num_particles or wished or 1
+    found = many_particles(count, num_particles is None, model, program, inputs, kwargs)
+    if isinstance(found, Vectorized):
+        own = guide.elbo(found, count) if isinstance(guide, AutoSplineFlow) else None
+        loss.objective = own or Trace_ELBO(
+            count, max_plate_nesting=found.nesting, vectorize_particles=True
+        )
+        loss.run_vectorized(found)
+    else:
+        loss.objective = Trace_ELBO(num_particles=found)
     return loss
 
 
@@ -70,34 +82,40 @@ def recipe_of(guide: Any) -> Any:
     return recipe() if callable(recipe) else None
 
 
-def default_objective(
-    particles: int | None,
-    wished: int | None,
+def many_particles(
+    count: int,
+    is_wish: bool,
     model: Program,
     guide: Program,
     args: tuple,
     kwargs: dict[str, Any],
-) -> ELBO:
-    """`Trace_ELBO`, vectorised over its particles where that leaves the ELBO unchanged.
+) -> Vectorized | int:
+    """The model for many particles at a time, or, with a warning, how many are to run one after the other.
 
     Args:
-        particles: What the caller asked for, or None.
-        wished: What the guide's recipe asks for, or None; at most 8 of them run one after the other.
-        model, guide, args, kwargs: What it is to run.
+        count: Particles of a step.
+        is_wish: Whether that is what the guide's recipe asks for, so that fewer will do.
+        model, guide, args, kwargs: What is to run.
     """
-    count = particles or wished or 1
-    nesting = vectorized_nesting(model, guide, args, kwargs) if count > 1 else None
-    if nesting is not None:
-        return Trace_ELBO(count, max_plate_nesting=nesting, vectorize_particles=True)
-    if particles is None and count > MAX_SEQUENTIAL:
-        warnings.warn(
-            f"Expected a model that runs for many particles at a time, in a plate to the left of its own: this "
-            f"one does not, or not with the same ELBO. A step runs {MAX_SEQUENTIAL} particles one after the "
-            f"other, instead of {count} at once, which takes longer and gives a noisier gradient.",
-            stacklevel=4,
-        )
-        count = MAX_SEQUENTIAL
-    return Trace_ELBO(num_particles=count)
+    if count == 1:
+        return 1
+    try:
+        return vectorized(model, guide, args, kwargs, ways=AT_ONCE)
+    except NotVectorizable as error:
+        complaint = str(error)
+    fewer = min(count, MAX_SEQUENTIAL) if is_wish else count
+    cost = (
+        f", instead of {count} at once, which takes longer and gives a noisier gradient"
+        if fewer < count
+        else f", which takes about {count} times as long as {count} at once"
+    )
+    warnings.warn(
+        f"The model is not run for many particles at a time. {complaint[:1].upper()}{complaint[1:]}. A step runs "
+        f"{fewer} particles one after the other{cost}. torch.where instead of an if, tensors instead of numbers, and "
+        "random numbers as arguments or sites of the guide let a model be recorded.",
+        stacklevel=4,
+    )
+    return fewer
 
 
 def checked_objective(objective: ELBO, particles: int | None, guide: Program) -> ELBO:

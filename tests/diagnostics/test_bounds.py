@@ -118,16 +118,52 @@ def two_latents_guide(data):
     pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
 
 
-@pytest.mark.parametrize("bad_model", [mixing_model, python_float_model])
-def test_models_that_mix_particles_are_run_one_by_one_and_said(bad_model):
-    with pytest.warns(UserWarning, match="cannot be vectorised over particles"):
-        bounds = evidence_bounds(
-            bad_model, two_latents_guide, args=(DATA,), num_samples=500, seed=0
-        )
+def bounds_of_two_latents(model, **options):
+    bounds = evidence_bounds(
+        model, two_latents_guide, args=(DATA,), num_samples=500, seed=0, **options
+    )
     exact = float(dist.Normal(0.0, math.sqrt(1.5)).log_prob(DATA[0]))
     assert abs(float(bounds["log_evidence"]) - exact) < 4 * float(bounds["log_evidence_se"])
-    with pytest.raises((ValueError, RuntimeError)):
-        evidence_bounds(bad_model, two_latents_guide, args=(DATA,), vectorize=True)
+
+
+def test_models_that_mix_particles_in_a_plate_are_recorded():
+    bounds_of_two_latents(mixing_model, vectorize=True)
+
+
+def test_models_that_read_numbers_are_run_one_by_one_and_said():
+    with pytest.warns(UserWarning, match="cannot be vectorised over particles.*'z'.*reads the"):
+        bounds_of_two_latents(python_float_model)
+    with pytest.raises(ValueError, match="can be vectorised over particles, got it cannot be"):
+        bounds_of_two_latents(python_float_model, vectorize=True)
+
+
+@pytest.mark.parametrize("n", [2, 8000])
+def test_a_mean_of_a_latent_is_no_mean_over_particles_however_many_the_data(n):
+    """The ELBO of float32 particles in a plate lay above the evidence."""
+    generator = torch.Generator().manual_seed(1)
+    y = 0.5 + torch.randn(n, generator=generator)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(z.mean(), 1.0))
+        with pyro.plate("data", n):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    precision = 1 / 2 + n  # of w, given y
+    mean, variance = float(y.double().sum()) / precision, 1 / precision
+
+    def guide():
+        w = pyro.sample("w", dist.Normal(mean, math.sqrt(variance)))
+        pyro.sample("z", dist.Normal(w / 2, math.sqrt(0.5)))
+
+    bounds = evidence_bounds(model, guide, num_samples=200, seed=0)
+    covariance = torch.eye(n, dtype=torch.float64) if n < 100 else None
+    squares = float(y.double().square().sum())
+    exact = 0.5 * (-n * math.log(2 * math.pi) - math.log(1 + 2 * n) - squares + mean**2 * precision)
+    if covariance is not None:
+        whole = dist.MultivariateNormal(torch.zeros(n).double(), covariance + 2.0)
+        assert exact == pytest.approx(float(whole.log_prob(y.double())), abs=1e-9)
+    assert float(bounds["elbo"]) == pytest.approx(exact, rel=2e-6, abs=1e-4)
 
 
 def test_minibatches_have_no_evidence():

@@ -97,9 +97,15 @@ def test_every_datum_is_within_the_promised_precision():
     exact = vae.exact_log_prob()
     gaps = gaps_of(vae, num_samples=40_000, num_steps=300, exact_log_evidence=exact)
     approximation, amortization = vae.exact_split()
-    assert float(np.abs(gaps["inference_gap"] - approximation - amortization).max()) < 0.01
-    assert float(np.abs(gaps["approximation_gap"] - approximation).max()) < 0.02
-    assert float(np.abs(gaps["amortization_gap"] - amortization).max()) < 0.02
+    truths = {
+        "inference_gap": approximation + amortization,
+        "approximation_gap": approximation,
+        "amortization_gap": amortization,
+    }
+    for name, truth in truths.items():
+        error = gaps[f"{name}_se"]
+        assert float(error.max()) < 0.01
+        assert float((np.abs(gaps[name] - truth) / error).max()) < 4.5, name
     assert "stopped short" not in gaps.attrs["message"]
 
 
@@ -460,7 +466,7 @@ def test_models_that_cannot_be_vectorised_still_give_the_answer():
     def loop_model(x):
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
-            mean = torch.stack([z[i] for i in range(len(x))])
+            mean = torch.stack([z[i] if z[i].item() > -9.0 else z[i] for i in range(len(x))])
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
     def guide(x):

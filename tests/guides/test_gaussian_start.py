@@ -25,7 +25,8 @@ def badly_scaled(points: Tensor) -> Tensor:
     """A Gaussian far from the origin with scales from 1e-4 to 1e3, strongly correlated."""
     scale = torch.tensor([[1e-4, 0.0, 0.0], [5.0, 0.1, 0.0], [900.0, -400.0, 1e3]]).double()
     loc = torch.tensor([3.0, -200.0, 5e3]).double()
-    return dist.MultivariateNormal(loc, scale_tril=scale).log_prob(points)
+    # far out a line search overflows: that is a density that is no number, as in a guide, and no error
+    return dist.MultivariateNormal(loc, scale_tril=scale, validate_args=False).log_prob(points)
 
 
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
@@ -84,7 +85,7 @@ def test_latent_density_is_the_models_log_joint(model, vectorized) -> None:
     x = torch.arange(6.0).reshape(2, 3)
     guide = AutoSplineFlow(model, **TINY).setup(x)
     density = LatentDensity(model, guide, (x,))
-    assert density.is_vectorized == vectorized
+    assert (density.obstacle is None) == vectorized
     latent = torch.randn(4, guide.latent_dim)
     expected = []
     for row in latent:

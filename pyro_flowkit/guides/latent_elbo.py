@@ -1,0 +1,74 @@
+"""The ELBO of a guide over unconstrained latents, by its distribution and its model's densities, without handlers."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.programs.vectorized import Vectorized
+
+if TYPE_CHECKING:
+    from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
+
+
+class LatentELBO(Trace_ELBO):
+    """What ``Trace_ELBO`` computes in a plate of particles, for a guide and a model that are functions of tensors.
+
+    Args:
+        program: the model at many draws.
+        num_particles: draws of the guide in a step.
+
+    Attributes:
+        kl_weight: what the log-densities of latents are multiplied by.
+    """
+
+    def __init__(self, program: Vectorized, num_particles: int):
+        super().__init__(num_particles, max_plate_nesting=program.nesting, vectorize_particles=True)
+        self.program = program
+        self.kl_weight = 1.0
+
+    @torch.no_grad()
+    def loss(
+        self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
+    ) -> float:
+        """The loss in nats, without gradients."""
+        log_p, log_q, _ = self._terms(guide, args, kwargs)
+        return self._checked(log_q - log_p).item()
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A scalar with the value of the loss, in nats, and the gradient of the objective."""
+        log_p, log_q, entropy_term = self._terms(guide, args, kwargs)
+        loss = self._checked((log_q - log_p).detach())
+        surrogate = (entropy_term - log_p).mean()
+        return loss + (surrogate - surrogate.detach())
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
+    ) -> float:
+        """The loss in nats; its gradient is added to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    def _terms(
+        self, guide: "AutoSplineFlow", args: tuple, kwargs: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log p and log q of the draws, and what the gradient of the second goes through, ``(num_particles,)``."""
+        latent, log_q, entropy_term = guide.draw_with_log_prob(self.num_particles)
+        values, ladj = unpack(guide, latent)
+        total = self.kl_weight * ladj
+        for name, log_prob in self.program.log_probs(values, args, kwargs).items():
+            weight = self.kl_weight if name in self.program.latents else 1.0
+            total = total + weight * log_prob.reshape(len(log_prob), -1).sum(-1)
+        return total, self.kl_weight * log_q, self.kl_weight * entropy_term
+
+    def _checked(self, losses: Tensor) -> Tensor:
+        loss = losses.mean()
+        warn_if_nan(loss, "loss")
+        return loss

@@ -1,0 +1,145 @@
+"""Plain runs of a model, by Pyro's handlers: with given latents and rows, for one draw or in a plate of draws."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flowkit.programs.sites import PARTICLES, is_deterministic, is_scored, scored_sites
+
+Values = dict[str, Tensor]
+Program = Callable[..., Any]
+
+
+class Densities(NamedTuple):
+    """What a run says of its sites, by name; of many draws, with one more dimension, the first.
+
+    Attributes:
+        unscaled: log-densities (nats), zero where they are masked, before they are scaled; shapes ``(*batch,)``.
+        scales: those scales that are tensors.
+        values: of sites with densities and, where they are wanted, of deterministic ones.
+    """
+
+    unscaled: Values
+    scales: Values
+    values: Values
+
+
+class Layout(NamedTuple):
+    """A site as a plain run has it, but for what differs from draw to draw.
+
+    Attributes:
+        kind: "latent", "observed", "deterministic" or "subsample".
+        fn: its distribution.
+        stack: its plates.
+        scale: what its density is multiplied by; None for a tensor, which every run gives.
+        infer: what is said of it for inference.
+    """
+
+    kind: str
+    fn: Any
+    stack: tuple
+    scale: float | None
+    infer: dict[str, Any]
+
+
+class DrawnRows(Messenger):
+    """Takes note of the plates whose rows the model leaves to be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and site_is_subsample(msg):
+            self.names.add(msg["name"])
+
+
+def layouts(
+    trace: poutine.Trace, latents: Collection[str], plates: Collection[str]
+) -> dict[str, Layout]:
+    """The sites of a trace that a run of the model gives, in their order.
+
+    Args:
+        trace: of a plain run.
+        latents: names of the latents, whatever the trace has them for.
+        plates: names of those whose rows are drawn.
+    """
+    found = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site_is_subsample(site):
+            if name not in plates:
+                continue
+            kind = "subsample"
+        elif is_deterministic(site):
+            kind = "deterministic"
+        elif name in latents:
+            kind = "latent"
+        elif is_scored(site):
+            kind = "observed"
+        else:
+            continue
+        stack = tuple(frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES)
+        infer = dict(site["infer"] or {})
+        scale = None if isinstance(site["scale"], Tensor) else site["scale"]
+        found[name] = Layout(kind, site["fn"], stack, scale, infer)
+    return found
+
+
+def run_given(
+    model: Program,
+    values: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: dict,
+    *,
+    with_deterministic: bool = False,
+) -> Densities:
+    """A run with these values of latents and rows of plates, unseen by handlers around it.
+
+    A scale that under- or overflows far out is a density that is no number there, not an error.
+    """
+    with poutine.block(), pyro.validation_enabled(False):
+        given = poutine.condition(model, data=dict(values))
+        trace = poutine.trace(given).get_trace(*args, **kwargs)
+        return _densities_of(trace, with_deterministic)
+
+
+def _densities_of(trace: poutine.Trace, with_deterministic: bool) -> Densities:
+    found = Densities({}, {}, {})
+    for name, site in scored_sites(trace):
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        found.unscaled[name] = scale_and_mask(log_prob, 1.0, site["mask"])
+        if isinstance(site["scale"], Tensor):
+            found.scales[name] = site["scale"]
+        found.values[name] = site["value"]
+    if with_deterministic:
+        for name, site in trace.nodes.items():
+            if is_deterministic(site):
+                found.values[name] = site["value"]
+    return found
+
+
+def scaled(found: Densities, layout: Mapping[str, Layout]) -> Values:
+    """log-densities with their scales, in nats."""
+    scales: dict[str, Any] = {
+        name: site.scale for name, site in layout.items() if site.scale is not None
+    }
+    scales.update(found.scales)
+    return {name: value * scales.get(name, 1.0) for name, value in found.unscaled.items()}
+
+
+def in_plate(model: Program, size: int, nesting: int) -> Program:
+    """The model in a plate of draws, to the left of its own."""
+
+    def program(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate(PARTICLES, size, dim=-1 - nesting):
+            return model(*args, **kwargs)
+
+    return program

@@ -1,0 +1,358 @@
+r"""A model for many draws of its latents at a time, whatever the style that it is written in.
+
+There are three ways to the densities of a model at many draws:
+
+- **graph**: the model is run for one draw while its tensor operations are recorded; the recording is then run for all
+  draws (:mod:`pyro_flowkit.programs.graph`). ``b[group]`` and ``x @ w`` mean what they mean for one draw, and Pyro's
+  handlers cost nothing. A model that reads values, branches on them or draws by itself has no such recording.
+- **plate**: the draws are one more plate to the left of the model's own, as in Pyro's ``vectorize_particles``. It is up
+  to the model to be written for that.
+- **rows**: one draw after the other.
+
+A way is taken only if it gives the log-densities of plain runs: at every site, in every element, for two draws at
+first, and for one at calls 1, 2, 4, 8 and so on.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_flowkit.programs.agreement import disagreement
+from pyro_flowkit.programs.given import Frames, Given
+from pyro_flowkit.programs.graph import Unrecordable
+from pyro_flowkit.programs.recording import MAX_GRAPHS, Recording, signature
+from pyro_flowkit.programs.runs import (
+    Densities,
+    DrawnRows,
+    Layout,
+    Program,
+    Values,
+    in_plate,
+    layouts,
+    run_given,
+    scaled,
+)
+
+Way = Literal["graph", "plate", "rows"]
+WAYS: tuple[Way, ...] = ("graph", "plate", "rows")
+
+MAX_GRADIENT_GAP = 1e-2  # of the largest derivative: what is looked for is a gradient that is cut, not a last digit
+
+
+class Vectorized:
+    """A model at many draws at a time. Called in a plate of particles, it has the sites that the model has.
+
+    Args:
+        model: a Pyro model, without enumerated sites.
+        plain_run: gives a trace of a program for arguments ``(args, kwargs)``, with values for all latents.
+        latents: their names, with the number of their batch dimensions in a plain run.
+        nesting: number of batch dimensions of the plates of the model and its guide; the draws are left of them.
+        with_deterministic: whether the values of deterministic sites are wanted, too.
+
+    Attributes:
+        way: how densities are computed, after :meth:`settle`.
+        reasons: why not in the ways before that, clauses by way.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        plain_run: Callable[[Program, tuple, dict], poutine.Trace],
+        latents: Mapping[str, int],
+        nesting: int,
+        *,
+        with_deterministic: bool = False,
+    ):
+        self.model, self.nesting, self.latents = model, nesting, dict(latents)
+        self.way: Way = "rows"
+        self.reasons: dict[str, str] = {}
+        self._plain_run, self._with_deterministic = plain_run, with_deterministic
+        self._recording = Recording(model, with_deterministic)
+        self._layouts: dict[Hashable, dict[str, Layout]] = {}
+        self._agrees: dict[Way, bool] = {}
+        self._calls = 0
+
+    def settle(self, values: Values, args: tuple, kwargs: dict, ways: Sequence[Way] = WAYS) -> Way:
+        """Choose the first way that agrees with plain runs; "rows" does by its nature.
+
+        Args:
+            values: of all latents at two draws or more, as :meth:`log_probs` takes them.
+            args: of the model.
+            kwargs: of the model.
+            ways: those to try.
+        """
+        for way in ways:
+            self.way = way
+            reason = None if way == "rows" else self._objection(values, args, kwargs)
+            if reason is None:
+                return way
+            self.reasons[way] = reason
+        self.way = "rows"
+        return self.way
+
+    def agrees(self, way: Way, values: Values, args: tuple, kwargs: dict) -> bool:
+        """Whether another way than the one that was taken gives the densities of plain runs, too."""
+        if way not in self._agrees:
+            taken, self.way = self.way, way
+            self._agrees[way] = way == taken or self._objection(values, args, kwargs) is None
+            self.way = taken
+        return self._agrees[way]
+
+    def padded(self, name: str, value: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Values of a site ``(n, *batch, *event)`` as they are in a plate of n draws."""
+        return self._wide(value, self.layout(args, kwargs)[name].fn.event_dim)
+
+    def complaint(self) -> str:
+        """Why the model is not run for all draws at once, for people."""
+        graph, plate = self.reasons.get("graph"), self.reasons.get("plate")
+        parts = []
+        if graph is not None:
+            parts.append(f"it cannot be recorded: {graph}")
+        if plate is not None:
+            parts.append(f"it is not written for a plate to the left of its own: {plate}")
+        return "; ".join(parts)
+
+    def layout(self, args: tuple, kwargs: dict) -> dict[str, Layout]:
+        """The model's sites for arguments of these shapes."""
+        key = signature(args, kwargs)
+        if key not in self._layouts:
+            while len(self._layouts) >= MAX_GRAPHS:
+                del self._layouts[next(iter(self._layouts))]
+            with poutine.block(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                drawn = DrawnRows()
+                trace = self._plain_run(drawn(self.model), args, kwargs)
+                self._layouts[key] = layouts(trace, self.latents, drawn.names)
+        return self._layouts[key]
+
+    # ---- densities
+
+    def log_probs(self, values: Values, args: tuple, kwargs: dict) -> Values:
+        """log-densities of all sites at many draws, with scales and masks, in nats.
+
+        Args:
+            values: of all latents, shapes ``(n, *batch, *event)`` with the batch shape of a plain run.
+            args: of the model.
+            kwargs: of the model.
+
+        Returns:
+            ``{site: log_prob}``, shapes ``(n, *nesting dims)``.
+        """
+        layout = self.layout(args, kwargs)
+        rows = {name: site.fn() for name, site in layout.items() if site.kind == "subsample"}
+        return scaled(self._densities(values, rows, args, kwargs), layout)
+
+    def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
+        """log p(x, z) at many draws, shape ``(n,)``, in nats."""
+        parts = self.log_probs(values, args, kwargs).values()
+        return torch.stack([part.reshape(len(part), -1).sum(-1) for part in parts]).sum(0)
+
+    def _densities(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> Densities:
+        """What a run says at many draws: densities of shape ``(n, *nesting dims)``."""
+        size = len(next(iter(values.values())))
+        if self.way == "graph":
+            found = self._recording(values, rows, args, kwargs)
+        elif self.way == "plate":
+            padded = {name: self.padded(name, v, args, kwargs) for name, v in values.items()}
+            program = in_plate(self.model, size, self.nesting)
+            return self._run(program, {**padded, **rows}, args, kwargs)
+        else:
+            found = _beside_each_other(
+                [
+                    self._run(
+                        self.model, {**{n: v[i] for n, v in values.items()}, **rows}, args, kwargs
+                    )
+                    for i in range(size)
+                ]
+            )
+        wide = {name: self._wide(value, 0) for name, value in found.unscaled.items()}
+        scales = {name: self._wide(value, 0) for name, value in found.scales.items()}
+        return found._replace(unscaled=wide, scales=scales)
+
+    def _run(self, program: Program, values: Values, args: tuple, kwargs: dict) -> Densities:
+        return run_given(program, values, args, kwargs, with_deterministic=self._with_deterministic)
+
+    def _wide(self, value: Tensor, event_dim: int) -> Tensor:
+        missing = self.nesting + 1 + event_dim - value.dim()
+        return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:])
+
+    # ---- the program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """To be run in a plate of particles, with values for the latents from outside (``poutine.replay``)."""
+        if self.way == "plate":
+            self.model(*args, **kwargs)
+            return
+        layout = self.layout(args, kwargs)
+        wide, rows, latents = {}, {}, {}
+        with Frames() as frames:
+            for name, site in layout.items():
+                if site.kind == "subsample":
+                    frames.settle((), 1.0)
+                    rows[name] = pyro.sample(name, site.fn, infer=site.infer)
+                elif site.kind == "latent":
+                    frames.settle(site.stack, site.scale)
+                    latents[name] = given = Given(site.fn)
+                    wide[name] = pyro.sample(name, given, infer=site.infer)
+            size = max(
+                self._count(value, layout[name].fn, latents[name]) for name, value in wide.items()
+            )
+            values = {
+                name: own_values(value, layout[name].fn, size, self.nesting)
+                for name, value in wide.items()
+            }
+            found = self._checked(values, rows, args, kwargs)
+            for name, given in latents.items():
+                given.settle(found.unscaled[name])
+            for name, site in layout.items():
+                if site.kind == "observed":
+                    frames.settle(site.stack, found.scales.get(name, site.scale))
+                    given = Given(site.fn)
+                    given.settle(found.unscaled[name])
+                    pyro.sample(name, given, obs=found.values[name][0], infer=site.infer)
+                elif site.kind == "deterministic" and self._with_deterministic:
+                    frames.settle(site.stack, 1.0)
+                    pyro.deterministic(
+                        name,
+                        self._wide(found.values[name], site.fn.event_dim),
+                        event_dim=site.fn.event_dim,
+                    )
+
+    def _count(self, value: Tensor, fn: Any, given: Given) -> int:
+        """How many draws a value or the plates around its site have."""
+        dim = -1 - self.nesting
+        shapes = (value.shape[: value.dim() - fn.event_dim], given.expanded_shape)
+        return max((shape[dim] for shape in shapes if len(shape) >= -dim), default=1)
+
+    # ---- whether it is right
+
+    def _checked(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> Densities:
+        """The densities; at calls 1, 2, 4, 8 and so on after a look at whether they are still right."""
+        found = self._densities(values, rows, args, kwargs)
+        self._calls += 1
+        if self.way == "graph" and self._calls & (self._calls - 1) == 0:
+            with torch.no_grad():
+                reason = self._difference(found, values, rows, 0, args, kwargs)
+            if reason is not None:
+                self.reasons["graph"] = reason
+                warnings.warn(
+                    f"The recording of the model does not hold any more, {reason}: from now on it is run one draw "
+                    "after the other, which takes longer. Numbers that change from step to step belong into its "
+                    "arguments.",
+                    stacklevel=2,
+                )
+                self.way = "rows"
+                return self._densities(values, rows, args, kwargs)
+        return found
+
+    def _objection(self, values: Values, args: tuple, kwargs: dict) -> str | None:
+        """Why the way is not to be taken, as a clause; None if it may be."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                layout = self.layout(args, kwargs)
+                rows = {n: site.fn() for n, site in layout.items() if site.kind == "subsample"}
+                with torch.no_grad():
+                    found = self._densities(values, rows, args, kwargs)
+                    for row in (0, -1):
+                        reason = self._difference(found, values, rows, row, args, kwargs)
+                        if reason is not None:
+                            return reason
+                return (
+                    self._gradient_gap(values, rows, args, kwargs) if self.way == "graph" else None
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Unrecordable as error:
+            return str(error)
+        except Exception as error:  # whatever a model may raise that is not written for a plate
+            lines = str(error).splitlines() or [""]
+            return f"{type(error).__name__}: {lines[0]}"
+
+    def _difference(
+        self, found: Densities, values: Values, rows: Values, row: int, args: tuple, kwargs: dict
+    ) -> str | None:
+        """Where one of the draws has other densities than in a plain run, as a clause."""
+        layout = self.layout(args, kwargs)
+
+        def density(latents: Values) -> Values:
+            return scaled(self._run(self.model, {**latents, **rows}, args, kwargs), layout)
+
+        latents = {name: value[row] for name, value in values.items()}
+        expected = density(latents)
+        got = {}
+        for name, log_prob in scaled(found, layout).items():
+            if log_prob.dim() < self.nesting + 1:
+                return f"site {name!r} has one density for all draws"
+            of_row = log_prob[row]
+            fits = name in expected and of_row.numel() == expected[name].numel()
+            got[name] = of_row.reshape(expected[name].shape) if fits else of_row
+        return disagreement(expected, got, density, latents)
+
+    def _gradient_gap(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> str | None:
+        """Which derivative of the recording is another than that of a plain run, as a clause."""
+        layout = self.layout(args, kwargs)
+        draw = {
+            name: value[0].detach().clone().requires_grad_(value.is_floating_point())
+            for name, value in values.items()
+        }
+        learned = self._recording.learned(values, rows, args, kwargs)
+        leaves = {f"site {name!r}": value for name, value in draw.items() if value.requires_grad}
+        leaves |= {f"a parameter of shape {tuple(p.shape)}": p for p in learned}
+        with torch.enable_grad():
+            wide = {
+                name: value.expand(len(values[name]), *value.shape) for name, value in draw.items()
+            }
+            one = scaled(self._run(self.model, {**draw, **rows}, args, kwargs), layout)
+            all_alike = scaled(self._densities(wide, rows, args, kwargs), layout)
+            expected = _gradients([value.sum() for value in one.values()], leaves)
+            got = _gradients([value[0].sum() for value in all_alike.values()], leaves)
+        for name, derivative in expected.items():
+            finite = derivative.isfinite() & got[name].isfinite()
+            size = derivative[finite].abs().max() if bool(finite.any()) else 0.0
+            if bool(
+                ((derivative - got[name])[finite].abs() > MAX_GRADIENT_GAP * (1e-3 + size)).any()
+            ):
+                return f"the derivative by {name} is another one in a recording"
+        return None
+
+
+def own_values(value: Tensor, fn: Any, size: int, nesting: int) -> Tensor:
+    """A value in a plate of draws, left of ``nesting`` batch dimensions, as ``(size, *batch, *event)`` of a plain run.
+
+    Args:
+        value: of a site; it may be the same for all draws.
+        fn: the site's distribution in a plain run.
+        size: number of draws.
+        nesting: number of batch dimensions beside them.
+    """
+    full = nesting + 1 + fn.event_dim
+    value = value.expand(*(1,) * (full - value.dim()), *value.shape)
+    value = value.expand(size, *value.shape[1:])
+    return value.reshape(size, *value.shape[full - len(fn.batch_shape) - fn.event_dim :])
+
+
+def _gradients(totals: list[Tensor], leaves: dict[str, Tensor]) -> Values:
+    total = torch.stack(totals).sum()
+    if not total.requires_grad or not leaves:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(
+        total, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
+def _beside_each_other(runs: list[Densities]) -> Densities:
+    first = runs[0]
+    return Densities(
+        *(
+            {
+                name: torch.stack([getattr(run, part)[name] for run in runs])
+                for name in getattr(first, part)
+            }
+            for part in first._fields
+        )
+    )
