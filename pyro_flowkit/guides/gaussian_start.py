@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 
 NUM_JUDGES = 2048
-MIN_GAIN = 0.02  # nats
+MIN_GAIN = 0.02  # nats; what is less is not worth a word
 
 
 class GaussianStart:
@@ -72,10 +72,10 @@ class GaussianStart:
 
     @torch.no_grad()
     def keep_better(self) -> bool:
-        """Go back to the Gaussian unless the flow has gained on it; with a warning if it has lost.
+        """Go back to the Gaussian unless the flow is better; with a warning if much was lost.
 
-        A gain of less than 0.02 nats is none: where the Gaussian is as good as that, training mostly puts noise into
-        the tails, which the ELBO hardly sees and importance weights (pareto k) do.
+        The better one has the larger ELBO at the same draws of the base, or, where the two are within two standard
+        errors of the difference, the smaller spread of log p - log q, which importance weights come from.
 
         Returns:
             Whether the trained guide was kept.
@@ -87,11 +87,14 @@ class GaussianStart:
         difference = trained - gaussian
         gain = float(difference.mean())
         error = float(difference.std()) / len(difference) ** 0.5
-        if gain > MIN_GAIN:
+        is_level = abs(gain) <= 2.0 * error and bool(trained.std() < gaussian.std())
+        if gain > 2.0 * error or is_level:
             self._load(now)
             return True
-        # far below, the error is large, too, and no excuse; a NaN is none either
-        if not gain >= -min(2.0 * error, MIN_GAIN):
+        # far below, the error is large, too, and no excuse; a NaN is none either. Below a Gaussian that is all but the
+        # posterior nothing is lost.
+        room = 0.5 * float(gaussian.var())
+        if not gain >= -min(2.0 * error, MIN_GAIN) and not room < MIN_GAIN:
             warnings.warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the Gaussian that it "
                 "started from, so the guide is that Gaussian again. More particles, more steps or a smaller learning "
