@@ -18,6 +18,7 @@ References:
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self, cast
 
 import pyro.distributions as dist
@@ -273,7 +274,8 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         density = LatentDensity(model, self, args, kwargs)
         if found is not None:
             return GaussianStart(self, density, found)
-        return GaussianStart.of(self, density, max_seconds)
+        other_starts = partial(self._other_starts, model, tuple(args), dict(kwargs or {}))
+        return GaussianStart.of(self, density, max_seconds, other_starts)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""

@@ -19,7 +19,7 @@ from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.transforms.affine import Affine
 
 # a setup looks at a few points only
-PRIOR_DRAWS = 8
+PRIOR_DRAWS = 6
 WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 
 
@@ -28,6 +28,7 @@ class Start(WithoutMasked):
 
     affine: Affine
     init_scale: float
+    _warm_start: Any
 
     def _start_warm(self, sizes: dict[str, int], gaussian: Gaussian) -> None:
         own = {name: shape.numel() for name, shape in self._unconstrained_shapes.items()}
@@ -72,6 +73,15 @@ class Start(WithoutMasked):
         return bool(_gradient(density, gaussian.transform(draws)).isfinite().all()), gaussian.elbo(
             density, draws
         )
+
+    def _other_starts(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Draws of the prior, where there may be a way to another mode; none where a caller said where to start."""
+        _, is_given = self._given
+        if is_given or self._warm_start is not None or isinstance(self.affine, CircularAffine):
+            return []
+        return self._prior_draws(model, args, kwargs, self._init_loc())
 
     @torch.no_grad()
     def _prior_draws(

@@ -14,7 +14,7 @@ first, and for one at calls 1, 2, 4, 8 and so on.
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -148,12 +148,21 @@ class Vectorized:
 
     def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
         """log p(x, z) at many draws, shape ``(n,)``, in nats."""
+        if self.way == "rows":  # whose sites may differ from draw to draw
+            rows = [self._alone(values, i, args, kwargs) for i in range(_count(values))]
+            return torch.stack([torch.stack([p.sum() for p in row]).sum() for row in rows])
         parts = self.log_probs(values, args, kwargs).values()
         return torch.stack([part.reshape(len(part), -1).sum(-1) for part in parts]).sum(0)
 
+    def _alone(self, values: Values, row: int, args: tuple, kwargs: dict) -> Iterable[Tensor]:
+        """log-densities of the sites of a plain run, in nats."""
+        layout = self.layout(args, kwargs)
+        own = {name: value[row] for name, value in values.items()}
+        return scaled(self._run(self.model, own, args, kwargs), layout).values()
+
     def _densities(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> Densities:
         """What a run says at many draws: densities of shape ``(n, *nesting dims)``."""
-        size = len(next(iter(values.values())))
+        size = _count(values)
         if self.way == "graph":
             found = self._recording(values, rows, args, kwargs)
         elif self.way == "plate":
@@ -318,6 +327,11 @@ class Vectorized:
             ):
                 return f"the derivative by {name} is another one in a recording"
         return None
+
+
+def _count(values: Values) -> int:
+    """How many draws there are."""
+    return len(next(iter(values.values())))
 
 
 def own_values(value: Tensor, fn: Any, size: int, nesting: int) -> Tensor:
