@@ -186,7 +186,7 @@ def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
         places.append(f"{', '.join(some)} (ELBO {mode.elbo:.2f})")
     return (
         f"The posterior has at least {len(found)} separate modes of comparable mass: {'; '.join(places)}. "
-        f"{type(guide).__name__} follows the first: its ELBO and its evidence leave the others out, and the latents look "
+        f"{type(guide).__name__} follows the first: its ELBO and evidence leave the others out, and the latents look "
         "more certain than they are. init_loc_fn=init_to_value(values=...) starts at another one, and the evidences of "
         "both say how the mass is shared."
     )
