@@ -103,6 +103,7 @@ class GaussianStart:
         Returns:
             Whether the trained guide was kept.
         """
+        self._density.look_again()
         now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
         trained = self._elbos()
         self._load(self.tensors)

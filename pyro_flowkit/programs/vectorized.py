@@ -95,6 +95,10 @@ class Vectorized:
         self.way = "rows"
         return self.way
 
+    def look_again(self) -> None:
+        """Compare with a plain run at the next call: time has passed."""
+        self._calls = 0
+
     def agrees(self, way: Way, values: Values, args: tuple, kwargs: dict) -> bool:
         """Whether another way than the one that was taken gives the densities of plain runs, too."""
         if way not in self._agrees:
@@ -144,7 +148,7 @@ class Vectorized:
         """
         layout = self.layout(args, kwargs)
         rows = {name: site.fn() for name, site in layout.items() if site.kind == "subsample"}
-        return scaled(self._densities(values, rows, args, kwargs), layout)
+        return scaled(self._checked(values, rows, args, kwargs), layout)
 
     def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
         """log p(x, z) at many draws, shape ``(n,)``, in nats."""
@@ -244,18 +248,27 @@ class Vectorized:
         found = self._densities(values, rows, args, kwargs)
         self._calls += 1
         if self.way == "graph" and self._calls & (self._calls - 1) == 0:
-            with torch.no_grad():
-                reason = self._difference(found, values, rows, 0, args, kwargs)
+            try:
+                with torch.no_grad():
+                    reason = self._difference(found, values, rows, 0, args, kwargs)
+            except (
+                ValueError,
+                torch.linalg.LinAlgError,
+            ):  # far out, where a plain run has no density
+                reason = None
             if reason is not None:
                 self.reasons["graph"] = reason
+                self.settle(values, args, kwargs, ("plate", "rows"))
+                instead = {"plate": "in a plate of draws", "rows": "one draw after the other"}
                 warnings.warn(
-                    f"The recording of the model does not hold any more, {reason}: from now on it is run one draw "
-                    "after the other, which takes longer. Numbers that change from step to step belong into its "
+                    f"The recording of the model does not hold any more, {reason}: from now on it is run "
+                    f"{instead[self.way]}, which takes longer. Numbers that change from step to step belong into its "
                     "arguments.",
                     stacklevel=2,
                 )
-                self.way = "rows"
-                return self._densities(values, rows, args, kwargs)
+                way, self.way = self.way, "rows"  # whose densities have the shapes of a recording's
+                found = self._densities(values, rows, args, kwargs)
+                self.way = way
         return found
 
     def _objection(self, values: Values, args: tuple, kwargs: dict) -> str | None:

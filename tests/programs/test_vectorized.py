@@ -197,6 +197,9 @@ def test_a_number_that_changes_later_is_found_out_and_said():
     expected = plain(program, guide_trace, 0)["y"]
     assert torch.allclose(trace.nodes["y"]["log_prob"][0], expected)
     assert program.way == "rows"
+    setting["scale"] = 3.0
+    guide_trace, trace = traces_of(program, guide, 2)
+    assert torch.allclose(trace.nodes["y"]["log_prob"][0], plain(program, guide_trace, 0)["y"])
 
 
 def test_batches_and_parameters_are_inputs():
