@@ -196,7 +196,7 @@ def test_a_number_that_changes_later_is_found_out_and_said():
         guide_trace, trace = traces_of(program, guide, 2)
     expected = plain(program, guide_trace, 0)["y"]
     assert torch.allclose(trace.nodes["y"]["log_prob"][0], expected)
-    assert program.way == "rows"
+    assert program.way == "plate"
     setting["scale"] = 3.0
     guide_trace, trace = traces_of(program, guide, 2)
     assert torch.allclose(trace.nodes["y"]["log_prob"][0], plain(program, guide_trace, 0)["y"])
