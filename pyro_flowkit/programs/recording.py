@@ -23,6 +23,9 @@ from pyro_flowkit.programs.runs import Densities, Program, Values, run_given
 MAX_SECONDS = 20.0  # for one recording
 MAX_GRAPHS = 32  # of a model
 FEW_CALLS = 4  # that come before a graph is made for one number of draws
+MAX_NODES = (
+    2000  # of a graph that is made for one number of draws, at some two milliseconds for each
+)
 
 
 class Recording:
@@ -196,7 +199,8 @@ class _Graph:
         if size in self._of_many:
             return self._of_many[size](values, tensors)
         self._calls[size] += 1
-        if self._calls[size] <= FEW_CALLS:
+        is_long = len(self.of_one.graph.nodes) > MAX_NODES
+        if is_long or self._calls[size] <= FEW_CALLS:
             return side_by_side(self.of_one)(values, tensors)
         try:
             self._of_many[size] = together(self.of_one, values, tensors)
