@@ -124,6 +124,7 @@ class Recording:
                 args,
                 kwargs,
                 with_deterministic=self._with_deterministic,
+                at_site=progress.at_site,
             )
             tensors = {n: s for n, s in found.scales.items() if isinstance(s, Tensor)}
             scales.update({n: s for n, s in found.scales.items() if n not in tensors})
@@ -225,8 +226,12 @@ class _Progress(Messenger):
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "sample":
-            self._stopwatch.check()
-            self._last = msg["name"]
+            self.at_site(msg["name"])
+
+    def at_site(self, name: str) -> None:
+        """Take note of a site."""
+        self._stopwatch.check()
+        self._last = name
 
     def where(self) -> str:
         return f"at site {self._last!r} or after it, " if self._last else "before its first site, "

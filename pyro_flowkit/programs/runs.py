@@ -105,20 +105,26 @@ def run_given(
     kwargs: dict,
     *,
     with_deterministic: bool = False,
+    at_site: Callable[[str], None] | None = None,
 ) -> Densities:
     """A run with these values of latents and rows of plates, unseen by handlers around it.
 
-    A scale that under- or overflows far out is a density that is no number there, not an error.
+    A scale that under- or overflows far out is a density that is no number there, not an error. ``at_site`` is called
+    with the name of each site before its density is computed.
     """
     with poutine.block(), pyro.validation_enabled(False):
         given = poutine.condition(model, data=dict(values))
         trace = poutine.trace(given).get_trace(*args, **kwargs)
-        return _densities_of(trace, with_deterministic)
+        return _densities_of(trace, with_deterministic, at_site)
 
 
-def _densities_of(trace: poutine.Trace, with_deterministic: bool) -> Densities:
+def _densities_of(
+    trace: poutine.Trace, with_deterministic: bool, at_site: Callable[[str], None] | None
+) -> Densities:
     found = Densities({}, {}, {})
     for name, site in scored_sites(trace):
+        if at_site is not None:
+            at_site(name)
         with unvalidated(site["fn"]):
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         found.unscaled[name] = scale_and_mask(log_prob, 1.0, site["mask"])

@@ -205,7 +205,8 @@ class Vectorized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """To be run in a plate of particles, with values for the latents from outside (``poutine.replay``)."""
-        if self.way == "plate" and not self._is_due(self._calls + 1):
+        # a diagnostic looks at the distributions, too, and has settled the way just now
+        if self.way == "plate" and (self._with_deterministic or not self._is_due(self._calls + 1)):
             self._calls += 1
             self.model(*args, **kwargs)
             return

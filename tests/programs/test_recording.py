@@ -265,3 +265,16 @@ def test_data_outside_of_their_support_are_an_error(guide_of):
 
     with pytest.raises(ValueError, match="support"):
         fit(model, guide_of(model), max_steps=2, num_particles=2, progress=False)
+
+
+def test_a_recording_that_takes_too_long_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr("pyro_flowkit.programs.recording.MAX_SECONDS", 0.05)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for i in range(300):
+            pyro.sample(f"y{i}", dist.Normal(z, 1.0), obs=torch.tensor(0.1))
+
+    program, _ = program_of(model)
+    assert program.way == "plate"
+    assert "takes more than 0.05 s" in program.reasons["graph"]
