@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NUM_JUDGES = 2048
 SHARE_FOR_MODES = 0.25  # of the time that is left
-MIN_GAIN = 0.02  # nats; what is less is not worth a word
+MIN_LOSS, MIN_ROOM = 0.05, 0.02  # nats; what is less is not worth a word
 
 
 class GaussianStart:
@@ -118,7 +118,7 @@ class GaussianStart:
         # far below, the error is large, too, and no excuse; a NaN is none either. Below a Gaussian that is all but the
         # posterior nothing is lost.
         room = 0.5 * float(gaussian.var())
-        if not gain >= -min(2.0 * error, MIN_GAIN) and not room < MIN_GAIN:
+        if not gain >= -MIN_LOSS and not room < MIN_ROOM:
             warnings.warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the Gaussian that it "
                 "started from, so the guide is that Gaussian again. More particles, more steps or a smaller learning "

@@ -211,7 +211,7 @@ def test_a_plate_of_draws_is_looked_at_again():
         w = z.mean(0, keepdim=True) if setting["mixes"] and z.dim() else z
         pyro.sample("y", dist.Normal(w, 1.0), obs=torch.tensor(0.3))
 
-    program, guide = program_of(model, ways=["plate", "rows"])
+    program, guide = program_of(model, ways=["plate", "rows"], with_deterministic=False)
     assert program.way == "plate"
     traces_of(program, guide, 4)
     setting["mixes"] = True

@@ -15,12 +15,13 @@ from pyro_flowkit.programs.sites import scored_sites
 from tests.programs.styles import MODELS
 
 
-def program_of(model, *args, guide=None, ways=("graph", "plate", "rows")):
+def program_of(model, *args, guide=None, ways=("graph", "plate", "rows"), with_deterministic=True):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = guide or AutoNormal(model, init_scale=0.3)
     guide(*args)
-    return vectorized(model, guide, args, {}, ways=ways, with_deterministic=True), guide
+    options = {"ways": ways, "with_deterministic": with_deterministic}
+    return vectorized(model, guide, args, {}, **options), guide
 
 
 def traces_of(program, guide, size, *args):
