@@ -16,7 +16,9 @@ References:
     Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing. NeurIPS 2017 (``path_gradient``).
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self, cast
 
 import pyro.distributions as dist
@@ -142,6 +144,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         self._given = (model, init_loc_fn is not None)
         # how training went, not what was learned: no part of the state_dict, but of checkpoints
         self.register_buffer("_noise_squares", GradientNoise.at_first(), persistent=False)
+        self._said_undefined = False
         self._warm_start: tuple[dict[str, int], Gaussian] | None = None
         self.base_kind = base
         self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
@@ -271,7 +274,8 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         density = LatentDensity(model, self, args, kwargs)
         if found is not None:
             return GaussianStart(self, density, found)
-        return GaussianStart.of(self, density, max_seconds)
+        other_starts = partial(self._other_starts, model, tuple(args), dict(kwargs or {}))
+        return GaussianStart.of(self, density, max_seconds, other_starts)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""
@@ -308,6 +312,24 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             return None
         return LatentELBO(program, num_particles)
 
+    def _say_undefined(self, gradient: Tensor) -> None:
+        """Say once that derivatives at draws, ``(*batch, latent_dim)``, are no numbers in some rows."""
+        if self._said_undefined:
+            return
+        self._said_undefined = True
+        sites = [
+            site["name"]
+            for site, part in self._unpack_latent(gradient)
+            if not bool(part.isfinite().all())
+        ]
+        rows = gradient.isfinite().all(-1)
+        warnings.warn(
+            f"At {int((~rows).sum())} of {rows.numel()} draws the model's log-density has no derivative with respect "
+            f"to {', '.join(sites)}, as the square root of a number that underflows to 0. Such draws are taken to be "
+            "where guide and model agree, which leaves them out of the gradient; this is said once.",
+            stacklevel=2,
+        )
+
     def get_base_dist(self) -> dist.TorchDistribution:
         """Distribution of z, event shape ``(latent_dim,)``."""
         self._require_setup()
@@ -327,6 +349,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             self.get_base_dist(), self._layers(), path_gradient=self.path_gradient
         )
         posterior.noise = self._gradient_noise()
+        posterior.on_undefined = self._say_undefined
         return posterior
 
     def _gradient_noise(self) -> GradientNoise:

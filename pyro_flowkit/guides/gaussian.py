@@ -100,19 +100,27 @@ def best_gaussian(
     def best(candidates: list[Gaussian]) -> Gaussian:
         return max(candidates, key=lambda gaussian: gaussian.elbo(density, judges))
 
-    def improved(candidate: Gaussian, draws: Tensor) -> Gaussian:
-        return _improved(density, candidate, draws, max_iterations, deadline)
+    def better(candidate: Gaussian, draws: Tensor) -> Gaussian:
+        return improved(density, candidate, draws, max_iterations, deadline)
 
     laplace = _laplace(density, start, deadline)
     starts = [start] if laplace is None else [start, laplace]
-    rough = best([*starts, *(improved(each, few) for each in starts)])
-    return best([rough, improved(rough, many)])
+    rough = best([*starts, *(better(each, few) for each in starts)])
+    return best([rough, better(rough, many)])
 
 
-def _improved(
+def improved(
     density: Density, start: Gaussian, draws: Tensor, max_iterations: int, deadline: float
 ) -> Gaussian:
-    """L-BFGS on the ELBO over fixed draws, in the units of the start: ``loc = loc_0 + S_0 m``, ``S = S_0 T``."""
+    """The ELBO over fixed draws raised by L-BFGS, in the units of the start: ``loc = loc_0 + S_0 m``, ``S = S_0 T``.
+
+    Args:
+        density: as for :func:`best_gaussian`.
+        start: the Gaussian to begin with, whose kind of scale is kept.
+        draws: of a standard normal, shape ``(n, D)``.
+        max_iterations: of L-BFGS.
+        deadline: a value of ``time.monotonic()``, after which it ends with the best so far.
+    """
     size = len(start.loc)
     full = start.scale.dim() == 2
     rows, columns = torch.tril_indices(size if full else 0, size, -1)

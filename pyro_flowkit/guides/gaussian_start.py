@@ -6,7 +6,7 @@ L-BFGS: the latents of each site are a Gaussian then whose location and log scal
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pyro_flowkit.guides.circular import CircularAffine
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.guides.modes import Mode, comparable, is_apart, modes
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 
 NUM_JUDGES = 2048
-MIN_GAIN = 0.02  # nats
+SHARE_FOR_MODES = 0.25  # of the time that is left
+MIN_LOSS, MIN_ROOM = 0.05, 0.02  # nats; what is less is not worth a word
 
 
 class GaussianStart:
@@ -43,9 +46,26 @@ class GaussianStart:
         self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     @classmethod
-    def of(cls, guide: "AutoSplineFlow", density: LatentDensity, max_seconds: float) -> Self | None:
-        """Put a fresh guide onto the best Gaussian; None, with nothing done, where that does not work,
-        and a warning where that is the model's doing."""
+    def of(
+        cls,
+        guide: "AutoSplineFlow",
+        density: LatentDensity,
+        max_seconds: float,
+        other_starts: Callable[[], Sequence[Tensor]],
+    ) -> Self | None:
+        """Put a fresh guide onto the best Gaussian.
+
+        Args:
+            guide: after its setup.
+            density: of its model.
+            max_seconds: of the search.
+            other_starts: gives locations to look for other modes from, besides the guide's own; those found are named
+                in a warning.
+
+        Returns:
+            None, with nothing done, where the guide is no Gaussian any more, or, with a warning, where the model cannot
+            be run for many draws at a time.
+        """
         if not _is_gaussian(guide):
             return None
         if density.obstacle is not None:
@@ -64,6 +84,9 @@ class GaussianStart:
             scale = affine.scale if affine.kind == "full" else affine.scale.diagonal().clone()
             start = Gaussian(affine.loc.clone(), scale)
         found = best_gaussian(flat, start, max_seconds=max_seconds)
+        starts = other_starts()
+        if starts:
+            found = _best_of_modes(guide, flat, found, starts, deadline)
         if found is not start:
             affine.restart(found.loc, found.scale)
         if guide.hierarchy is not None:
@@ -72,14 +95,15 @@ class GaussianStart:
 
     @torch.no_grad()
     def keep_better(self) -> bool:
-        """Go back to the Gaussian unless the flow has gained on it; with a warning if it has lost.
+        """Go back to the Gaussian unless the flow is better; with a warning if much was lost.
 
-        A gain of less than 0.02 nats is none: where the Gaussian is as good as that, training mostly puts noise into
-        the tails, which the ELBO hardly sees and importance weights (pareto k) do.
+        The better one has the larger ELBO at the same draws of the base, or, where the two are within two standard
+        errors of the difference, the smaller spread of log p - log q, which importance weights come from.
 
         Returns:
             Whether the trained guide was kept.
         """
+        self._density.look_again()
         now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
         trained = self._elbos()
         self._load(self.tensors)
@@ -87,11 +111,14 @@ class GaussianStart:
         difference = trained - gaussian
         gain = float(difference.mean())
         error = float(difference.std()) / len(difference) ** 0.5
-        if gain > MIN_GAIN:
+        is_level = abs(gain) <= 2.0 * error and bool(trained.std() < gaussian.std())
+        if gain > 2.0 * error or is_level:
             self._load(now)
             return True
-        # far below, the error is large, too, and no excuse; a NaN is none either
-        if not gain >= -min(2.0 * error, MIN_GAIN):
+        # far below, the error is large, too, and no excuse; a NaN is none either. Below a Gaussian that is all but the
+        # posterior nothing is lost.
+        room = 0.5 * float(gaussian.var())
+        if not gain >= -MIN_LOSS and not room < MIN_ROOM:
             warnings.warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the Gaussian that it "
                 "started from, so the guide is that Gaussian again. More particles, more steps or a smaller learning "
@@ -122,6 +149,54 @@ def _is_gaussian(guide: "AutoSplineFlow") -> bool:
     for layer in guide._layers()[:-1]:
         x = layer(x)
     return torch.allclose(x, z, atol=1e-4)
+
+
+def _best_of_modes(
+    guide: "AutoSplineFlow",
+    density: Density,
+    first: Gaussian,
+    starts: Sequence[Tensor],
+    deadline: float,
+) -> Gaussian:
+    """The best Gaussian of all modes that are found; a warning where several are of comparable mass."""
+    search = time.monotonic() + SHARE_FOR_MODES * max(deadline - time.monotonic(), 0.0)
+    found = modes(density, [first.loc, *starts], guide.init_scale, deadline=search)
+    judges = normal_draws(512, first.loc, seed=5)
+    refined = [Mode(first, first.elbo(density, judges))]
+    for mode in comparable(found):
+        if is_apart(density, mode, refined[0]):
+            scale = mode.gaussian.scale
+            start = Gaussian(mode.gaussian.loc, scale.diag() if first.scale.dim() == 2 else scale)
+            left = max(deadline - time.monotonic(), 0.0)
+            better = best_gaussian(density, start, max_seconds=left)
+            refined.append(Mode(better, better.elbo(density, judges)))
+    refined.sort(key=lambda mode: -mode.elbo)
+    several = comparable(
+        [refined[0], *(m for m in refined[1:] if is_apart(density, m, refined[0]))]
+    )
+    if len(several) > 1:
+        warnings.warn(_several_modes(guide, several), stacklevel=4)
+    return refined[0].gaussian
+
+
+def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
+    places = []
+    for mode in found[:3]:
+        values, _ = unpack(guide, mode.gaussian.loc)
+        some = [f"{name} = {_rounded(value)}" for name, value in list(values.items())[:4]]
+        places.append(f"{', '.join(some)} (ELBO {mode.elbo:.2f})")
+    return (
+        f"The posterior has at least {len(found)} separate modes of comparable mass: {'; '.join(places)}. "
+        f"{type(guide).__name__} follows the first: its ELBO and evidence leave the others out, and the latents look "
+        "more certain than they are. init_loc_fn=init_to_value(values=...) starts at another one, and the evidences of "
+        "both say how the mass is shared."
+    )
+
+
+def _rounded(value: Tensor) -> str:
+    numbers = [f"{number:.3g}" for number in value.flatten()[:4].tolist()]
+    more = ", ..." if value.numel() > 4 else ""
+    return numbers[0] if value.numel() == 1 else f"[{', '.join(numbers)}{more}]"
 
 
 class _Scaling(nn.Module):

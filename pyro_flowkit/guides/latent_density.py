@@ -82,6 +82,10 @@ class LatentDensity:
                 )
         return None if self._program.way != "rows" else self._program.complaint()
 
+    def look_again(self) -> None:
+        """Compare with a plain run of the model at the next call: time has passed."""
+        self._program.look_again()
+
     def __call__(self, latent: Tensor) -> Tensor:
         """log p(x, u) in nats for ``u`` of shape ``(n, D)``, shape ``(n,)``."""
         values, total = unpack(self._guide, latent)

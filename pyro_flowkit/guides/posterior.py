@@ -19,7 +19,7 @@ maps bends little, so that log q is near a Gaussian: where the mean square of it
 The derivative of log q at a draw is carried along with it, see :mod:`pyro_flowkit.flow_distribution`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,13 +75,15 @@ class GuidePosterior(FlowDistribution):
 
     Attributes:
         noise: the guide's, which lives longer than the distribution.
+        on_undefined: called with the gradient at draws of which some, but not all, have none.
     """
 
     noise: GradientNoise
+    on_undefined: Callable[[Tensor], None]
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "GuidePosterior":
         new = super().expand(batch_shape, _instance)
-        new.noise = self.noise
+        new.noise, new.on_undefined = self.noise, self.on_undefined
         return new
 
     def score_parts(self, value: Tensor) -> ScoreParts:
@@ -117,23 +119,31 @@ class GuidePosterior(FlowDistribution):
         """Learn the noise of both gradients from the backward pass of this step.
 
         The loss is ``sum_i c_i (log q(x_i) - log p(x_i))``: what arrives at ``entropy_term`` is c, and at the draw c
-        times the difference of the derivatives, or the one of log p alone.
+        times the difference of the derivatives, or the one of log p alone. Where log p has no derivative it is taken
+        to be that of log q, which leaves the mean of the gradient to the other draws.
         """
         affine: Any = self.transforms[-1]
         arrived: dict[str, Tensor] = {}
 
-        def finish() -> None:
-            if len(arrived) < 2:
-                return
-            gradient = arrived["value"] / -arrived["entropy_term"].unsqueeze(-1)
+        def finish(gradient: Tensor) -> Tensor | None:
+            if "entropy_term" not in arrived:
+                return None
+            weight = -arrived["entropy_term"].unsqueeze(-1)
+            defined = gradient.isfinite().all(-1, keepdim=True)
+            kept = None
+            if not bool(defined.all()) and bool(defined.any()):
+                self.on_undefined(gradient)
+                agreed = torch.zeros_like(derivative) if is_path else weight * derivative
+                kept = gradient = torch.where(defined, gradient, agreed)
+            gradient = gradient / weight
             of_p = gradient + derivative if is_path else gradient
             both = affine.in_units(torch.stack([of_p - derivative, of_p]))
             self.noise.update(both.square().flatten(1).mean(-1))
+            return kept
 
-        def note(name: str, gradient: Tensor) -> None:
-            arrived[name] = gradient.detach()
-            finish()
+        def note(gradient: Tensor) -> None:
+            arrived["entropy_term"] = gradient.detach()
 
         if value.requires_grad:
-            value.register_hook(lambda gradient: note("value", gradient))
-            entropy_term.register_hook(lambda gradient: note("entropy_term", gradient))
+            value.register_hook(lambda gradient: finish(gradient.detach()))
+            entropy_term.register_hook(note)

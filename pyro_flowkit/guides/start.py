@@ -1,19 +1,25 @@
 """Where a guide starts: at values of its latents, with angles cut open, or at the Gaussian of another guide."""
 
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
+from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
 from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_values import pack
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.transforms.affine import Affine
 
 # a setup looks at a few points only
+PRIOR_DRAWS = 6
 WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 
 
@@ -22,6 +28,7 @@ class Start(WithoutMasked):
 
     affine: Affine
     init_scale: float
+    _warm_start: Any
 
     def _start_warm(self, sizes: dict[str, int], gaussian: Gaussian) -> None:
         own = {name: shape.numel() for name, shape in self._unconstrained_shapes.items()}
@@ -38,21 +45,77 @@ class Start(WithoutMasked):
     def _choose_loc(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Where ``init_loc_fn`` says; without one the prior's medians, unless the origin is the better start.
 
-        The median of a vague prior may be far out, or underflow.
+        The median of a vague prior may be far out, or underflow. A start where a derivative is no number is none: then
+        it is a draw of the prior.
         """
         loc = self._init_loc()
         model, is_given = self._given
         if is_given:
             return loc
         density = LatentDensity(model, self, args, kwargs, WITHOUT_RECORDING)
+        candidates = {"the prior's medians": loc, "the origin": torch.zeros_like(loc)}
+        tried = {name: self._tried(density, at) for name, at in candidates.items()}
+        if not any(is_smooth for is_smooth, _ in tried.values()):
+            for i, at in enumerate(self._prior_draws(model, args, kwargs, loc)):
+                name = f"draw {i + 1} of the prior"
+                candidates[name], tried[name] = at, self._tried(density, at)
+        best = max(tried, key=lambda name: tried[name])
+        if not tried[best][0]:
+            warnings.warn(self._no_start(density, candidates, best), stacklevel=2)
+        if best != "the prior's medians":
+            self._start_at(candidates[best])
+        return candidates[best]
+
+    def _tried(self, density: LatentDensity, loc: Tensor) -> tuple[bool, float]:
+        """Whether a start has a density with a gradient at draws around it, and its ELBO (nats)."""
         draws = normal_draws(8, loc, seed=0)
-        scale = torch.full_like(loc, self.init_scale)
-        origin = torch.zeros_like(loc)
-        of_median, of_origin = (Gaussian(at, scale).elbo(density, draws) for at in (loc, origin))
-        if of_median >= of_origin:
-            return loc
-        self._start_at(origin)
-        return origin
+        gaussian = Gaussian(loc, torch.full_like(loc, self.init_scale))
+        return bool(_gradient(density, gaussian.transform(draws)).isfinite().all()), gaussian.elbo(
+            density, draws
+        )
+
+    def _other_starts(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Draws of the prior, where there may be a way to another mode; none where a caller said where to start."""
+        _, is_given = self._given
+        if is_given or self._warm_start is not None or isinstance(self.affine, CircularAffine):
+            return []
+        return self._prior_draws(model, args, kwargs, self._init_loc())
+
+    @torch.no_grad()
+    def _prior_draws(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], loc: Tensor
+    ) -> list[Tensor]:
+        """Starts where the prior is; around the origin where it cannot be drawn from."""
+        found = []
+        with _fixed_seed(loc.device), poutine.block():
+            for _ in range(PRIOR_DRAWS):
+                try:
+                    trace = poutine.trace(model).get_trace(*args, **kwargs)
+                    names = [name for name, _ in self.prototype_trace.iter_stochastic_nodes()]
+                    found.append(pack(self, {n: trace.nodes[n]["value"] for n in names})[0])
+                except (NotImplementedError, RuntimeError, ValueError):
+                    found.append(torch.randn_like(loc))
+        return found
+
+    def _no_start(self, density: LatentDensity, candidates: Mapping[str, Tensor], best: str) -> str:
+        """What is wrong with the best start that there is: whose derivative is no number, and where."""
+        gradient = _gradient(density, candidates[best][None])[0]
+        bad = [
+            f"{site['name']} = {bijection_to(site['fn'].support)(unconstrained).tolist()}"
+            for (site, unconstrained), (_, derivative) in zip(
+                self._unpack_latent(candidates[best]), self._unpack_latent(gradient), strict=True
+            )
+            if not bool(derivative.isfinite().all())
+        ]
+        return (
+            "Expected a start where the model's log-density has a derivative, got none among the prior's medians, the "
+            f"origin and {PRIOR_DRAWS} draws of the prior. "
+            f"At {best} the derivative is no number with respect to {'; '.join(bad) or 'some draws around it'}. Give "
+            "init_loc_fn, or rewrite what has an infinite derivative there (the square root of a number that "
+            "underflows to 0, for one)."
+        )
 
     def _start_at(self, loc: Tensor) -> None:
         for site, unconstrained in self._unpack_latent(loc):
@@ -70,3 +133,12 @@ class Start(WithoutMasked):
         cut = best_cut(density, loc, columns)
         self._start_at(cut.loc)
         return cut
+
+
+def _gradient(density: LatentDensity, points: Tensor) -> Tensor:
+    """Derivatives of the log-density at points ``(n, D)``."""
+    points = points.detach().clone().requires_grad_()
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a model that reads numbers
+        (gradient,) = torch.autograd.grad(density(points).sum(), points)
+    return gradient

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from torch.func import functionalize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_flowkit.programs.constants import ConstantsFirst
+
 Values = dict[str, Tensor]
 Node = Any  # of a torch.fx.Graph, whose arguments have many types
 
@@ -25,8 +27,16 @@ class Unrecordable(Exception):
     """A function that has no graph; the message is a clause that says why."""
 
 
+class ReadsValue(Unrecordable):
+    """A function that reads the value of a tensor, or has tensors whose shapes depend on one."""
+
+
 def recorded(
-    function: Callable[[Values, list[Tensor]], Any], values: Values, tensors: list[Tensor]
+    function: Callable[[Values, list[Tensor]], Any],
+    values: Values,
+    tensors: list[Tensor],
+    *,
+    constants_first: bool = False,
 ) -> fx.GraphModule:
     """The graph of a function.
 
@@ -34,20 +44,63 @@ def recorded(
         function: of named tensors and a list of tensors, to any nest of tensors.
         values: such named tensors.
         tensors: such a list.
+        constants_first: compute at once, and not in the graph, what depends on neither inputs nor parameters. The
+            function may then read it.
 
     Raises:
-        Unrecordable: if it reads a value that depends on its inputs, draws random numbers, or changes a tensor that is
-            not its own.
+        ReadsValue: if it reads a value that depends on its inputs.
+        Unrecordable: if it draws random numbers, changes a tensor that is not its own, or fails.
     """
     values = {name: value.detach() for name, value in values.items()}
     tensors = [tensor.detach() for tensor in tensors]
+    plain = functionalize(function, remove="mutations")
+
+    def run(values: Values, tensors: list[Tensor]) -> Any:
+        if not constants_first:
+            return plain(values, tensors)
+        with ConstantsFirst([*values.values(), *tensors]):
+            return plain(values, tensors)
+
     try:
-        graph = make_fx(functionalize(function, remove="mutations"))(values, tensors)
+        graph = make_fx(run)(values, tensors)
+        if any(_changes(node) for node in graph.graph.nodes):
+            graph = _without_changes(graph, values, tensors)
     except Exception as error:  # whatever a program may raise when its tensors are none
-        raise Unrecordable(_reason(error)) from error
+        reads = isinstance(error, ReadsValue) or _reads_value(error)
+        raise (ReadsValue if reads else Unrecordable)(_reason(error)) from error
     _clean(graph)
     _refuse(graph)
     return graph
+
+
+def _without_changes(
+    graph: fx.GraphModule, values: Values, tensors: list[Tensor]
+) -> fx.GraphModule:
+    """The graph with new tensors in the place of those of its own that it changes."""
+    _refuse(graph, of_its_own=True)
+    constants = dict.fromkeys(str(node.target) for node, _ in _constants(graph))
+    known = [getattr(graph, name) for name in constants]
+
+    def run(values: Values, tensors: list[Tensor], known: list[Tensor]) -> Any:
+        given = _Given(graph, dict(zip(constants, known, strict=True)))
+        return given.run(values, tensors)
+
+    detached = [tensor.detach() for tensor in known]
+    pure = make_fx(functionalize(run, remove="mutations"))(values, tensors, detached)
+    return make_fx(lambda values, tensors: pure(values, tensors, known))(values, tensors)
+
+
+class _Given(fx.Interpreter):
+    """A graph with other constants."""
+
+    def __init__(self, graph: fx.GraphModule, constants: Values):
+        super().__init__(graph)
+        self._given = constants
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return (
+            self._given[target] if target in self._given else super().get_attr(target, args, kwargs)
+        )
 
 
 def side_by_side(graph: fx.GraphModule) -> Callable[[Values, list[Tensor]], Any]:
@@ -143,10 +196,16 @@ def _rewrite_masked_write(graph: fx.GraphModule, node: Node) -> None:
             _replace(node, graph.graph.call_function(_aten.where.self, where))
 
 
+def _rewrite_view(graph: fx.GraphModule, node: Node) -> None:
+    """Beside other draws a tensor may have strides that a view cannot have."""
+    node.target = _aten.reshape.default
+
+
 _REWRITTEN: dict[Any, Callable[[fx.GraphModule, Node], None]] = {
     _aten.copy.default: _rewrite_copy,
     _aten.select_scatter.default: _rewrite_select_scatter,
     _aten.index_put.default: _rewrite_masked_write,
+    _aten.view.default: _rewrite_view,
 }
 
 
@@ -173,10 +232,28 @@ def _changes(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _written(node: Node) -> Node:
+    """Where the tensor comes from that an operation writes into."""
+    while node.op == "call_function" and (_changes(node) or _is_view(node)):
+        node = node.args[0] if node.args else node.all_input_nodes[0]
+    return node
+
+
+def _is_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(value.alias_info is not None for value in schema.returns)
+
+
 def _is_random(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    if not (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    ):
+        return False
+    # attention is marked for the dropout that it may have
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return "dropout_p" not in names or given.get("dropout_p", 0.0) != 0.0
 
 
 def _fold(graph: fx.GraphModule) -> None:
@@ -201,24 +278,45 @@ def _fold(graph: fx.GraphModule) -> None:
                 node.replace_all_uses_with(graph.graph.get_attr(name))
 
 
-def _refuse(graph: fx.GraphModule) -> None:
-    """Raise for what a graph must not do."""
+def _refuse(graph: fx.GraphModule, *, of_its_own: bool = False) -> None:
+    """Raise for what a graph must not do; changing tensors of its own is allowed on request."""
+    varies: set[Node] = set()
     for node in graph.graph.nodes:
+        if node.op == "placeholder" or varies.intersection(node.all_input_nodes):
+            varies.add(node)
         if node.op != "call_function":
             continue
         if _is_random(node):
             raise Unrecordable(f"it draws random numbers by itself ({node.target})")
-        if _changes(node):
+        if _changes(node) and not (of_its_own and _written(node).op == "call_function"):
             raise Unrecordable(f"it changes a tensor in place ({node.target})")
+        if varies.intersection(_selectors(node)):
+            raise ReadsValue(f"it has a tensor whose shape depends on values ({node.target})")
         if node.target is _aten.copy.default:
             raise Unrecordable("it writes values of one kind into a tensor of another")
+
+
+def _selectors(node: Node) -> list[Node]:
+    """The inputs of an operation whose values decide on the shape of what it gives."""
+    if node.target is _aten.index.Tensor:
+        kinds = ((index, _kind_of(index)) for index in node.args[1] if index is not None)
+        return [index for index, kind in kinds if kind and kind[1] in (torch.bool, torch.uint8)]
+    is_such = isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.dynamic_output_shape in node.target.tags
+    )
+    return list(node.all_input_nodes) if is_such else []
+
+
+def _reads_value(error: Exception) -> bool:
+    text = str(error)
+    return "_local_scalar_dense" in text or "vmap" in text and ".item()" in text
 
 
 def _reason(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     if isinstance(error, Unrecordable):
         return lines[0]
-    if "_local_scalar_dense" in str(error) or "vmap" in str(error) and ".item()" in str(error):
+    if _reads_value(error):
         return "it reads the value of a tensor that depends on latents or arguments (float(), .item(), an if)"
     return f"{type(error).__name__}: {lines[0]}"
 

@@ -12,6 +12,7 @@ from pyro_flowkit.programs.runs import Program, Values, in_plate
 from pyro_flowkit.programs.sites import (
     guided_names,
     is_point_mass,
+    is_scored,
     latent_names,
     nesting_of,
     scored_sites,
@@ -43,6 +44,7 @@ def vectorized(
     *,
     with_deterministic: bool = False,
     ways: Sequence[Way] = WAYS,
+    num_varying: int = 0,
 ) -> Vectorized:
     """The model at many draws of the guide.
 
@@ -53,13 +55,17 @@ def vectorized(
         kwargs: of both.
         with_deterministic: whether the values of deterministic sites are wanted, too.
         ways: those to try, the last of them "rows" where one draw after the other is a way as well.
+        num_varying: how many of the first arguments are other tensors from call to call.
 
     Raises:
+        ValueError: where Pyro validates, for data outside of the support of their distribution.
         NotVectorizable: if the guide fails in a plate, or has other densities there, or none of the ways gives those
             of the model.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+        # Recordings take data as they are, so a value outside of its support is said here, where Pyro validates.
+        model_trace.compute_log_prob(lambda name, site: is_scored(site) and site["is_observed"])
         nesting = nesting_of(model_trace, guide_trace)
         latents = latent_names(model_trace)
         if not set(latents) <= set(guided_names(guide_trace)):
@@ -85,6 +91,7 @@ def vectorized(
         batch_dims,
         nesting,
         with_deterministic=with_deterministic,
+        num_varying=num_varying,
     )
     if program.settle(values, args, kwargs, ways) not in ways:
         raise NotVectorizable(program.complaint())

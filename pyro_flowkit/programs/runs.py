@@ -1,14 +1,18 @@
 """Plain runs of a model, by Pyro's handlers: with given latents and rows, for one draw or in a plate of draws."""
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyro
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_flowkit.programs.sites import PARTICLES, is_deterministic, is_scored, scored_sites
 
@@ -21,12 +25,12 @@ class Densities(NamedTuple):
 
     Attributes:
         unscaled: log-densities (nats), zero where they are masked, before they are scaled; shapes ``(*batch,)``.
-        scales: those scales that are tensors.
+        scales: what they are multiplied by, where it is not 1; a recording has those that are tensors.
         values: of sites with densities and, where they are wanted, of deterministic ones.
     """
 
     unscaled: Values
-    scales: Values
+    scales: dict[str, Any]
     values: Values
 
 
@@ -34,17 +38,17 @@ class Layout(NamedTuple):
     """A site as a plain run has it, but for what differs from draw to draw.
 
     Attributes:
-        kind: "latent", "observed", "deterministic" or "subsample".
+        kind: "latent", "observed", "deterministic", "subsample" (some rows of a plate) or "plate" (all of its rows).
         fn: its distribution.
         stack: its plates.
-        scale: what its density is multiplied by; None for a tensor, which every run gives.
+        scale: what its density is multiplied by; 1 for a tensor.
         infer: what is said of it for inference.
     """
 
     kind: str
     fn: Any
     stack: tuple
-    scale: float | None
+    scale: float
     infer: dict[str, Any]
 
 
@@ -77,7 +81,8 @@ def layouts(
         if site_is_subsample(site):
             if name not in plates:
                 continue
-            kind = "subsample"
+            size = site["fn"].size
+            kind = "subsample" if (site["fn"].subsample_size or size) < size else "plate"
         elif is_deterministic(site):
             kind = "deterministic"
         elif name in latents:
@@ -88,7 +93,7 @@ def layouts(
             continue
         stack = tuple(frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES)
         infer = dict(site["infer"] or {})
-        scale = None if isinstance(site["scale"], Tensor) else site["scale"]
+        scale = 1.0 if isinstance(site["scale"], Tensor) else site["scale"]
         found[name] = Layout(kind, site["fn"], stack, scale, infer)
     return found
 
@@ -100,23 +105,30 @@ def run_given(
     kwargs: dict,
     *,
     with_deterministic: bool = False,
+    at_site: Callable[[str], None] | None = None,
 ) -> Densities:
     """A run with these values of latents and rows of plates, unseen by handlers around it.
 
-    A scale that under- or overflows far out is a density that is no number there, not an error.
+    A scale that under- or overflows far out is a density that is no number there, not an error. ``at_site`` is called
+    with the name of each site before its density is computed.
     """
     with poutine.block(), pyro.validation_enabled(False):
         given = poutine.condition(model, data=dict(values))
         trace = poutine.trace(given).get_trace(*args, **kwargs)
-        return _densities_of(trace, with_deterministic)
+        return _densities_of(trace, with_deterministic, at_site)
 
 
-def _densities_of(trace: poutine.Trace, with_deterministic: bool) -> Densities:
+def _densities_of(
+    trace: poutine.Trace, with_deterministic: bool, at_site: Callable[[str], None] | None
+) -> Densities:
     found = Densities({}, {}, {})
     for name, site in scored_sites(trace):
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        if at_site is not None:
+            at_site(name)
+        with unvalidated(site["fn"]):
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         found.unscaled[name] = scale_and_mask(log_prob, 1.0, site["mask"])
-        if isinstance(site["scale"], Tensor):
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1.0:
             found.scales[name] = site["scale"]
         found.values[name] = site["value"]
     if with_deterministic:
@@ -126,13 +138,43 @@ def _densities_of(trace: poutine.Trace, with_deterministic: bool) -> Densities:
     return found
 
 
-def scaled(found: Densities, layout: Mapping[str, Layout]) -> Values:
+def scaled(found: Densities) -> Values:
     """log-densities with their scales, in nats."""
-    scales: dict[str, Any] = {
-        name: site.scale for name, site in layout.items() if site.scale is not None
-    }
-    scales.update(found.scales)
-    return {name: value * scales.get(name, 1.0) for name, value in found.unscaled.items()}
+    return {name: value * found.scales.get(name, 1.0) for name, value in found.unscaled.items()}
+
+
+@contextlib.contextmanager
+def unvalidated(fn: Any) -> Iterator[None]:
+    """No look at values in a distribution that was made with validation, as those of ``PyroSample`` are."""
+    parts = [fn]
+    for part in parts:
+        parts += [value for value in vars(part).values() if isinstance(value, Distribution)]
+    changed = [part for part in parts if vars(part).get("_validate_args")]
+    for part in changed:
+        part._validate_args = False
+    try:
+        yield
+    finally:
+        for part in changed:
+            part._validate_args = True
+
+
+class BesideEachOther(Messenger):
+    """What a plate of draws does, also where there is one already whose plate nobody is to see.
+
+    Args:
+        size: number of draws.
+        nesting: number of batch dimensions right of them.
+    """
+
+    def __init__(self, size: int, nesting: int):
+        super().__init__()
+        self._frame = CondIndepStackFrame(PARTICLES, -1 - nesting, size, 0, size)
+
+    def _process_message(self, msg: Any) -> None:
+        msg["cond_indep_stack"] = (self._frame, *msg["cond_indep_stack"])
+        if msg["type"] == "sample":
+            BroadcastMessenger._pyro_sample(msg)
 
 
 def in_plate(model: Program, size: int, nesting: int) -> Program:

@@ -10,7 +10,7 @@ There are three ways to the densities of a model at many draws:
 - **rows**: one draw after the other.
 
 A way is taken only if it gives the log-densities of plain runs: at every site, in every element, for two draws at
-first, and for one at calls 1, 2, 4, 8 and so on.
+first, and for one at calls 1, 2, 4, 8 and so on and wherever the shapes of arguments are new.
 """
 
 import warnings
@@ -27,12 +27,12 @@ from pyro_flowkit.programs.given import Frames, Given
 from pyro_flowkit.programs.graph import Unrecordable
 from pyro_flowkit.programs.recording import MAX_GRAPHS, Recording, signature
 from pyro_flowkit.programs.runs import (
+    BesideEachOther,
     Densities,
     DrawnRows,
     Layout,
     Program,
     Values,
-    in_plate,
     layouts,
     run_given,
     scaled,
@@ -53,6 +53,7 @@ class Vectorized:
         latents: their names, with the number of their batch dimensions in a plain run.
         nesting: number of batch dimensions of the plates of the model and its guide; the draws are left of them.
         with_deterministic: whether the values of deterministic sites are wanted, too.
+        num_varying: how many of the first arguments are other tensors from call to call.
 
     Attributes:
         way: how densities are computed, after :meth:`settle`.
@@ -67,12 +68,13 @@ class Vectorized:
         nesting: int,
         *,
         with_deterministic: bool = False,
+        num_varying: int = 0,
     ):
         self.model, self.nesting, self.latents = model, nesting, dict(latents)
         self.way: Way = "rows"
         self.reasons: dict[str, str] = {}
         self._plain_run, self._with_deterministic = plain_run, with_deterministic
-        self._recording = Recording(model, with_deterministic)
+        self._recording = Recording(model, with_deterministic, num_varying)
         self._layouts: dict[Hashable, dict[str, Layout]] = {}
         self._agrees: dict[Way, bool] = {}
         self._calls = 0
@@ -94,6 +96,10 @@ class Vectorized:
             self.reasons[way] = reason
         self.way = "rows"
         return self.way
+
+    def look_again(self) -> None:
+        """Compare with a plain run at the next call: time has passed."""
+        self._calls = 0
 
     def agrees(self, way: Way, values: Values, args: tuple, kwargs: dict) -> bool:
         """Whether another way than the one that was taken gives the densities of plain runs, too."""
@@ -132,7 +138,7 @@ class Vectorized:
     # ---- densities
 
     def log_probs(self, values: Values, args: tuple, kwargs: dict) -> Values:
-        """log-densities of all sites at many draws, with scales and masks, in nats.
+        """log-densities of all sites at many draws, with scales and masks, in nats; now and then they are verified.
 
         Args:
             values: of all latents, shapes ``(n, *batch, *event)`` with the batch shape of a plain run.
@@ -144,10 +150,15 @@ class Vectorized:
         """
         layout = self.layout(args, kwargs)
         rows = {name: site.fn() for name, site in layout.items() if site.kind == "subsample"}
-        return scaled(self._densities(values, rows, args, kwargs), layout)
+        return scaled(self._checked(values, rows, args, kwargs))
 
     def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
         """log p(x, z) at many draws, shape ``(n,)``, in nats."""
+        if self.way == "rows":  # whose sites may differ from draw to draw
+            size = len(next(iter(values.values())))
+            draws = [{name: value[i] for name, value in values.items()} for i in range(size)]
+            rows = [scaled(self._run(self.model, one, args, kwargs)).values() for one in draws]
+            return torch.stack([torch.stack([part.sum() for part in row]).sum() for row in rows])
         parts = self.log_probs(values, args, kwargs).values()
         return torch.stack([part.reshape(len(part), -1).sum(-1) for part in parts]).sum(0)
 
@@ -158,8 +169,15 @@ class Vectorized:
             found = self._recording(values, rows, args, kwargs)
         elif self.way == "plate":
             padded = {name: self.padded(name, v, args, kwargs) for name, v in values.items()}
-            program = in_plate(self.model, size, self.nesting)
-            return self._run(program, {**padded, **rows}, args, kwargs)
+            program = BesideEachOther(size, self.nesting)(self.model)
+            found = self._run(program, {**padded, **rows}, args, kwargs)
+            layout = self.layout(args, kwargs)
+            own = {
+                name: own_values(value, layout[name].fn, size, self.nesting)
+                for name, value in found.values.items()
+                if name in layout
+            }
+            return found._replace(values=own)
         else:
             found = _beside_each_other(
                 [
@@ -170,7 +188,10 @@ class Vectorized:
                 ]
             )
         wide = {name: self._wide(value, 0) for name, value in found.unscaled.items()}
-        scales = {name: self._wide(value, 0) for name, value in found.scales.items()}
+        scales = {
+            name: self._wide(value, 0) if isinstance(value, Tensor) else value
+            for name, value in found.scales.items()
+        }
         return found._replace(unscaled=wide, scales=scales)
 
     def _run(self, program: Program, values: Values, args: tuple, kwargs: dict) -> Densities:
@@ -184,16 +205,20 @@ class Vectorized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """To be run in a plate of particles, with values for the latents from outside (``poutine.replay``)."""
-        if self.way == "plate":
+        # a diagnostic looks at the distributions, too, and has settled the way just now
+        if self.way == "plate" and (self._with_deterministic or not self._is_due(self._calls + 1)):
+            self._calls += 1
             self.model(*args, **kwargs)
             return
         layout = self.layout(args, kwargs)
-        wide, rows, latents = {}, {}, {}
+        wide, latents = {}, {}
+        rows: Values = {}
         with Frames() as frames:
             for name, site in layout.items():
-                if site.kind == "subsample":
+                if site.kind in ("subsample", "plate"):
                     frames.settle((), 1.0)
-                    rows[name] = pyro.sample(name, site.fn, infer=site.infer)
+                    drawn = pyro.sample(name, site.fn, infer=site.infer)
+                    rows |= {name: drawn} if site.kind == "subsample" else {}
                 elif site.kind == "latent":
                     frames.settle(site.stack, site.scale)
                     latents[name] = given = Given(site.fn)
@@ -207,10 +232,14 @@ class Vectorized:
             }
             found = self._checked(values, rows, args, kwargs)
             for name, given in latents.items():
-                given.settle(found.unscaled[name])
+                scale = found.scales.get(name, 1.0)
+                is_known = not isinstance(scale, Tensor) and scale == layout[name].scale
+                given.settle(
+                    found.unscaled[name] * (1.0 if is_known else scale / layout[name].scale)
+                )
             for name, site in layout.items():
                 if site.kind == "observed":
-                    frames.settle(site.stack, found.scales.get(name, site.scale))
+                    frames.settle(site.stack, found.scales.get(name, 1.0))
                     given = Given(site.fn)
                     given.settle(found.unscaled[name])
                     pyro.sample(name, given, obs=found.values[name][0], infer=site.infer)
@@ -230,24 +259,47 @@ class Vectorized:
 
     # ---- whether it is right
 
+    @staticmethod
+    def _is_due(calls: int) -> bool:
+        return calls & (calls - 1) == 0
+
     def _checked(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> Densities:
-        """The densities; at calls 1, 2, 4, 8 and so on after a look at whether they are still right."""
-        found = self._densities(values, rows, args, kwargs)
+        """The densities, now and then after a look at whether they are still right."""
         self._calls += 1
-        if self.way == "graph" and self._calls & (self._calls - 1) == 0:
-            with torch.no_grad():
+        if self.way == "rows":
+            return self._densities(values, rows, args, kwargs)
+        made = self._recording.made
+        try:
+            found = self._densities(values, rows, args, kwargs)
+            if not self._is_due(self._calls) and self._recording.made == made:
+                return found
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 reason = self._difference(found, values, rows, 0, args, kwargs)
-            if reason is not None:
-                self.reasons["graph"] = reason
-                warnings.warn(
-                    f"The recording of the model does not hold any more, {reason}: from now on it is run one draw "
-                    "after the other, which takes longer. Numbers that change from step to step belong into its "
-                    "arguments.",
-                    stacklevel=2,
-                )
-                self.way = "rows"
-                return self._densities(values, rows, args, kwargs)
-        return found
+            if reason is None:
+                return found
+        except Unrecordable as error:
+            reason = str(error)
+        except torch.linalg.LinAlgError:  # far out, where a plain run has no density
+            return self._densities(values, rows, args, kwargs)
+        self._give_up(reason, values, rows, args, kwargs)
+        return self._densities(values, rows, args, kwargs)
+
+    def _give_up(
+        self, reason: str, values: Values, rows: Values, args: tuple, kwargs: dict
+    ) -> None:
+        """Take the next way that is right, and say so."""
+        before = self.way
+        self.reasons[before] = reason
+        self.way = "plate"
+        if before == "plate" or self._objection(values, args, kwargs) is not None:
+            self.way = "rows"
+        what = "recording of the model" if before == "graph" else "model in a plate of draws"
+        instead = "in a plate of draws" if self.way == "plate" else "one draw after the other"
+        warnings.warn(
+            f"The {what} does not hold any more, {reason}: from now on it is run {instead}, which takes longer. "
+            "Numbers that change from step to step belong into its arguments, as tensors.",
+            stacklevel=2,
+        )
 
     def _objection(self, values: Values, args: tuple, kwargs: dict) -> str | None:
         """Why the way is not to be taken, as a clause; None if it may be."""
@@ -276,15 +328,14 @@ class Vectorized:
         self, found: Densities, values: Values, rows: Values, row: int, args: tuple, kwargs: dict
     ) -> str | None:
         """Where one of the draws has other densities than in a plain run, as a clause."""
-        layout = self.layout(args, kwargs)
 
         def density(latents: Values) -> Values:
-            return scaled(self._run(self.model, {**latents, **rows}, args, kwargs), layout)
+            return scaled(self._run(self.model, {**latents, **rows}, args, kwargs))
 
         latents = {name: value[row] for name, value in values.items()}
         expected = density(latents)
         got = {}
-        for name, log_prob in scaled(found, layout).items():
+        for name, log_prob in scaled(found).items():
             if log_prob.dim() < self.nesting + 1:
                 return f"site {name!r} has one density for all draws"
             of_row = log_prob[row]
@@ -294,7 +345,6 @@ class Vectorized:
 
     def _gradient_gap(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> str | None:
         """Which derivative of the recording is another than that of a plain run, as a clause."""
-        layout = self.layout(args, kwargs)
         draw = {
             name: value[0].detach().clone().requires_grad_(value.is_floating_point())
             for name, value in values.items()
@@ -306,8 +356,8 @@ class Vectorized:
             wide = {
                 name: value.expand(len(values[name]), *value.shape) for name, value in draw.items()
             }
-            one = scaled(self._run(self.model, {**draw, **rows}, args, kwargs), layout)
-            all_alike = scaled(self._densities(wide, rows, args, kwargs), layout)
+            one = scaled(self._run(self.model, {**draw, **rows}, args, kwargs))
+            all_alike = scaled(self._densities(wide, rows, args, kwargs))
             expected = _gradients([value.sum() for value in one.values()], leaves)
             got = _gradients([value[0].sum() for value in all_alike.values()], leaves)
         for name, derivative in expected.items():
@@ -346,13 +396,14 @@ def _gradients(totals: list[Tensor], leaves: dict[str, Tensor]) -> Values:
 
 
 def _beside_each_other(runs: list[Densities]) -> Densities:
-    first = runs[0]
-    return Densities(
-        *(
-            {
-                name: torch.stack([getattr(run, part)[name] for run in runs])
-                for name in getattr(first, part)
-            }
-            for part in first._fields
-        )
-    )
+    return Densities(*(_stacked([run[part] for run in runs]) for part in range(len(runs[0]))))
+
+
+def _stacked(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name, first in parts[0].items():
+        if isinstance(first, Tensor):
+            found[name] = torch.stack([part[name] for part in parts])
+        else:
+            found[name] = first
+    return found

@@ -64,7 +64,9 @@ def chosen_loss(
     wished = getattr(recipe_of(guide), "num_particles", None)
     inputs = (*batch, *args)
     count = num_particles or wished or 1
-    found = many_particles(count, num_particles is None, model, program, inputs, kwargs)
+    found = many_particles(
+        count, num_particles is None, model, program, inputs, kwargs, num_varying=len(batch)
+    )
     if isinstance(found, Vectorized):
         own = guide.elbo(found, count) if isinstance(guide, AutoSplineFlow) else None
         loss.objective = own or Trace_ELBO(
@@ -89,6 +91,8 @@ def many_particles(
     guide: Program,
     args: tuple,
     kwargs: dict[str, Any],
+    *,
+    num_varying: int = 0,
 ) -> Vectorized | int:
     """The model for many particles at a time, or, with a warning, how many are to run one after the other.
 
@@ -96,11 +100,12 @@ def many_particles(
         count: Particles of a step.
         is_wish: Whether that is what the guide's recipe asks for, so that fewer will do.
         model, guide, args, kwargs: What is to run.
+        num_varying: How many of the first arguments are other tensors at every step.
     """
     if count == 1:
         return 1
     try:
-        return vectorized(model, guide, args, kwargs, ways=AT_ONCE)
+        return vectorized(model, guide, args, kwargs, ways=AT_ONCE, num_varying=num_varying)
     except NotVectorizable as error:
         complaint = str(error)
     fewer = min(count, MAX_SEQUENTIAL) if is_wish else count

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.training import Callback
 from tests.programs.styles import MODELS
 
 SMALL = {"num_transforms": 2, "hidden_dims": [8]}
@@ -113,3 +114,22 @@ def test_both_styles_end_at_the_same_elbo(name):
         fit(model, guide, max_steps=30, seed=0, progress=False)
         found.append(float(guide.evidence(seed=0).elbo))
     assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
+def test_a_number_that_changes_while_fit_trains_is_found_out():
+    setting = {"scale": 1.0}
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, setting["scale"]), obs=torch.tensor(1.0))
+
+    class Anneal(Callback):
+        def on_step(self, state):
+            setting["scale"] = 0.5
+
+    guide = AutoSplineFlow(model, **SMALL)
+    with pytest.warns(UserWarning, match="does not hold any more, site 'y'"):
+        fit(model, guide, max_steps=400, lr=0.01, callbacks=[Anneal()], progress=False)
+    assert guide.median()["z"].item() == pytest.approx(0.8, abs=0.05), (
+        "0.5 is that of the old number"
+    )

@@ -15,12 +15,13 @@ from pyro_flowkit.programs.sites import scored_sites
 from tests.programs.styles import MODELS
 
 
-def program_of(model, *args, guide=None, ways=("graph", "plate", "rows")):
+def program_of(model, *args, guide=None, ways=("graph", "plate", "rows"), with_deterministic=True):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = guide or AutoNormal(model, init_scale=0.3)
     guide(*args)
-    return vectorized(model, guide, args, {}, ways=ways, with_deterministic=True), guide
+    options = {"ways": ways, "with_deterministic": with_deterministic}
+    return vectorized(model, guide, args, {}, **options), guide
 
 
 def traces_of(program, guide, size, *args):
@@ -196,7 +197,10 @@ def test_a_number_that_changes_later_is_found_out_and_said():
         guide_trace, trace = traces_of(program, guide, 2)
     expected = plain(program, guide_trace, 0)["y"]
     assert torch.allclose(trace.nodes["y"]["log_prob"][0], expected)
-    assert program.way == "rows"
+    assert program.way == "plate"
+    setting["scale"] = 3.0
+    guide_trace, trace = traces_of(program, guide, 2)
+    assert torch.allclose(trace.nodes["y"]["log_prob"][0], plain(program, guide_trace, 0)["y"])
 
 
 def test_batches_and_parameters_are_inputs():

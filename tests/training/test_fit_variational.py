@@ -316,11 +316,11 @@ def test_a_recipes_particles_are_few_and_said_where_they_run_one_by_one(rows: to
     no_search = pytest.warns(UserWarning, match="the best Gaussian is left out.*'mu'")
     with few, no_search:
         fit(model, guide, args=(rows,), max_steps=10, progress=False)
-    assert calls < 10 * 8 + 60
+    assert calls < 10 * 8 + 100
     calls = 0
     with pytest.warns(UserWarning, match="16 particles .*, which takes about 16 times"):
         fit(model, guide, args=(rows,), max_steps=10, num_particles=16, progress=False)
-    assert 10 * 16 <= calls < 10 * 16 + 60, "what the caller asks for is done"
+    assert 10 * 16 <= calls < 10 * 16 + 100, "what the caller asks for is done"
 
 
 def test_wrong_objectives_say_expected_and_got(rows: torch.Tensor) -> None:

@@ -1,0 +1,84 @@
+"""Where the best Gaussian is looked for: around several starts, some of which may lead to other modes than the first.
+
+The search is that of :mod:`pyro_flowkit.guides.gaussian` with few draws and a diagonal scale, from each start: its ELBO
+is a bound on the mass around it. The height of a mode says nothing of its mass, and goes to infinity in the funnel of a
+hierarchical model.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flowkit.guides.gaussian import Density, Gaussian, improved, normal_draws
+
+FEW_ITERATIONS = 25
+POINTS_BETWEEN = 15
+SEPARATE = 5.0  # nats by which the density falls between two modes
+COMPARABLE = 3.0  # nats; a twentieth of the mass
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A diagonal Gaussian and its ELBO in nats."""
+
+    gaussian: Gaussian
+    elbo: float
+
+
+def modes(
+    density: Density, starts: Sequence[Tensor], scale: float, *, deadline: float
+) -> list[Mode]:
+    """The Gaussians that are found from these starts, each around a mode of its own; that of the largest ELBO first.
+
+    Args:
+        density: unnormalised log-density of points ``(n, D)``, shape ``(n,)``, differentiable.
+        starts: locations, shapes ``(D,)``.
+        scale: initial standard deviation of every dimension.
+        deadline: a value of ``time.monotonic()``, after which no other start is looked at.
+
+    Returns:
+        At least one; those whose ELBO is no number come last.
+    """
+    size = starts[0].shape[-1]
+    draws = normal_draws(max(8, min(size, 32)), starts[0], seed=3)
+    judges = normal_draws(64, starts[0], seed=4)
+    found: list[Mode] = []
+    for start in starts:
+        if found and time.monotonic() > deadline:
+            break
+        gaussian = Gaussian(start, torch.full_like(start, scale))
+        gaussian = improved(density, gaussian, draws, FEW_ITERATIONS, deadline)
+        found.append(Mode(gaussian, gaussian.elbo(density, judges)))
+    found.sort(key=lambda mode: -mode.elbo)
+    separate: list[Mode] = []
+    for mode in found:
+        if all(is_apart(density, mode, other) for other in separate):
+            separate.append(mode)
+    return separate
+
+
+def comparable(found: Sequence[Mode]) -> list[Mode]:
+    """Those whose mass is a share of the first one's that counts."""
+    return [mode for mode in found if mode.elbo > found[0].elbo - COMPARABLE]
+
+
+@torch.no_grad()
+def is_apart(density: Density, mode: Mode, other: Mode) -> bool:
+    """Whether the density falls between two Gaussians, on a line from one location to the other.
+
+    Two that are near each other are one: in many dimensions a line leaves a narrow ridge.
+    """
+    if not math.isfinite(mode.elbo):
+        return False
+    first, second = mode.gaussian, other.gaussian
+    distance = (first.loc - second.loc).abs() / (first.scale + second.scale)
+    if float(distance.max()) < 2.0:
+        return False
+    along = torch.linspace(0.0, 1.0, POINTS_BETWEEN).to(first.loc)[:, None]
+    heights = density(first.loc + along * (second.loc - first.loc))
+    lower = torch.minimum(heights[0], heights[-1])
+    return bool(heights.nan_to_num(nan=-math.inf).min() < lower - SEPARATE)
