@@ -33,7 +33,7 @@ def test_with_straight_splines_it_is_the_gaussian_of_a_linear_map_of_the_context
     context = torch.randn(6, 3, dtype=torch.float64)
     x = torch.randn(6, 2, dtype=torch.float64)
     affine = flow.affine
-    heads = affine.weight_rate * context @ affine.weight.mT + affine.rate * affine.raw_constant
+    heads = context @ (affine.weight_rate * affine.weight).mT + affine.rate * affine.raw_constant
     loc, log_scale = heads.chunk(2, -1)
     expected = dist.Normal(loc, log_scale.exp()).to_event(1)
     assert torch.allclose(flow.log_prob(x, context), expected.log_prob(x), atol=1e-9)

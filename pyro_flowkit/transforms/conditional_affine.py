@@ -5,8 +5,9 @@ r"""An affine map whose location and scale are functions of the context: the las
 with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
 network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
 network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
-Adam they move ``rate`` times faster than the other parameters. So does the linear part, for contexts of few numbers; of
-many each moves less, as their moves add up.
+Adam they move ``rate`` times faster than the other parameters. So does the linear part of m and N, for contexts of few
+numbers; of many each moves less, as their moves add up. That of log s, whose jitter at a large learning rate a narrow
+posterior does not bear, moves :data:`LOG_SCALE_RATE` times faster at most.
 """
 
 import math
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from pyro_flowkit.nn import MLP, compressed
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 
+LOG_SCALE_RATE = 2.5
+
 
 class ConditionalAffine(ConditionalFlowTransformModule):
     """``y = loc + S x`` with location and scale conditioned on a context; constant at first.
@@ -29,9 +32,11 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         context_dim: size of the context.
         kind: "full" (lower triangular) or "diagonal" scale.
         hidden_dims: widths of the network's hidden layers.
-        rate: how much faster than other parameters the constants move, positive.
-        weight_rate: how much faster the linear part moves, positive; None is ``20 / sqrt(context_dim)``, but at most
-            ``rate``.
+        rate: how much faster than other parameters the constants move, positive; the linear part
+            ``20 / sqrt(context_dim)`` times, but not faster than the constants.
+
+    Attributes:
+        weight_rate: how much faster the rows of the linear part move, shape ``(rows, 1)``.
 
     Shapes: ``(*batch, D)`` and a context ``(*batch, context_dim)`` to ``(*batch, D)``, with log-det ``(*batch,)`` in
     nats.
@@ -48,20 +53,20 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         *,
         hidden_dims: Sequence[int],
         rate: float = 10.0,
-        weight_rate: float | None = None,
     ):
         size = loc.shape[-1]
         super().__init__(size, context_dim)
         self.kind = kind if size > 1 else "diagonal"
         self.rate = rate
-        self.weight_rate = (
-            min(rate, 20.0 / math.sqrt(context_dim)) if weight_rate is None else weight_rate
-        )
         below = size * (size - 1) // 2 if self.kind == "full" else 0
         initial = [loc.detach(), torch.full_like(loc.detach(), scale).log(), loc.new_zeros(below)]
         self.raw_constant = nn.Parameter(torch.cat(initial) / rate)
         self.weight = nn.Parameter(loc.new_zeros(2 * size + below, context_dim))
         self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
+        weight_rate = torch.full((2 * size + below, 1), min(rate, 20.0 / math.sqrt(context_dim)))
+        weight_rate[size : 2 * size].clamp_(max=LOG_SCALE_RATE)
+        self.weight_rate: Tensor
+        self.register_buffer("weight_rate", weight_rate.to(loc), persistent=False)
         rows, columns = torch.tril_indices(size, size, -1)
         self._below: Tensor
         self.register_buffer("_below", rows * size + columns, persistent=False)
@@ -114,5 +119,5 @@ class ConditionalAffine(ConditionalFlowTransformModule):
     def extra_repr(self) -> str:
         return (
             f"input_dim={self.input_dim}, context_dim={self.context_dim}, kind={self.kind!r}, "
-            f"rate={self.rate:g}, weight_rate={self.weight_rate:g}"
+            f"rate={self.rate:g}"
         )

@@ -98,7 +98,7 @@ def subsampled(x: Tensor) -> None:
 def test_rows_that_the_model_draws_are_those_whose_features_are_used() -> None:
     guide = make_guide(subsampled, lambda x: torch.stack([ROWS, ROWS], -1)).setup(DATA)
     with torch.no_grad():
-        guide.affine.weight[0, 0] = 1.0 / guide.affine.weight_rate  # loc = row + constant
+        guide.affine.weight[0, 0] = 1.0 / guide.affine.weight_rate[0, 0]  # loc = row + constant
         guide.affine.raw_constant[:2] = torch.tensor([0.0, -1.0])
     seen = set()
     for _ in range(5):

@@ -48,7 +48,7 @@ def exact_guide(**settings) -> AmortizedSplineFlow:
     guide.global_guide.affine.restart(X.new_tensor([GLOBAL_MEAN]), X.new_tensor([[GLOBAL_SD]]))
     with torch.no_grad():
         affine = guide.affine
-        affine.weight[0] = X.new_tensor([PULL, 1 - PULL]) / affine.weight_rate
+        affine.weight[0] = X.new_tensor([PULL, 1 - PULL]) / affine.weight_rate[0]
         affine.raw_constant[0] = (1 - PULL) * GLOBAL_MEAN / affine.rate
         affine.raw_constant[1] = math.log(LOCAL_SD) / affine.rate
     return guide
