@@ -7,9 +7,9 @@ loop: `svi.step` with `pyro.optim.ClippedAdam({"lr": rate})`, a rate that does n
     python -m benchmarks.drop_in --jobs 2
     python -m benchmarks.drop_in --programs banana LKJ --rates 0.05 --runs runs/two.jsonl --output output/two.md
 
-Every training is a line of `--runs`, and what is there is not done again: a command that was stopped goes on where it
-was, and one with fewer programs or rates reports on those alone. After a change of a guide or a program its lines are
-to be taken out, or another file named.
+Every training is a line of `--runs`, by default of `benchmarks/results/drop_in.jsonl`, and what is there is not done
+again: a command that was stopped goes on where it was, and one with fewer programs or rates reports on those alone.
+After a change of a guide or a program its lines are to be taken out, or another file named.
 """
 
 import argparse
@@ -34,6 +34,8 @@ DRAWS, FAST_DRAWS, BATCH = 10_000, 400, 200
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Make the runs that are missing; of both guides, print and save the report. Returns all that were asked for."""
     args = _parser().parse_args(argv)
+    if args.runs is None:
+        args.runs = "runs/drop_in.jsonl" if args.fast else str(RESULTS / "drop_in.jsonl")
     steps = tuple(sorted(args.steps or (FAST_STEPS if args.fast else STEPS)))
     draws = FAST_DRAWS if args.fast else DRAWS
     names = [name for name in programs() if any(word in name for word in args.programs)]
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         help="when the ELBO is taken; the last is the length of a training (default: 300 2000)",
     )
     parser.add_argument(
-        "--runs", default="runs/drop_in.jsonl", metavar="FILE", help="where runs are kept"
+        "--runs", metavar="FILE", help="where runs are kept (default: benchmarks/results)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument(

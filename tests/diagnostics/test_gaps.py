@@ -282,7 +282,7 @@ def test_the_family_of_a_flow_is_what_its_context_can_say():
     vae = LinearGaussianVAE()
     data, exact = vae.data[:8], vae.exact_log_prob()[:8]
     flow = SplineFlow(Z_DIM, 2 * Z_DIM, base="conditional_normal", num_transforms=1).double()
-    torch.nn.init.eye_(flow.affine.weight)
+    flow.affine.weight.data = torch.eye(len(flow.affine.weight)).double() / flow.affine.weight_rate
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -302,7 +302,7 @@ def test_the_family_of_a_flow_is_what_its_context_can_say():
         num_transforms=1,
     )
     moved(data)
-    moved.affine.weight.data[:Z_DIM] = torch.eye(Z_DIM, dtype=DOUBLE)
+    moved.affine.weight.data[:Z_DIM] = torch.eye(Z_DIM).double() / moved.affine.weight_rate[:Z_DIM]
     ratio = scale**2 * vae.precision
     fixed_scale = 0.5 * (ratio.trace() - Z_DIM - ratio.logdet())
     gaps = inference_gaps(vae.model, moved, data, num_steps=90, seed=0, exact_log_evidence=exact)

@@ -284,7 +284,7 @@ def test_the_latents_of_an_amortised_guide_are_those_of_the_model():
     data = torch.linspace(-2.0, 2.0, 30, dtype=DOUBLE)
     guide = AmortizedSplineFlow(model, lambda x: x[:, None], context_dim=1)
     guide(data)
-    guide.affine.weight.data.add_(0.5)
+    guide.affine.weight.data.add_(0.5 / guide.affine.weight_rate)
     usage = latent_usage(model, guide, data, seed=0)
     assert usage["latent"].to_numpy().tolist() == ["z", "rate"]
     assert usage["kl"].isnull().all() and usage["active"].all()

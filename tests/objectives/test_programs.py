@@ -152,6 +152,7 @@ class VAE(PyroModule):
                 pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
+@pytest.mark.usefixtures("no_head_start")
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
