@@ -1,7 +1,5 @@
 """What people write in models: the recording of it is right, and where it stops being right that is noticed."""
 
-import warnings
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,7 +11,6 @@ from pyro.nn import PyroModule, PyroSample
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.programs.graph import ReadsValue, recorded
-from pyro_flowkit.training import Callback
 from tests.programs.test_vectorized import plain, program_of, traces_of
 
 Y = torch.linspace(-1.0, 2.0, 12)
@@ -181,26 +178,6 @@ def test_a_scale_that_changes_later_is_found_out():
         guide_trace, trace = traces_of(program, guide, 2)
     expected = plain(program, guide_trace, 0)["y"]
     assert torch.allclose(trace.nodes["y"]["log_prob"].reshape(-1)[0], expected)
-
-
-def test_fit_of_a_spline_flow_finds_out_what_changes():
-    setting = {"scale": 1.0}
-
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z, setting["scale"]), obs=torch.tensor(0.3))
-
-    class Change(Callback):
-        def on_step(self, *args):
-            setting["scale"] = 2.0
-
-    guide = AutoSplineFlow(model, num_transforms=2, hidden_dims=[8])
-    with (
-        pytest.warns(UserWarning, match="does not hold any more, site 'y'"),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message="The spline flow of .* ended")
-        fit(model, guide, max_steps=5, callbacks=[Change()], progress=False)
 
 
 def test_a_plate_of_draws_is_looked_at_again():
