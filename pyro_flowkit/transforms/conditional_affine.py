@@ -5,12 +5,11 @@ r"""An affine map whose location and scale are functions of the context: the las
 with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
 network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
 network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
-Adam they move ``rate`` times faster than the other parameters. So does the linear part of m and N, for contexts of few
-numbers; of many each moves less, as their moves add up. That of log s, whose jitter at a large learning rate a narrow
-posterior does not bear, moves :data:`LOG_SCALE_RATE` times faster at most.
+Adam they move ``rate`` times faster than the other parameters. So does the linear part of m and N where the context is
+one number; of more each moves :data:`SLOPE_RATE` times faster, as their moves add up, and so does the linear part of
+log s: a posterior does not bear its jitter at a large learning rate.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from pyro_flowkit.nn import MLP, compressed
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 
-LOG_SCALE_RATE = 2.5
+SLOPE_RATE = 2.5
 
 
 class ConditionalAffine(ConditionalFlowTransformModule):
@@ -32,8 +31,8 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         context_dim: size of the context.
         kind: "full" (lower triangular) or "diagonal" scale.
         hidden_dims: widths of the network's hidden layers.
-        rate: how much faster than other parameters the constants move, positive; the linear part
-            ``20 / sqrt(context_dim)`` times, but not faster than the constants.
+        rate: how much faster than other parameters the constants move, positive; the linear part 2.5
+            times at most, but that of the location for a context of one number, which moves as the constants.
 
     Attributes:
         weight_rate: how much faster the rows of the linear part move, shape ``(rows, 1)``.
@@ -63,8 +62,9 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         self.raw_constant = nn.Parameter(torch.cat(initial) / rate)
         self.weight = nn.Parameter(loc.new_zeros(2 * size + below, context_dim))
         self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
-        weight_rate = torch.full((2 * size + below, 1), min(rate, 20.0 / math.sqrt(context_dim)))
-        weight_rate[size : 2 * size].clamp_(max=LOG_SCALE_RATE)
+        slope_rate = rate if context_dim == 1 else min(rate, SLOPE_RATE)
+        weight_rate = torch.full((2 * size + below, 1), slope_rate)
+        weight_rate[size : 2 * size].clamp_(max=SLOPE_RATE)
         self.weight_rate: Tensor
         self.register_buffer("weight_rate", weight_rate.to(loc), persistent=False)
         rows, columns = torch.tril_indices(size, size, -1)
