@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flowkit.programs.agreement import disagreement
-from pyro_flowkit.programs.runs import Program, Values, in_plate
+from pyro_flowkit.programs.runs import Program, Values, in_plate, own_values
 from pyro_flowkit.programs.sites import (
     guided_names,
     is_point_mass,
@@ -17,7 +17,7 @@ from pyro_flowkit.programs.sites import (
     nesting_of,
     scored_sites,
 )
-from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way, own_values
+from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way
 
 
 class NotVectorizable(Exception):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
@@ -141,6 +142,38 @@ def _densities_of(
 def scaled(found: Densities) -> Values:
     """log-densities with their scales, in nats."""
     return {name: value * found.scales.get(name, 1.0) for name, value in found.unscaled.items()}
+
+
+def stacked(runs: list[Densities]) -> Densities:
+    """Runs of single draws as one of all; what is no tensor is that of the first."""
+    return Densities(
+        *(_stacked_values([run[part] for run in runs]) for part in range(len(runs[0])))
+    )
+
+
+def _stacked_values(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name, first in parts[0].items():
+        if isinstance(first, Tensor):
+            found[name] = torch.stack([part[name] for part in parts])
+        else:
+            found[name] = first
+    return found
+
+
+def own_values(value: Tensor, fn: Any, size: int, nesting: int) -> Tensor:
+    """A value in a plate of draws, left of ``nesting`` batch dimensions, as ``(size, *batch, *event)`` of a plain run.
+
+    Args:
+        value: of a site; it may be the same for all draws.
+        fn: the site's distribution in a plain run.
+        size: number of draws.
+        nesting: number of batch dimensions beside them.
+    """
+    full = nesting + 1 + fn.event_dim
+    value = value.expand(*(1,) * (full - value.dim()), *value.shape)
+    value = value.expand(size, *value.shape[1:])
+    return value.reshape(size, *value.shape[full - len(fn.batch_shape) - fn.event_dim :])
 
 
 @contextlib.contextmanager

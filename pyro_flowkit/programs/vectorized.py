@@ -34,8 +34,10 @@ from pyro_flowkit.programs.runs import (
     Program,
     Values,
     layouts,
+    own_values,
     run_given,
     scaled,
+    stacked,
 )
 
 Way = Literal["graph", "plate", "rows"]
@@ -135,6 +137,11 @@ class Vectorized:
                 self._layouts[key] = layouts(trace, self.latents, drawn.names)
         return self._layouts[key]
 
+    def _drawn_rows(self, args: tuple, kwargs: dict) -> Values:
+        """Rows of those plates that have some of theirs only."""
+        layout = self.layout(args, kwargs)
+        return {name: site.fn() for name, site in layout.items() if site.kind == "subsample"}
+
     # ---- densities
 
     def log_probs(self, values: Values, args: tuple, kwargs: dict) -> Values:
@@ -148,26 +155,23 @@ class Vectorized:
         Returns:
             ``{site: log_prob}``, shapes ``(n, *nesting dims)``.
         """
-        layout = self.layout(args, kwargs)
-        rows = {name: site.fn() for name, site in layout.items() if site.kind == "subsample"}
-        return scaled(self._checked(values, rows, args, kwargs))
+        return scaled(self._checked(values, self._drawn_rows(args, kwargs), args, kwargs))
 
     def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
         """log p(x, z) at many draws, shape ``(n,)``, in nats."""
         if self.way == "rows":  # whose sites may differ from draw to draw
-            size = len(next(iter(values.values())))
-            draws = [{name: value[i] for name, value in values.items()} for i in range(size)]
-            rows = [scaled(self._run(self.model, one, args, kwargs)).values() for one in draws]
-            return torch.stack([torch.stack([part.sum() for part in row]).sum() for row in rows])
+            runs = [self._run(self.model, draw, args, kwargs) for draw in _each(values)]
+            totals = [[part.sum() for part in scaled(run).values()] for run in runs]
+            return torch.stack([torch.stack(total).sum() for total in totals])
         parts = self.log_probs(values, args, kwargs).values()
         return torch.stack([part.reshape(len(part), -1).sum(-1) for part in parts]).sum(0)
 
     def _densities(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> Densities:
         """What a run says at many draws: densities of shape ``(n, *nesting dims)``."""
-        size = len(next(iter(values.values())))
         if self.way == "graph":
             found = self._recording(values, rows, args, kwargs)
         elif self.way == "plate":
+            size = len(next(iter(values.values())))
             padded = {name: self.padded(name, v, args, kwargs) for name, v in values.items()}
             program = BesideEachOther(size, self.nesting)(self.model)
             found = self._run(program, {**padded, **rows}, args, kwargs)
@@ -179,13 +183,8 @@ class Vectorized:
             }
             return found._replace(values=own)
         else:
-            found = _beside_each_other(
-                [
-                    self._run(
-                        self.model, {**{n: v[i] for n, v in values.items()}, **rows}, args, kwargs
-                    )
-                    for i in range(size)
-                ]
+            found = stacked(
+                [self._run(self.model, {**draw, **rows}, args, kwargs) for draw in _each(values)]
             )
         wide = {name: self._wide(value, 0) for name, value in found.unscaled.items()}
         scales = {
@@ -271,23 +270,21 @@ class Vectorized:
         made = self._recording.made
         try:
             found = self._densities(values, rows, args, kwargs)
-            if not self._is_due(self._calls) and self._recording.made == made:
-                return found
+        except Unrecordable as error:
+            return self._otherwise(str(error), values, rows, args, kwargs)
+        if not self._is_due(self._calls) and self._recording.made == made:
+            return found
+        try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 reason = self._difference(found, values, rows, 0, args, kwargs)
-            if reason is None:
-                return found
-        except Unrecordable as error:
-            reason = str(error)
         except torch.linalg.LinAlgError:  # far out, where a plain run has no density
-            return self._densities(values, rows, args, kwargs)
-        self._give_up(reason, values, rows, args, kwargs)
-        return self._densities(values, rows, args, kwargs)
+            return found
+        return found if reason is None else self._otherwise(reason, values, rows, args, kwargs)
 
-    def _give_up(
+    def _otherwise(
         self, reason: str, values: Values, rows: Values, args: tuple, kwargs: dict
-    ) -> None:
-        """Take the next way that is right, and say so."""
+    ) -> Densities:
+        """Take the next way that is right, and say so; the densities by that one."""
         before = self.way
         self.reasons[before] = reason
         self.way = "plate"
@@ -300,13 +297,13 @@ class Vectorized:
             "Numbers that change from step to step belong into its arguments, as tensors.",
             stacklevel=2,
         )
+        return self._densities(values, rows, args, kwargs)
 
     def _objection(self, values: Values, args: tuple, kwargs: dict) -> str | None:
         """Why the way is not to be taken, as a clause; None if it may be."""
         try:
             with torch.random.fork_rng(devices=[]):
-                layout = self.layout(args, kwargs)
-                rows = {n: site.fn() for n, site in layout.items() if site.kind == "subsample"}
+                rows = self._drawn_rows(args, kwargs)
                 with torch.no_grad():
                     found = self._densities(values, rows, args, kwargs)
                     for row in (0, -1):
@@ -370,19 +367,10 @@ class Vectorized:
         return None
 
 
-def own_values(value: Tensor, fn: Any, size: int, nesting: int) -> Tensor:
-    """A value in a plate of draws, left of ``nesting`` batch dimensions, as ``(size, *batch, *event)`` of a plain run.
-
-    Args:
-        value: of a site; it may be the same for all draws.
-        fn: the site's distribution in a plain run.
-        size: number of draws.
-        nesting: number of batch dimensions beside them.
-    """
-    full = nesting + 1 + fn.event_dim
-    value = value.expand(*(1,) * (full - value.dim()), *value.shape)
-    value = value.expand(size, *value.shape[1:])
-    return value.reshape(size, *value.shape[full - len(fn.batch_shape) - fn.event_dim :])
+def _each(values: Values) -> list[Values]:
+    """The draws, one by one."""
+    size = len(next(iter(values.values())))
+    return [{name: value[i] for name, value in values.items()} for i in range(size)]
 
 
 def _gradients(totals: list[Tensor], leaves: dict[str, Tensor]) -> Values:
@@ -393,17 +381,3 @@ def _gradients(totals: list[Tensor], leaves: dict[str, Tensor]) -> Values:
         total, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     return dict(zip(leaves, found, strict=True))
-
-
-def _beside_each_other(runs: list[Densities]) -> Densities:
-    return Densities(*(_stacked([run[part] for run in runs]) for part in range(len(runs[0]))))
-
-
-def _stacked(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for name, first in parts[0].items():
-        if isinstance(first, Tensor):
-            found[name] = torch.stack([part[name] for part in parts])
-        else:
-            found[name] = first
-    return found

@@ -32,7 +32,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         kind: "full" (lower triangular) or "diagonal" scale.
         hidden_dims: widths of the network's hidden layers.
         rate: how much faster than other parameters the constants move, positive; the linear part 2.5
-            times at most, but that of the location for a context of one number, which moves as the constants.
+            times at most, but those of location and N for a context of one number, which move as the constants.
 
     Attributes:
         weight_rate: how much faster the rows of the linear part move, shape ``(rows, 1)``.
