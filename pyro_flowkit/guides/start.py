@@ -1,5 +1,6 @@
 """Where a guide starts: at values of its latents, with angles cut open, or at the Gaussian of another guide."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,11 +69,11 @@ class Start(WithoutMasked):
 
     def _tried(self, density: LatentDensity, loc: Tensor) -> tuple[bool, float]:
         """Whether a start has a density with a gradient at draws around it, and its ELBO (nats)."""
-        draws = normal_draws(8, loc, seed=0)
         gaussian = Gaussian(loc, torch.full_like(loc, self.init_scale))
-        return bool(_gradient(density, gaussian.transform(draws)).isfinite().all()), gaussian.elbo(
-            density, draws
-        )
+        draws = gaussian.transform(normal_draws(8, loc, seed=0))
+        log_prob, gradient = _with_gradient(density, draws)
+        elbo = float(log_prob.mean() + gaussian.entropy())
+        return bool(gradient.isfinite().all()), elbo if math.isfinite(elbo) else -math.inf
 
     def _other_starts(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -101,7 +102,7 @@ class Start(WithoutMasked):
 
     def _no_start(self, density: LatentDensity, candidates: Mapping[str, Tensor], best: str) -> str:
         """What is wrong with the best start that there is: whose derivative is no number, and where."""
-        gradient = _gradient(density, candidates[best][None])[0]
+        gradient = _with_gradient(density, candidates[best][None])[1][0]
         bad = [
             f"{site['name']} = {bijection_to(site['fn'].support)(unconstrained).tolist()}"
             for (site, unconstrained), (_, derivative) in zip(
@@ -135,10 +136,11 @@ class Start(WithoutMasked):
         return cut
 
 
-def _gradient(density: LatentDensity, points: Tensor) -> Tensor:
-    """Derivatives of the log-density at points ``(n, D)``."""
+def _with_gradient(density: LatentDensity, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-density at points ``(n, D)``, and its derivatives."""
     points = points.detach().clone().requires_grad_()
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a model that reads numbers
-        (gradient,) = torch.autograd.grad(density(points).sum(), points)
-    return gradient
+        log_prob = density(points)
+        (gradient,) = torch.autograd.grad(log_prob.sum(), points)
+    return log_prob.detach(), gradient
