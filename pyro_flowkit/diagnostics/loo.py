@@ -16,7 +16,7 @@ draws, so their errors do not average out: with ``v_is = r_is / sum_t r_it``,
 
     mcse^2 = sum_s (sum_i c_i v_is (p(y_i | z_s) / p(y_i | y_-i) - 1))^2,
 
-where ``c_i >= 1`` makes up for weights of infinite variance (`tails.error_factor`).
+where ``c_i >= 1`` makes up for weights of infinite variance (`psis.error_factor`).
 """
 
 import math
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from pyro_flowkit.diagnostics.reweight import guide_weights
 from pyro_flowkit.diagnostics.schema import DRAWS, arviz_generation, as_tree
-from pyro_flowkit.diagnostics.tails import Tail, error_factor
-from pyro_flowkit.ops.psis import psis
+from pyro_flowkit.diagnostics.tails import Tail
+from pyro_flowkit.ops.psis import error_factor, psis
 
 _DATA_AT_ONCE = 256
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pyro_flowkit.diagnostics.particles import evaluation
 from pyro_flowkit.diagnostics.schema import DRAWS, as_tree
-from pyro_flowkit.diagnostics.tails import Tail, error_factor
+from pyro_flowkit.diagnostics.tails import Tail
+from pyro_flowkit.ops.psis import error_factor
 
 _RESAMPLED = (
     *("posterior", "sample_stats", "log_likelihood", "log_prior"),

@@ -14,7 +14,8 @@ import torch
 import xarray as xr
 
 from pyro_flowkit.diagnostics.schema import as_tree
-from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail, error_factor
+from pyro_flowkit.diagnostics.tails import LARGE_GAP, Tail
+from pyro_flowkit.ops.psis import error_factor
 
 _GOOD_K = 0.5
 _GOOD_GAP = 0.1

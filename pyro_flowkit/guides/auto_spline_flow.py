@@ -38,6 +38,7 @@ from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.pace import FLOW, HIERARCHY, Pace
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.recipe import Recipe
+from pyro_flowkit.guides.room import Room
 from pyro_flowkit.guides.start import Start
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
@@ -276,6 +277,17 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             return GaussianStart(self, density, found)
         other_starts = partial(self._other_starts, model, tuple(args), dict(kwargs or {}))
         return GaussianStart.of(self, density, max_seconds, other_starts)
+
+    def room(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Room | None:
+        """What the guide has left to gain on a model; None where that is not run for many draws at a time."""
+        self._require_setup()
+        density = LatentDensity(model, self, args, kwargs)
+        return Room(self, density) if density.obstacle is None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""

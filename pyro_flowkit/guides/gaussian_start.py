@@ -17,6 +17,7 @@ from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minim
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import unpack
 from pyro_flowkit.guides.modes import Mode, comparable, is_apart, modes
+from pyro_flowkit.guides.room import Room
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
@@ -32,6 +33,7 @@ class GaussianStart:
     """A guide that was put onto the best Gaussian; keeps what is needed to go back there.
 
     Attributes:
+        room: what the guide has left to gain.
         tensors: the guide's `state_dict` at that Gaussian.
     """
 
@@ -42,6 +44,7 @@ class GaussianStart:
         tensors: Mapping[str, Tensor] | None = None,
     ):
         self._guide, self._density = guide, density
+        self.room = Room(guide, density)
         tensors = guide.state_dict() if tensors is None else tensors
         self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 

@@ -21,6 +21,7 @@ class FitState:
         elbo: The last step's objective, per datum where data were given (nats).
         learning_rate: Learning rate of the first parameter group.
         validation: The last validation objective (nats per datum), or None.
+        gap: The last estimate of log evidence - ELBO of a guide that watches it (nats), or None.
         stop: Set to a text to end the fit after this step; it becomes the result's `stop_reason`.
     """
 
@@ -32,6 +33,7 @@ class FitState:
     elbo: float = float("nan")
     learning_rate: float = float("nan")
     validation: float | None = None
+    gap: float | None = None
     stop: str | None = None
 
 

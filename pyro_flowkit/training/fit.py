@@ -30,6 +30,7 @@ from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.result import FitResult, versions
 from pyro_flowkit.training.schedule import Schedule, kl_weight
+from pyro_flowkit.training.tolerance import watch_gap
 from pyro_flowkit.training.trackers import safely
 from pyro_flowkit.training.validation import Validator
 
@@ -75,6 +76,7 @@ def fit(
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     progress: bool = True,
+    tolerance: float | None = None,
 ) -> FitResult:
     """Trains a flow by maximum likelihood, or a Pyro model and guide by variational inference.
 
@@ -87,7 +89,9 @@ def fit(
     A minibatch stands for all rows only if the model says so:
     `pyro.plate("data", len(data), subsample_size=len(batch))`.
 
-    With neither `max_steps` nor `max_epochs` the guide's `recipe()` decides if it has one. Without
+    With neither `max_steps` nor `max_epochs` the guide's `recipe()` decides if it has one. The fit then stops by
+    itself, as soon as the gap between log evidence and ELBO is surely below `tolerance`; the rate begins to fall, and
+    the end comes nearer, when a constant one brings the gap no lower (:mod:`pyro_flowkit.training.tolerance`). Without
     a recipe the rate is constant until the objective stops improving (5 windows of 100 steps, or 5
     validations), drops tenfold, twice, and the fit ends at the third such plateau, or after 20,000
     steps.
@@ -169,6 +173,9 @@ def fit(
             DataLoader is run through up to the batch where the fit had been.
         callbacks: `Callback` objects.
         progress: Show a bar; False is silent.
+        tolerance: Nats of KL that may be left to gain when the fit of an `AutoSplineFlow` stops by itself: the gap is
+            estimated by importance sampling after every window of steps. None is 0.01 where none of
+            max_steps, max_epochs and average is given, and no such stop where one is. 0 goes on to the recipe's end.
 
     Returns:
         A `FitResult`. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
@@ -190,6 +197,7 @@ def fit(
         "clip_norm": clip_norm,
         "patience": patience,
     }
+    _check_tolerance(tolerance)
     _check_options(numbers, checkpoint_every, non_finite)
     place = chosen_device(device)
     ranks = Ranks.join(place)
@@ -300,6 +308,18 @@ def fit(
     is_elbo = isinstance(loss, Variational) and isinstance(
         loss.objective, Trace_ELBO | TraceGraph_ELBO
     )
+    watch = None
+    if (
+        isinstance(guide, AutoSplineFlow)
+        and is_elbo
+        and not batches.minibatched
+        and not interrupted
+    ):
+        room = guide.room(model, (*first, *args), keywords) if start is None else start.room
+        is_own_plan = max_steps is None and max_epochs is None and average is None
+        watch = watch_gap(
+            room, ranks, tolerance, limits.max_steps if is_own_plan else None, scheduler
+        )
     chunk = batches.batch_size if isinstance(batches, RowBatches) else VALIDATION_ROWS
     call = fingerprint(batches, ranks)
     loop = Loop(
@@ -331,6 +351,7 @@ def fit(
             "versions": versions(),
         },
         keep_better=start.keep_better if start is not None and is_elbo else None,
+        tolerance=watch,
         notes=notes,
         state=state,
         bar=Bar(progress and ranks.leads, limits.max_steps, has_data),
@@ -352,6 +373,11 @@ def _window(max_steps: int | None, validated: bool) -> int:
     if max_steps is None:
         return WINDOW
     return max(1 if validated else 10, min(WINDOW, max_steps // 20))
+
+
+def _check_tolerance(tolerance: float | None) -> None:
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"expected tolerance >= 0 nats, got {tolerance}")
 
 
 def _check_options(

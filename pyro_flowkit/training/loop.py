@@ -34,6 +34,7 @@ from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.result import HISTORY, FitResult, history_columns
 from pyro_flowkit.training.schedule import Schedule
 from pyro_flowkit.training.state import copied, random_state, set_random_state
+from pyro_flowkit.training.tolerance import Tolerance
 
 NON_FINITE_LIMIT = 10
 INTERRUPTIONS = ("interrupted", "terminated")
@@ -78,6 +79,7 @@ class Loop:
         checkpoints: Checkpoints | None,
         extra: dict[str, Any],
         keep_better: Callable[[], bool] | None,
+        tolerance: Tolerance | None,
         notes: tuple[str, ...],
         state: FitState,
         bar: Bar,
@@ -88,7 +90,7 @@ class Loop:
         self._clip_norm, self._restore_best = clip_norm, restore_best
         self._non_finite, self._callbacks, self._trackers = non_finite, callbacks, trackers
         self._checkpoints, self._extra = checkpoints, extra
-        self._keep_better = keep_better
+        self._keep_better, self._tolerance = keep_better, tolerance
         self._notes, self._state, self._bar = notes, state, bar
         self._history: list[list[float]] = []
         self._skipped = self._in_a_row = 0
@@ -148,14 +150,14 @@ class Loop:
             if self._checkpoints is not None and self._checkpoints.is_due():
                 self._save()
             self._step(limits.used(state.step, self._seconds))
-            self._is_final = self._judge.is_due and self._judged()
+            ended = self._judged() if self._judge.is_due else ""
+            self._is_final = bool(ended)
             try:
                 self._call("on_step")
             except KeyboardInterrupt:
                 self._interruption.reason = "interrupted"
-            if self._is_final:
-                lost = self._judge.has_diverged and limits.patience_reason != "patience"
-                return "diverged" if lost or limits.patience is None else limits.patience_reason
+            if ended:
+                return ended
             if self._in_a_row >= NON_FINITE_LIMIT:
                 where = worst_site(self._loss, self._batches[state.step - 1])
                 self._is_final = True
@@ -258,8 +260,8 @@ class Loop:
         self._in_a_row += 1
         self._last_failure = failure
 
-    def _judged(self) -> bool:
-        """Judges the state at the end of a window; True if the fit should stop."""
+    def _judged(self) -> str:
+        """Judges the state at the end of a window; the reason why the fit should stop, empty if it should not."""
         found = self._judge.judge(self._updated)
         if found is not None:
             if not math.isfinite(found) and not self._warned_of_validation:
@@ -273,16 +275,39 @@ class Loop:
             self._state.validation = self._history[-1][-1] = found
             self._call("on_validation")
             self._trackers.log(self._state.step, {"validation": found})
-        return self._judge.has_stalled(self._limits.patience) and self._schedule.on_plateau()
+        if self._tolerance is not None and self._is_near(self._tolerance):
+            return "tolerance"
+        limits = self._limits
+        if not (self._judge.has_stalled(limits.patience) and self._schedule.on_plateau()):
+            return ""
+        lost = self._judge.has_diverged and limits.patience_reason != "patience"
+        return "diverged" if lost or limits.patience is None else limits.patience_reason
+
+    def _is_near(self, tolerance: Tolerance) -> bool:
+        """Whether the guide is near enough to the posterior; moves the end where more steps at this rate are no use."""
+        if isinstance(self._loss, Variational) and self._loss.kl_weight != 1.0:
+            return False
+        self._state.gap = tolerance.judge(self._state.step)
+        self._trackers.log(self._state.step, {"gap": self._state.gap})
+        if tolerance.look_ahead(self._state.step):
+            self._end_at(tolerance.end)
+        return tolerance.is_met
+
+    def _end_at(self, step: int | None) -> None:
+        self._limits.max_steps = step
+        self._bar.end_at(step)
 
     def _finish(self) -> int:
         """Puts the parameters that are kept in place; the step that they are from."""
         failed = self._in_a_row >= NON_FINITE_LIMIT
-        kept = self._judge.put_in_place(self._updated, best=self._restore_best, failed=failed)
+        best = self._restore_best and self._reason != "tolerance"  # which the last state has met
+        kept = self._judge.put_in_place(self._updated, best=best, failed=failed)
         self._divergence = self._judge.conclude(kept, failed=failed)
         if self._keep_better is not None:
             kept = kept if self._ranks.share(self._keep_better()) else 0
             self._ranks.broadcast(self._loss.tensors().values())
+        if self._tolerance is not None:
+            self._state.gap = self._tolerance.at_the_end(kept)
         self._loss.set_mode(training=False)
         self._optimizer.zero_grad(set_to_none=True)
         if failed:
@@ -308,6 +333,7 @@ class Loop:
             "batches": self._batches.state_dict(),
             "random": self._ranks.gather(random_state()),
             "judge": self._judge.state_dict(),
+            "tolerance": None if self._tolerance is None else self._tolerance.state_dict(),
             "counts": [self._skipped, self._in_a_row, self._updated],
             "last_failure": self._last_failure,
             "validation": self._state.validation,
@@ -327,6 +353,10 @@ class Loop:
         self._take_fresh()
         self._schedule.load_state_dict(content["schedule"])
         self._judge.load_state_dict(content["judge"])
+        if self._tolerance is not None and content["tolerance"] is not None:
+            self._tolerance.load_state_dict(content["tolerance"])
+            if self._tolerance.end is not None:
+                self._end_at(self._tolerance.end)
         self._skipped, self._in_a_row, self._updated = content["counts"]
         self._last_failure = content["last_failure"]
         self._history = content["history"].tolist()
@@ -352,5 +382,6 @@ class Loop:
             skipped_steps=self._skipped,
             notes=self._notes,
             divergence=self._divergence,
+            gap=self._state.gap,
             param_names=tuple(self._loss.param_names),
         )

@@ -1,4 +1,4 @@
-"""The progress bar: smoothed ELBO, validation, steps per second; tqdm is loaded when shown."""
+"""The progress bar: smoothed ELBO, validation, gap, steps per second; tqdm is loaded when shown."""
 
 from __future__ import annotations
 
@@ -48,9 +48,16 @@ class Bar:
         text = f"ELBO {elbo:.4g} {self._unit}"
         if state.validation is not None:
             text += f", validation {state.validation:.4g}"
+        if state.gap is not None:
+            text += f", gap {state.gap:.2g}"
         self._bar.set_postfix_str(f"{text}, lr {state.learning_rate:.1e}", refresh=False)
         self._bar.update(self._pending)
         self._pending = 0
+
+    def end_at(self, total: int | None) -> None:
+        """Says after how many steps the fit now ends at the latest."""
+        if self._bar is not None:
+            self._bar.total = total
 
     def begin_at(self, step: int) -> None:
         """Says how many steps were done before."""

@@ -49,13 +49,15 @@ class FitResult:
             datum where data were given; NaN where the loss was), "learning_rate", "grad_norm"
             (before clipping, of the objective in the units of "elbo"), "seconds" (since the start),
             "validation" (nats per held-out datum, fixed noise; NaN at steps without a validation).
-        stop_reason: Why the fit ended: "max_steps", "max_epochs", "max_seconds", "converged",
+        stop_reason: Why the fit ended: "tolerance", "max_steps", "max_epochs", "max_seconds", "converged",
             "patience", "diverged", "interrupted", a callback's text, or a text that names the step at which the
             loss or the gradient became non-finite for good.
         best_step: The step whose parameters were kept.
         skipped_steps: Number of steps skipped because of a non-finite loss or gradient.
         notes: What was decided on the way, in words.
         divergence: By how much the objective has fallen below its best, and what to do, where that is far; else "".
+        gap: What is left between log evidence and ELBO, an estimate by importance sampling, of an `AutoSplineFlow`
+            whose model can be run for many draws at a time (nats); else None.
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
     """
 
@@ -67,6 +69,7 @@ class FitResult:
     skipped_steps: int
     notes: tuple[str, ...] = ()
     divergence: str = ""
+    gap: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
     param_names: tuple[str, ...] = ()
 
@@ -83,6 +86,8 @@ class FitResult:
             parts.append(f"elbo={finite.mean():.5g} (mean of the last {len(late)} steps)")
         if len(self.validation["elbo"]):
             parts.append(f"validation={self.validation['elbo'].max():.5g} (best)")
+        if self.gap is not None:
+            parts.append(f"gap={self.gap:.2g}")
         if self.skipped_steps:
             parts.append(f"skipped_steps={self.skipped_steps}")
         if self.divergence:
@@ -124,6 +129,7 @@ class FitResult:
             "skipped_steps": self.skipped_steps,
             "notes": list(self.notes),
             "divergence": self.divergence,
+            "gap": self.gap,
             "versions": self.versions,
         }
         write_file(path, KIND, content)
@@ -153,6 +159,7 @@ class FitResult:
             skipped_steps=content["skipped_steps"],
             notes=tuple(content["notes"]),
             divergence=content["divergence"],
+            gap=content["gap"],
             versions=content["versions"],
             param_names=tuple(content["params"]),
         )

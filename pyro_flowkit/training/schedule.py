@@ -24,10 +24,14 @@ from typing import Any
 
 import torch
 
+FLAT_SHARE = 0.4  # of the steps, of flat_cosine
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda used: 1.0,
     "cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * used)),
-    "flat_cosine": lambda used: 0.5 * (1.0 + math.cos(math.pi * max(0.0, used - 0.4) / 0.6)),
+    "flat_cosine": lambda used: (
+        0.5 * (1.0 + math.cos(math.pi * max(0.0, used - FLAT_SHARE) / (1.0 - FLAT_SHARE)))
+    ),
     "cooldown": lambda used: 0.5 * (1.0 + math.cos(math.pi * max(0.0, used - 0.9) / 0.1)),
     "step": lambda used: 1.0 if used < 0.5 else 0.1 if used < 0.8 else 0.01,
 }

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_flowkit.diagnostics.tails import Tail, error_factor
-from pyro_flowkit.ops.psis import log_mean_error
+from pyro_flowkit.diagnostics.tails import Tail
+from pyro_flowkit.ops.psis import error_factor, log_mean_error
 
 
 def test_factor_runs_from_one_to_the_root_of_the_draws():
