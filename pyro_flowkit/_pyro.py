@@ -4,8 +4,10 @@ A module of this package owns its parameters. Under a deterministic name it lend
 forward, so that the store holds the very tensors that the module computes with:
 
 - nothing under the name: the module's tensors go into the store;
-- other tensors under the name, of the same names and shapes (a store that was loaded): their values are copied into the
-  module, and the module's tensors take their place;
+- tensors that came from outside, a store that was loaded or set, of the same names and shapes: their values are copied
+  into the module, and the module's tensors take their place;
+- tensors that a module lent which is gone: they are nobody's, and dropped. A loop over folds, or a cell that is run
+  again, starts as in a process of its own;
 - tensors that another live module lent: the new module takes a suffix and starts fresh. A guide warns, since two of one
   name are rarely meant; flows that stand by themselves are many in one program, and numbered in the order of their use.
 
@@ -18,8 +20,9 @@ import gc
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -51,8 +54,22 @@ PRIVATE_NAMES = (
     ("pyro.infer.ELBO", "_get_traces"),
 )
 
+# What the store has as the constraint of an entry that was lent. Pyro looks at the type alone, and puts its own object
+# in the place of this one where a state is loaded or set.
+_LENT = type(constraints.real)()
+
 _lenders: "weakref.WeakValueDictionary[str, StoreModule]" = weakref.WeakValueDictionary()
-_lent: dict[str, tuple["weakref.ref[Tensor]", "weakref.ref[PyroModule]"]] = {}
+_lent: dict[str, "_Loan"] = {}
+_uses: Counter[str] = Counter()  # by the lender of today
+_short_lives: Counter[str] = Counter()  # of lenders in a row that were trained after their only use
+
+
+class _Loan(NamedTuple):
+    """An entry of the store, who lent it, and the version of the tensor then."""
+
+    entry: "weakref.ref[Tensor]"
+    lender: "weakref.ref[PyroModule]"
+    version: int
 
 
 class StoreModule(PyroModule):
@@ -89,6 +106,7 @@ class StoreModule(PyroModule):
             return
         if not self._claim_name(lend):
             return
+        _uses[self._pyro_name] += lend
         params = pyro.get_param_store()._params
         for name, tensor in _own_tensors(self, f"{self._pyro_name}."):
             stored = params.get(name)
@@ -121,16 +139,12 @@ class StoreModule(PyroModule):
                 f"the name {name}.",
                 stacklevel=4,
             )
+        if _is_left_over(name, self):
+            if not lend:
+                return False
+            _drop(name, list(_entries(name, self)))
         if not _fits(name, self):
-            if not _is_left_over(name, self):
-                raise ValueError(_misfit(name, self))
-            warnings.warn(
-                f"The param store held the parameters of an earlier {name} of another shape: they were dropped, and "
-                "this one starts fresh.",
-                stacklevel=4,
-            )
-            for stale in list(_entries(name, self)):
-                del pyro.get_param_store()[stale]
+            raise ValueError(_misfit(name, self))
         if lend:
             self._store_name = name
             _lenders[name] = self
@@ -258,8 +272,27 @@ def _is_lent_by_another(name: str, module: StoreModule, *, collect: bool) -> boo
 
 
 def _is_left_over(name: str, module: StoreModule) -> bool:
-    params = pyro.get_param_store()._params
-    return all(key in _lent and _lent[key][0]() is params[key] for key in _entries(name, module))
+    """Whether entries are there, all lent by modules that are gone, and none loaded or set since."""
+    entries, constraint_of = list(_entries(name, module)), pyro.get_param_store()._constraints
+    return bool(entries) and all(
+        constraint_of.get(key) is _LENT and _lent[key].lender() is None for key in entries
+    )
+
+
+def _drop(name: str, entries: list[str]) -> None:
+    """Take entries of a module that is gone out of the store; a word where modules live for one step each."""
+    store = pyro.get_param_store()
+    was_trained = any(store._params[key]._version != _lent[key].version for key in entries)
+    for key in entries:
+        del store[key]
+    _short_lives[name] = _short_lives[name] + 1 if was_trained and _uses[name] == 1 else 0
+    _uses[name] = 0
+    if _short_lives[name] == 2:
+        warnings.warn(
+            f"{name} was built anew for every step, the third time now, so that it never learns: build it once, "
+            "outside of model and guide.",
+            stacklevel=5,
+        )
 
 
 def _fits(name: str, module: StoreModule) -> bool:
@@ -297,8 +330,8 @@ def _lend(module: PyroModule, name: str, tensor: Tensor) -> None:
     entry = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
     store._params[name] = entry
     store._param_to_name[entry] = name
-    store._constraints[name] = constraints.real
-    _lent[name] = weakref.ref(entry), weakref.ref(module)
+    store._constraints[name] = _LENT
+    _lent[name] = _Loan(weakref.ref(entry), weakref.ref(module), entry._version)
 
 
 def _is_entry_of(stored: Tensor, tensor: Tensor) -> bool:
@@ -315,5 +348,5 @@ def _was_lent_by(module: PyroModule, name: str, stored: Tensor) -> bool:
     """Whether an entry is what this module lent earlier, before ``.to()`` or the like gave it another tensor."""
     if name not in _lent:
         return False
-    entry, lender = _lent[name]
-    return entry() is stored and lender() is module
+    loan = _lent[name]
+    return loan.entry() is stored and loan.lender() is module

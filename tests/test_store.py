@@ -158,15 +158,112 @@ def test_unclaimed_second_flow_does_not_read_the_entries_of_a_living_first() -> 
     assert torch.equal(second.log_prob(X), expected)
 
 
-def test_leftover_of_a_dead_flow_of_another_shape_is_dropped_with_a_warning() -> None:
-    train(make_flow(hidden_dims=[8, 8]))
-    other = make_flow(hidden_dims=[9, 9])
-    with pytest.warns(UserWarning, match="another shape"):
-        other()
-    train(other)
-    packed = other.layers[0].conditioner.packed
+@pytest.mark.parametrize("hidden_dims", [[8, 8], [9, 9]])
+def test_new_flow_does_not_take_over_what_a_dead_one_left(hidden_dims: list[int]) -> None:
+    first = make_flow().standardize(X + 100.0, "full")
+    train(first)
+    del first
+    fresh = make_flow(hidden_dims=hidden_dims)
+    expected = dist.Normal(torch.zeros(2), 1.0).to_event(1).log_prob(X)
+    torch.testing.assert_close(fresh.log_prob(X), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(density(fresh), expected, rtol=0, atol=1e-5)
+    train(fresh)
     name = "SplineFlow.layers.0.conditioner.packed"
-    assert pyro.get_param_store()._params[name] is packed
+    assert pyro.get_param_store()._params[name] is fresh.layers[0].conditioner.packed
+
+
+def test_density_in_a_function_is_that_of_its_own_data() -> None:
+    def mean_log_prob(x: Tensor) -> float:
+        flow = SplineFlow(2).standardize(x, "full")
+        return float(flow().log_prob(x).mean().detach())
+
+    x = torch.randn(1000, 2)
+    first, second = mean_log_prob(x), mean_log_prob(x + 100.0)
+    assert first == pytest.approx(-2.84, abs=0.2)
+    assert second == pytest.approx(first, abs=1e-3)
+
+
+def test_loop_over_folds_gives_what_separate_programs_give() -> None:
+    def fold(seed: int) -> Tensor:
+        pyro.set_rng_seed(seed)
+        flow = make_flow().standardize(X + seed)
+        train(flow, 3)
+        return density(flow)
+
+    expected = []
+    for seed in range(5):
+        pyro.clear_param_store()
+        expected.append(fold(seed))
+    pyro.clear_param_store()
+    for seed in range(5):
+        assert torch.equal(fold(seed), expected[seed])
+
+
+def test_flows_in_pyro_modules_start_fresh_in_every_fold() -> None:
+    def fold() -> Tensor:
+        torch.manual_seed(0)
+        model = Model()
+        before = density(model.prior)
+        perturb_(model.prior, 0.3)
+        density(model.prior)
+        return before
+
+    first = fold()
+    assert torch.equal(fold(), first)
+
+
+def test_guides_start_fresh_in_every_fold() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def fold(x: Tensor) -> Tensor:
+        pyro.set_rng_seed(0)
+        guide = AutoSplineFlow(model, num_transforms=1, hidden_dims=[4])
+        svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+        for _ in range(3):
+            svi.step(x)
+        return guide.median()["z"]
+
+    pyro.clear_param_store()
+    alone = fold(torch.full((2,), 5.0))
+    pyro.clear_param_store()
+    fold(torch.full((2,), -5.0))
+    assert torch.equal(fold(torch.full((2,), 5.0)), alone)
+
+
+def test_store_set_in_the_same_program_is_adopted() -> None:
+    flow = make_flow()
+    train(flow)
+    expected = density(flow)
+    state = pyro.get_param_store().get_state()
+    del flow
+    pyro.clear_param_store()
+    gc.collect()
+    pyro.get_param_store().set_state(state)
+    assert torch.equal(density(make_flow()), expected)
+
+
+def test_copy_keeps_its_own_values_when_the_original_is_gone() -> None:
+    flow = make_flow()
+    train(flow)
+    twin, expected = copy.deepcopy(flow), density(flow)
+    train(flow)
+    del flow
+    gc.collect()
+    assert torch.equal(density(twin), expected)
+
+
+def test_flow_that_is_built_anew_for_every_step_is_said() -> None:
+    def model(x: Tensor) -> None:
+        flow = make_flow()
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", flow(), obs=x)
+
+    svi = SVI(model, lambda x: None, Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="SplineFlow was built anew for every step"):
+        for _ in range(5):
+            svi.step(X)
 
 
 def test_clearing_the_store_leaves_the_flow_as_it_is() -> None:

@@ -15,7 +15,9 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, pyro_method
 
+from pyro_flowkit import SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training import fit
 from pyro_flowkit.training.data import split_rows
@@ -435,3 +437,58 @@ def test_a_guide_that_is_gone_or_cleared_leaves_its_name_free() -> None:
     second = AutoNormal(model)
     fit(model, second, max_steps=2, progress=False)
     assert set(pyro.get_param_store().keys()) == {"AutoNormal.locs.z", "AutoNormal.scales.z"}
+
+
+class SmallVAE(PyroModule):
+    """In the style of a user's own: no name, networks of torch, a flow for the prior."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Linear(3, 4)
+        self.decoder = torch.nn.Linear(2, 3)
+        self.prior = SplineFlow(2, num_transforms=1, hidden_dims=[4])
+
+    @pyro_method
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    @pyro_method
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc, raw = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_loops_over_folds_give_what_separate_programs_give(clears):
+    def fold_of_vae(seed):
+        pyro.set_rng_seed(seed)
+        vae = SmallVAE()
+        x = torch.randn(20, 3) + seed
+        fit(vae.model, vae.guide, args=(x,), max_steps=3, seed=0, progress=False)
+        return vae.decoder(vae.prior.sample(1)).detach()
+
+    def fold_of_guide(seed):
+        guide = AutoNormal(location)
+        x = torch.full((5,), float(seed))
+        fit(location, guide, args=(x,), max_steps=3, lr=0.1, seed=0, progress=False)
+        return guide.median()["mu"].detach()
+
+    for fold in (fold_of_vae, fold_of_guide):
+        alone = []
+        for seed in range(3):
+            pyro.clear_param_store()
+            alone.append(fold(seed))
+        pyro.clear_param_store()
+        for seed in range(3):
+            if clears:
+                pyro.clear_param_store()
+            assert torch.equal(fold(seed), alone[seed])
+
+
+def location(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
