@@ -157,7 +157,13 @@ class FlowDistribution(dist.TransformedDistribution):
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``."""
+        """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``.
+
+        Integers and booleans are taken for numbers in the flow's dtype. At a value that is infinite it is -inf (while
+        validation is on, as it is by default).
+        """
+        if not value.is_floating_point():
+            value = value.to(self._dtype)
         draw, self._draw = self._draw, None
         if draw is not None and draw.value() is value:
             if draw.stamp == stamp(self._tracked_tensors(), value):
@@ -167,7 +173,23 @@ class FlowDistribution(dist.TransformedDistribution):
             return value.new_zeros(torch.broadcast_shapes(value.shape[:cut], self.batch_shape))
         if self._validate_args:
             self._validate_sample(value)
+            if not is_transformed() and not bool(value.sum().isfinite()):
+                return self._with_infinite_rows(value)
         return self._pull(value, self.base_dist, self.transforms)
+
+    def _with_infinite_rows(self, value: Tensor) -> Tensor:
+        """The log-density where some values may be infinite, which mixing layers would make NaN of."""
+        event = tuple(range(-len(self.event_shape), 0))
+        is_infinite = value.isinf().any(event) if event else value.isinf()
+        shape = is_infinite.shape + (1,) * len(event)
+        inside = value.masked_fill(is_infinite.reshape(shape), 0.0)
+        log_prob = self._pull(inside, self.base_dist, self.transforms)
+        return log_prob.masked_fill(is_infinite, -torch.inf)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtypes = [t.dtype for t in _tensors_in(self.base_dist) if t.is_floating_point()]
+        return dtypes[0] if dtypes else torch.get_default_dtype()
 
     @property
     def _takes_path_gradient(self) -> bool:

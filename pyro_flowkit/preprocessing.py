@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+MIN_CELL = 1 / 8  # the spacing of numbers near 1, in units of a cell: eight to a cell at least
+
 
 def dequantize(
     counts: Tensor, levels: int, *, generator: torch.Generator | None = None
@@ -27,17 +29,25 @@ def dequantize(
         generator: source of the noise.
 
     Returns:
-        ``u`` of shape ``(*batch, D)`` in the default dtype (or that of ``counts``, if floating), and log|det du/dx|
-        (nats) on the scale of the integers, ``-D log(levels)``, shape ``(*batch,)``.
+        ``u`` of shape ``(*batch, D)`` in the default dtype (or that of ``counts``, if floating, and at least float32),
+        and log|det du/dx| (nats) on the scale of the integers, ``-D log(levels)``, shape ``(*batch,)``.
 
     Raises:
-        ValueError: if values are no integers or out of range.
+        ValueError: if values are no integers or out of range, or the cells of so many levels are too small for the
+            dtype.
     """
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
         raise ValueError(f"Expected levels to be an integer >= 2, got {levels!r}.")
     if counts.dim() < 1:
         raise ValueError(f"Expected counts of shape (*batch, D), got shape {tuple(counts.shape)}.")
     x = counts if counts.is_floating_point() else counts.to(torch.get_default_dtype())
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    most = int(MIN_CELL / torch.finfo(x.dtype).eps)
+    if levels > most:
+        raise ValueError(
+            f"Expected at most {most} levels in {x.dtype}, whose numbers leave no room for noise in smaller cells, got "
+            f"{levels}: use float64."
+        )
     if x.numel() and not bool(((x >= 0) & (x <= levels - 1) & (x == x.round())).all()):
         raise ValueError(
             f"Expected integers from 0 to {levels - 1}, got values from {x.min():g} to {x.max():g}"

@@ -59,7 +59,7 @@ def rational_quadratic_forward(
         The values and log dy/dx (nats), both with the broadcast batch shape and the dtype of ``inputs``.
 
     Raises:
-        ValueError: for settings that make no spline, or parameters of another size.
+        ValueError: for settings that make no spline, parameters of another size, or integers.
     """
     settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
     return spline_elements(inputs, params, settings, inverse=False)
@@ -195,6 +195,9 @@ def spline_elements(
 ) -> tuple[Tensor, Tensor]:
     """:func:`rational_quadratic_forward`, or its inverse, for settings that are there already."""
     _check_size(params, settings.num_params, settings, "params")
+    for name, tensor in (("inputs", inputs), ("params", params)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"Expected {name} in floating point, got {tensor.dtype}.")
     if not fused.applies(inputs, params):
         return _in_pytorch(inputs, params, settings, inverse)
     dtype, working = inputs.dtype, _working(inputs, params)

@@ -263,8 +263,17 @@ def check_size(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"Expected {name} to be an integer >= {least}, got {value!r}.")
 
 
+def check_floating(x: Tensor, what: str) -> None:
+    """Raise a ValueError for integers and booleans, which results would be cut to."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"Expected {what} in floating point, got {x.dtype}: convert it, x.float()."
+        )
+
+
 def check_vector(x: Tensor, input_dim: int, owner: str) -> None:
-    """Raise a ValueError unless ``x`` has shape ``(*batch, input_dim)``."""
+    """Raise a ValueError unless ``x`` has shape ``(*batch, input_dim)`` and is in floating point."""
+    check_floating(x, f"input of {owner}")
     if torch.jit.is_tracing():  # sizes are tensors there, and comparing them warns
         return
     if x.dim() < 1 or x.shape[-1] != input_dim:
@@ -274,7 +283,7 @@ def check_vector(x: Tensor, input_dim: int, owner: str) -> None:
 
 
 def check_context(context: Tensor | None, context_dim: int, owner: str) -> None:
-    """Raise a ValueError unless the context is there exactly when it is expected, with the right size."""
+    """Raise a ValueError unless the context is there just when it is expected, in floating point and the right size."""
     if context is None:
         if context_dim:
             raise ValueError(
@@ -284,6 +293,8 @@ def check_context(context: Tensor | None, context_dim: int, owner: str) -> None:
         raise ValueError(
             f"Expected no context for {owner} (context_dim=0), got one of shape {tuple(context.shape)}."
         )
+    elif not context.is_floating_point():
+        check_floating(context, f"the context of {owner}")
     elif torch.jit.is_tracing():  # as above
         return
     elif context.dim() < 1 or context.shape[-1] != context_dim:

@@ -9,7 +9,8 @@ References:
     Conor Durkan et al. Neural Spline Flows. NeurIPS 2019 (LU layers between couplings).
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,14 +76,24 @@ class LULinear(FlowTransformModule):
 
 
 class Standardization(FlowTransformModule):
-    """``y = loc + L x``, fitted to data once and not learned: buffers, the identity at first."""
+    """``y = loc + L x``, fitted to data once and not learned: buffers, the identity at first.
+
+    Both are in float64 whatever the flow's dtype, and so is the subtraction of ``loc``: of data far from zero (times,
+    coordinates, years) little would be left in float32. Only float64 data have digits there.
+    """
 
     is_affine = True
 
     def __init__(self, input_dim: int):
         super().__init__(input_dim)
-        self.register_buffer("loc", torch.zeros(input_dim))
-        self.register_buffer("scale_tril", torch.eye(input_dim))
+        self.register_buffer("loc", torch.zeros(input_dim, dtype=torch.float64))
+        self.register_buffer("scale_tril", torch.eye(input_dim, dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = _in_the_same_dtype(fn, buffer)
+        return self
 
     @torch.no_grad()
     def fit(self, data: Tensor, kind: Literal["diagonal", "full"] = "diagonal") -> None:
@@ -122,23 +133,30 @@ class Standardization(FlowTransformModule):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
-        working = working_dtype(x, self.loc)
-        y = F.linear(x.to(working), self.scale_tril.to(working), self.loc.to(working))
+        working = working_dtype(x, x)
+        y = F.linear(x.to(working), self.scale_tril.to(working)) + self.loc
         return y.to(x.dtype), self._ladj(working).to(x.dtype).expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
-        working = working_dtype(y, self.loc)
-        x = solve_triangle(
-            self.scale_tril.to(working), y.to(working) - self.loc.to(working), upper=False
-        )
+        working = working_dtype(y, y)
+        x = solve_triangle(self.scale_tril.to(working), (y - self.loc).to(working), upper=False)
         return x.to(y.dtype), (-self._ladj(working)).to(y.dtype).expand(y.shape[:-1])
 
     def _ladj(self, dtype: torch.dtype) -> Tensor:
-        return self.scale_tril.to(dtype).diagonal().log().sum(-1)
+        return self.scale_tril.diagonal().log().sum(-1).to(dtype)
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"
+
+
+def _in_the_same_dtype(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
+    """What a module's conversion does to a buffer, its dtype left as it is where the device has that."""
+    try:
+        moved = fn(buffer)
+        return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+    except TypeError:  # a device without float64
+        return fn(buffer.float())
 
 
 def lu_linear(input_dim: int) -> LULinear:
