@@ -16,7 +16,7 @@ from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.head_start import HeadStart
-from pyro_flowkit.nn import Activation, default_hidden_dims
+from pyro_flowkit.nn import Activation, checked_hidden_dims
 from pyro_flowkit.ops import Tails
 from pyro_flowkit.transforms.base import check_context, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
@@ -100,7 +100,8 @@ class SplineFlow(StoreModule):
         _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, base, coupling)
         self.input_dim = input_dim
         self.context_dim = context_dim
-        hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else list(hidden_dims)
+        self.bound, self.tails = bound, tails
+        hidden_dims = checked_hidden_dims(hidden_dims, input_dim)
         make: Callable[..., nn.Module] = spline_coupling
         if context_dim:
             make = partial(conditional_spline_coupling, context_dim=context_dim)
@@ -181,10 +182,15 @@ class SplineFlow(StoreModule):
         self.sync_with_store(lend=False)
         return self._distribution(context).log_prob(x)
 
-    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
-        """``n`` draws without gradient, shape ``(n, *batch, D)`` where batch is the batch shape of the context."""
+    def sample(self, n: int | Sequence[int], context: Tensor | None = None) -> Tensor:
+        """Draws without gradient, shape ``(n, *batch, D)`` where batch is the batch shape of the context.
+
+        Args:
+            n: how many, or a shape ``S`` of them, for ``(*S, *batch, D)``.
+            context: as for a call.
+        """
         self.sync_with_store(lend=False)
-        return self._distribution(context).sample((n,))
+        return self._distribution(context).sample((n,) if isinstance(n, int) else n)
 
     def standardize(
         self, data: Tensor, kind: Literal["diagonal", "full"] = "diagonal"

@@ -23,6 +23,21 @@ def default_hidden_dims(input_dim: int) -> list[int]:
     return [min(10 * input_dim, MAX_DEFAULT_WIDTH)] * 2
 
 
+def checked_hidden_dims(hidden_dims: Sequence[int] | None, input_dim: int) -> list[int]:
+    """The widths as a list; None is :func:`default_hidden_dims`.
+
+    Raises:
+        ValueError: for a number alone.
+    """
+    if hidden_dims is None:
+        return default_hidden_dims(input_dim)
+    if isinstance(hidden_dims, int):
+        raise ValueError(
+            f"Expected hidden_dims to be a sequence of widths, got {hidden_dims}: [{hidden_dims}, {hidden_dims}]."
+        )
+    return list(hidden_dims)
+
+
 def compressed(context: Tensor) -> Tensor:
     """A context of shape ``(*batch, C)`` whose root mean square r over C became asinh(r), in the same direction.
 

@@ -170,8 +170,8 @@ class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, DataRows, StoreModule):
             "bound": bound,
             "base": base,
         }
-        self._hidden_dims = None if hidden_dims is None else list(hidden_dims)
         SplineFlow(1, **self._flow_settings, hidden_dims=hidden_dims)  # bad settings are said here
+        self._hidden_dims = None if hidden_dims is None else list(hidden_dims)
         if global_guide is not None and not isinstance(global_guide, AutoGuide):
             global_guide = AutoCallable(model, global_guide)
         self.global_guide = global_guide

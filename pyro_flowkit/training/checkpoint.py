@@ -104,7 +104,7 @@ class Checkpoints:
             left_over.unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
-        return sorted(self._folder.glob(_PATTERN))
+        return sorted(path for path in self._folder.glob(_PATTERN) if path.is_file())
 
 
 def open_checkpoints(

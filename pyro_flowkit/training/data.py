@@ -261,7 +261,14 @@ class FunctionBatches:
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, which is made once."""
         if self._held is None or self._held[0] != step:
-            self._held = step, as_batch(self._function(step), f"data({step})", self._device)
+            try:
+                made = self._function(step)
+            except StopIteration:
+                raise ValueError(
+                    f"expected data(step) to give a batch for every step, got StopIteration at step {step}: limit the "
+                    f"fit, max_steps={step}, or begin anew"
+                ) from None
+            self._held = step, as_batch(made, f"data({step})", self._device)
         return self._held[1]
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,15 @@ from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoGuide
 
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.training.arguments import (
+    as_tensors,
+    check_args,
+    check_callbacks,
+    check_optimizer,
+    check_programs,
+    warn_of_far_rows,
+    whole,
+)
 from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.callbacks import FitState
 from pyro_flowkit.training.checkpoint import check_same_call, fingerprint, open_checkpoints
@@ -42,6 +51,7 @@ VALIDATION_ROWS = 100  # at a time, where training has no batch size of its own
 GAUSSIAN_SECONDS = 30.0
 
 
+@torch.enable_grad()
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,
@@ -113,10 +123,11 @@ def fit(
             location and log scale at each site follow those before it in a line; up to a quarter of
             max_seconds is used for that. It ends there, too, with best_step = 0, if the flow gains
             less than 0.02 nats on it.
-        data: Tensor with `N` rows, or a tuple of such tensors. Its batches are the leading
-            positional arguments of model and guide. Rows are reshuffled every epoch as a function
-            of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of that epoch.
-            Or a `DataLoader` of such batches, or a function from the step (from 0) to a batch.
+        data: Tensor with `N` rows, or a tuple of such tensors, or numpy arrays or pandas' frames of numbers in their
+            place. Its batches are the leading positional arguments of model and guide; of a dict of arrays its keys
+            say which (they are the model's first parameters, the guide's have the same order). Rows are reshuffled
+            every epoch as a function of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of
+            that epoch. Or a `DataLoader` of such batches, or a function from the step (from 0) to a batch.
         args: Further positional arguments.
         kwargs: Keyword arguments.
         objective: An instance of `pyro.infer.ELBO`; default `Trace_ELBO(num_particles)`. Its particles run at once,
@@ -182,13 +193,23 @@ def fit(
         `stop_reason="interrupted"`, once a step is done (at once if pressed again).
 
     Raises:
-        TypeError: If data, objective or the scheduler's result is of the wrong kind.
+        TypeError: If model, guide, data, args, objective, optimizer, callbacks or the scheduler's result are of the
+            wrong kind, or a count is no integer.
         ValueError: If numbers are out of range, plates do not match the data, a latent site has no
             guide, no parameter is trainable, `TraceMeanField_ELBO` meets an `AutoContinuous`, or a
             checkpoint does not fit the call or is damaged.
         FloatingPointError: With `non_finite="raise"`.
         LostRankError: If another process of a distributed fit has ended.
     """
+    check_programs(model, guide)
+    check_args(args)
+    check_callbacks(callbacks)
+    check_optimizer(optimizer)
+    max_steps, batch_size = whole("max_steps", max_steps), whole("batch_size", batch_size)
+    max_epochs, patience = whole("max_epochs", max_epochs), whole("patience", patience)
+    num_particles = whole("num_particles", num_particles)
+    data = as_tensors(data, model)
+    val_data = as_tensors(val_data, model, "val_data")
     numbers = {
         "max_steps": max_steps,
         "max_epochs": max_epochs,
@@ -223,6 +244,8 @@ def fit(
     )
     has_data = not isinstance(batches, RowBatches) or bool(batches.rows)
     first = batches[0]
+    if guide is None and first:
+        warn_of_far_rows(model, first[0])
 
     # Limits: the caller's, then the recipe's, then a cap with stopping at plateaus.
     limits = Limits(max_steps, max_seconds, patience)

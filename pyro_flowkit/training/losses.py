@@ -312,7 +312,13 @@ class Variational(Loss):
             raise TypeError(
                 f"expected an objective with differentiable_loss, got {type(self._objective).__name__}"
             )
-        return self._total(batch, self._objective.differentiable_loss) / self._normalizer
+        total = self._total(batch, self._objective.differentiable_loss)
+        if not isinstance(total, torch.Tensor):
+            raise TypeError(
+                "expected a flow with log_prob, or a Pyro model with a density (pyro.sample, pyro.factor), got "
+                f"{type(self._given[0]).__name__} without one"
+            )
+        return total / self._normalizer
 
     def backward(self, batch: Batch) -> float:
         if self._differentiable:

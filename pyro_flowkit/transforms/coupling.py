@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import MLP, Activation, compressed, default_hidden_dims, make_conditioner
+from pyro_flowkit.nn import MLP, Activation, checked_hidden_dims, compressed, make_conditioner
 from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, fused, spline_columns
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
@@ -304,7 +304,7 @@ def _make_conditioner(
     return make_conditioner(
         2 * split_dim if settings.tails == "circular" else split_dim,
         (input_dim - split_dim) * settings.num_params,
-        default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims,
+        checked_hidden_dims(hidden_dims, input_dim),
         context_dim=context_dim,
         **network,
     )

@@ -1,0 +1,145 @@
+"""What people pass to `fit`: understood where it can be meant, refused in words where not."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flowkit import SplineFlow, fit
+from pyro_flowkit.guides import AmortizedSplineFlow, AutoSplineFlow
+
+X = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+
+
+def flow(**settings):
+    torch.manual_seed(0)
+    return SplineFlow(2, **{"num_transforms": 1, "hidden_dims": [4], **settings})
+
+
+def trained(model=None, guide=None, **options):
+    model = flow() if model is None else model
+    if guide is None:
+        options = {"data": X, **options}
+    return fit(model, guide, **{"max_steps": 2, "seed": 0, "progress": False, **options})
+
+
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def location():
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def ends(step):
+    if step:
+        raise StopIteration
+    return X
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"optimizer": pyro.optim.Adam({"lr": 0.1})}, TypeError, "got one of Pyro's: pass torch"),
+        (
+            {"optimizer": torch.optim.Adam([torch.zeros(1, requires_grad=True)])},
+            TypeError,
+            "got Adam: pass the class",
+        ),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "a Pyro model with a density .* got Linear"),
+        ({"model": flow()()}, TypeError, "pass flow, not flow\\(\\)"),
+        ({"model": AutoNormal(location), "guide": location}, ValueError, "change their places"),
+        ({"model": 3}, TypeError, "a model that can be called, got int"),
+        ({"model": location, "guide": 3}, TypeError, "a guide that can be called, got int"),
+        ({"args": X}, TypeError, "args to be a tuple of arguments, got Tensor"),
+        ({"batch_size": 50.0}, TypeError, "batch_size to be an integer, got 50.0"),
+        ({"max_steps": 10.5}, TypeError, "max_steps to be an integer, got 10.5"),
+        ({"max_steps": True}, TypeError, "max_steps to be an integer, got True"),
+        ({"callbacks": [lambda state: None]}, TypeError, "got function without on_start"),
+        ({"data": ends}, ValueError, "got StopIteration at step 1"),
+        ({"data": np.array(["a", "b"])}, TypeError, "expected data to hold numbers, got an array"),
+        ({"data": pd.DataFrame({"a": [1.0], "b": ["x"]})}, TypeError, "got others: b"),
+        ({"data": {"x": X, "z": X}}, ValueError, "first parameters of the model, x, context, got"),
+        ({"val_data": "rows.csv"}, TypeError, "expected val_data to be a tensor"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_words(options, error, text):
+    with pytest.raises(error, match=text):
+        trained(**options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [X.numpy(), X.double().numpy(), pd.DataFrame(X.numpy()), (X.numpy(),), {"x": X.numpy()}],
+    ids=["numpy", "float64", "frame", "tuple", "dict"],
+)
+def test_arrays_and_frames_are_data(data):
+    expected = trained().history["elbo"]
+    np.testing.assert_allclose(trained(data=data).history["elbo"], expected, rtol=1e-5)
+
+
+def test_keys_of_a_dict_say_which_argument_is_which():
+    y = X @ torch.tensor([1.0, 2.0])
+    runs = []
+    for data in ((X, y), {"y": y.numpy(), "x": X.numpy()}):
+        pyro.clear_param_store()
+        runs.append(trained(regression, AutoSplineFlow(regression), data=data, max_steps=3))
+    assert (runs[0].history["elbo"] == runs[1].history["elbo"]).all()
+
+
+def test_series_are_columns():
+    column = pd.Series([1.0, 2.0, 3.0])
+
+    def model(x):
+        assert x.shape == (3,)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    trained(model, AutoNormal(model), data=column)
+
+
+def test_fit_trains_where_gradients_are_off():
+    with torch.no_grad():
+        result = trained()
+        assert not torch.is_grad_enabled()
+    assert (result.history["elbo"] == trained().history["elbo"]).all()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        trained()
+
+
+def test_a_folder_that_is_named_like_a_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "step-0000000007.pt").mkdir()
+    trained(checkpoint_dir=tmp_path, resume=True)
+    assert (tmp_path / "step-0000000007.pt").is_dir()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SplineFlow(2, hidden_dims=64),
+        lambda: AutoSplineFlow(location, hidden_dims=64),
+        lambda: AmortizedSplineFlow(location, torch.nn.Linear(1, 1), context_dim=1, hidden_dims=64),
+    ],
+)
+def test_a_single_width_is_refused(make):
+    with pytest.raises(ValueError, match=r"a sequence of widths, got 64: \[64, 64\]"):
+        make()
+
+
+def test_draws_of_a_shape():
+    assert flow().sample((5,)).shape == (5, 2)
+    assert flow().sample(torch.Size([3, 4])).shape == (3, 4, 2)
+    assert flow().sample(5).shape == (5, 2)
+
+
+def test_raw_data_beyond_the_bound_are_warned_of_with_the_remedy():
+    far = X * torch.tensor([1.0, 1000.0]) + torch.tensor([0.0, 5e4])
+    with pytest.warns(UserWarning, match="100% of the rows .* column 1.*flow.standardize"):
+        trained(data=far)
+    trained(flow().standardize(far), data=far)
