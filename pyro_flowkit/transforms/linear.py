@@ -134,13 +134,16 @@ class Standardization(FlowTransformModule):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         working = working_dtype(x, x)
-        y = F.linear(x.to(working), self.scale_tril.to(working)) + self.loc
+        # every conversion is spelt out: a compiled trace gives an operation of two dtypes a gradient of the wider one
+        y = F.linear(x.to(working), self.scale_tril.to(working)).to(self.loc.dtype) + self.loc
         return y.to(x.dtype), self._ladj(working).to(x.dtype).expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
         working = working_dtype(y, y)
-        x = solve_triangle(self.scale_tril.to(working), (y - self.loc).to(working), upper=False)
+        x = solve_triangle(
+            self.scale_tril.to(working), (y.to(self.loc.dtype) - self.loc).to(working), upper=False
+        )
         return x.to(y.dtype), (-self._ladj(working)).to(y.dtype).expand(y.shape[:-1])
 
     def _ladj(self, dtype: torch.dtype) -> Tensor:
