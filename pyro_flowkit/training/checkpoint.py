@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyro_flowkit.training.data import Batches, RowBatches
 from pyro_flowkit.training.files import DamagedFileError, read_file, write_file
 from pyro_flowkit.training.ranks import Ranks
 
@@ -135,29 +134,3 @@ def open_checkpoints(
     if earlier is not None:
         checkpoints.saved = earlier["step"]
     return checkpoints, earlier
-
-
-def fingerprint(batches: Batches, ranks: Ranks) -> dict[str, Any]:
-    """What must be the same for a fit to be resumed."""
-    return {
-        "number of processes": ranks.count,
-        "data": type(batches).__name__,
-        "number of data": batches.size,
-        "batch_size": batches.batch_size if isinstance(batches, RowBatches) else None,
-        "steps per epoch": batches.steps_per_epoch,
-    }
-
-
-def check_same_call(earlier: Mapping[str, Any], now: dict[str, Any], seed: int | None) -> None:
-    """Compares a checkpoint with the call that is to go on from it.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    saved = {**earlier["call"], "seed": earlier["row_seed"]}
-    now = {**now, "seed": earlier["row_seed"] if seed is None else seed}
-    for name, value in saved.items():
-        if now.get(name) != value:
-            raise ValueError(
-                f"expected the call that the checkpoint was written by, with {name} = {value}, got {now.get(name)}"
-            )

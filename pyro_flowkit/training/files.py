@@ -39,7 +39,7 @@ def write_file(path: str | os.PathLike[str], kind: str, content: dict[str, Any])
         OSError: If the file cannot be written.
     """
     whole = {"format": FORMAT, "kind": kind, **content}
-    whole[DIGEST] = _digest(whole)
+    whole[DIGEST] = digest_of(whole)
     target = Path(path)
     handle, temporary = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
@@ -86,7 +86,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         )
     digest = content.pop(DIGEST, None)
     try:
-        same = digest == _digest(content)
+        same = digest == digest_of(content)
     except TypeError:
         same = False
     if not same:
@@ -98,10 +98,15 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 def check_plain(content: Any) -> None:
     """Raises TypeError unless this could be written."""
-    _digest(content)
+    digest_of(content)
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """A digest over nested dicts and lists of tensors, numbers and text.
+
+    Raises:
+        TypeError: If there is anything else in it.
+    """
     digest = hashlib.sha256()
     for piece in _pieces(content):
         digest.update(piece)

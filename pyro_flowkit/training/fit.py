@@ -24,10 +24,11 @@ from pyro_flowkit.training.arguments import (
 )
 from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.callbacks import FitState
-from pyro_flowkit.training.checkpoint import check_same_call, fingerprint, open_checkpoints
+from pyro_flowkit.training.checkpoint import open_checkpoints
 from pyro_flowkit.training.compilation import compile_where_it_pays
 from pyro_flowkit.training.data import RowBatches, open_batches
 from pyro_flowkit.training.device import chosen_device, move_modules, moved
+from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.loop import Limits, Loop
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
@@ -180,8 +181,11 @@ def fit(
         checkpoint_every: Seconds between checkpoints.
         resume: Go on from the newest readable checkpoint in checkpoint_dir, if there is one. The
             result is that of an uninterrupted fit, bit for bit, unless it depends on the time
-            (max_seconds). Call with the same arguments and a model and guide built in the same way. A
-            DataLoader is run through up to the batch where the fit had been.
+            (max_seconds). Call with the same arguments and a model and guide built in the same way: other data, args,
+            settings, structure or library versions, or a model whose objective is another one at the checkpoint, are
+            an error that says what differs. Free are max_steps, max_epochs, max_seconds, patience, tolerance,
+            trackers, callbacks, progress, device, compile, check_plates and checkpoint_every. A DataLoader is run
+            through up to the batch where the fit had been.
         callbacks: `Callback` objects.
         progress: Show a bar; False is silent.
         tolerance: Nats of KL that may be left to gain when the fit of an `AutoSplineFlow` stops by itself: the gap is
@@ -345,6 +349,27 @@ def fit(
         )
     chunk = batches.batch_size if isinstance(batches, RowBatches) else VALIDATION_ROWS
     call = fingerprint(batches, ranks)
+    bound: dict[str, Any] = {}
+    if checkpoints is not None:
+        bound = {**call, "seed": row_seed if seed is None else seed} | identity(
+            batches,
+            held_out,
+            args,
+            keywords,
+            (model, guide),
+            {
+                "optimizer": type(built).__name__,
+                "lr": [group["lr"] for group in built.param_groups],
+                "scheduler": scheduler,
+                "clip_norm": clip_norm,
+                "average": average,
+                "kl_schedule": kl_schedule,
+                "objective": type(getattr(loss, "objective", loss)).__name__,
+                "num_particles": getattr(getattr(loss, "objective", None), "num_particles", None),
+                "non_finite": non_finite,
+                "restore_best": restore_best,
+            },
+        )
     loop = Loop(
         loss,
         batches,
@@ -368,7 +393,7 @@ def fit(
         checkpoints=checkpoints,
         extra={
             "row_seed": row_seed,
-            "call": call,
+            "call": bound,
             "start": None if start is None else start.tensors,
             "max_seconds": [max_seconds, limits.max_seconds],
             "versions": versions(),
@@ -380,7 +405,7 @@ def fit(
         bar=Bar(progress and ranks.leads, limits.max_steps, has_data),
     )
     if earlier is not None:
-        check_same_call(earlier, call, seed)
+        check_identity(earlier["call"], bound, (earlier["versions"], versions()))
         given, left = earlier["max_seconds"]
         if max_seconds == given:
             limits.max_seconds = left

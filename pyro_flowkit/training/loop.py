@@ -21,6 +21,7 @@ from pyro_flowkit.training.checkpoint import Checkpoints
 from pyro_flowkit.training.data import Batches
 from pyro_flowkit.training.faults import Interruption, caused_by_numbers, worst_site
 from pyro_flowkit.training.files import check_plain
+from pyro_flowkit.training.identity import check_probe, probe
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.optimizer import (
@@ -337,6 +338,7 @@ class Loop:
             "counts": [self._skipped, self._in_a_row, self._updated],
             "last_failure": self._last_failure,
             "validation": self._state.validation,
+            "objective": probe(self._loss, self._batches),
             "history": torch.tensor(self._history, dtype=torch.float64).reshape(-1, len(HISTORY)),
         }
 
@@ -351,6 +353,7 @@ class Loop:
             self._optimizer, content["optimizer"], self._loss.names()
         )
         self._take_fresh()
+        check_probe(content["objective"], probe(self._loss, self._batches))
         self._schedule.load_state_dict(content["schedule"])
         self._judge.load_state_dict(content["judge"])
         if self._tolerance is not None and content["tolerance"] is not None:

@@ -255,9 +255,9 @@ def test_a_checkpoint_of_another_call_is_refused(rows: torch.Tensor, tmp_path: P
         density(rows, seed=2, **there)
     with pytest.raises(ValueError, match="with number of data = 96, got 48"):
         density(rows[:60], **there)
-    with pytest.raises(ValueError, match="the optimizer of the checkpoint, Adam with 1 groups"):
+    with pytest.raises(ValueError, match="with optimizer = Adam, got SGD"):
         density(rows, optimizer=torch.optim.SGD, lr=0.1, **there)
-    with pytest.raises(ValueError, match="none named 0.loc, 0.mean, 0.raw"):
+    with pytest.raises(ValueError, match="with model and guide = .*, got SplineFlow"):
         flow = SplineFlow(2, num_transforms=1)
         fit(flow, data=rows, batch_size=32, val_fraction=0.2, **there)
 
