@@ -119,6 +119,17 @@ def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
     return _as_tensor(data, name)
 
 
+def check_finite_rows(rows: Sequence[torch.Tensor], name: str = "data") -> None:
+    """Raises a ValueError that names the rows with NaN or infinite numbers, which no flow has a density for."""
+    for tensor in rows:
+        bad = (~tensor.isfinite().reshape(len(tensor), -1).all(-1)).nonzero()[:, 0].tolist()
+        if bad:
+            some = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"expected finite {name}, got NaN or inf in {len(bad)} of {len(tensor)} rows: {some}"
+            )
+
+
 @torch.no_grad()
 def warn_of_far_rows(model: Any, rows: torch.Tensor) -> None:
     """Warns where most of the rows are where the splines of a flow are linear, before it is trained on them."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 2
+FORMAT = 3
 DIGEST = "sha256"
 
 

@@ -12,11 +12,13 @@ import torch
 from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoGuide
 
+from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training.arguments import (
     as_tensors,
     check_args,
     check_callbacks,
+    check_finite_rows,
     check_optimizer,
     check_programs,
     warn_of_far_rows,
@@ -248,6 +250,10 @@ def fit(
     )
     has_data = not isinstance(batches, RowBatches) or bool(batches.rows)
     first = batches[0]
+    if guide is None and isinstance(model, SplineFlow):
+        for name, rows in (("data", getattr(batches, "rows", ())), ("val_data", held_out)):
+            if isinstance(rows, tuple):
+                check_finite_rows(rows, name)
     if guide is None and first:
         warn_of_far_rows(model, first[0])
 

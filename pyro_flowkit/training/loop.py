@@ -38,6 +38,7 @@ from pyro_flowkit.training.state import copied, random_state, set_random_state
 from pyro_flowkit.training.tolerance import Tolerance
 
 NON_FINITE_LIMIT = 10
+MAX_SKIPPED = 0.1  # of the steps, without a word
 INTERRUPTIONS = ("interrupted", "terminated")
 
 
@@ -313,6 +314,13 @@ class Loop:
         self._optimizer.zero_grad(set_to_none=True)
         if failed:
             warnings.warn(f"fit stopped early: {self._reason}", RuntimeWarning, stacklevel=4)
+        elif self._skipped > MAX_SKIPPED * self._state.step:
+            warnings.warn(
+                f"{self._skipped} of {self._state.step} steps were left out, the last one for its "
+                f"{self._last_failure}: look at the data of those steps, or at where the model has no density",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return kept
 
     def _save(self) -> None:

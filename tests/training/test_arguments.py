@@ -143,3 +143,28 @@ def test_raw_data_beyond_the_bound_are_warned_of_with_the_remedy():
     with pytest.warns(UserWarning, match="100% of the rows .* column 1.*flow.standardize"):
         trained(data=far)
     trained(flow().standardize(far), data=far)
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_without_a_density_are_named(batch_size, bad):
+    rows = X.clone()
+    rows[3, 1] = rows[70, 0] = bad
+    with pytest.raises(ValueError, match="finite data, got NaN or inf in 2 of 100 rows: 3, 70"):
+        trained(data=rows, batch_size=batch_size)
+    with pytest.raises(ValueError, match="finite val_data, got NaN or inf in 2 of 100 rows"):
+        trained(val_data=rows, batch_size=batch_size)
+
+
+def test_many_steps_that_are_left_out_are_said():
+    y = torch.zeros(20)
+    y[:2] = torch.nan
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0, validate_args=False), obs=y)
+
+    with pytest.warns(RuntimeWarning, match=r"\d+ of 20 steps were left out, the last one for"):
+        result = trained(model, AutoNormal(model), data=y, batch_size=5, max_steps=20)
+    assert 2 < result.skipped_steps < 20

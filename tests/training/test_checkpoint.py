@@ -306,7 +306,7 @@ def test_damaged_and_foreign_files_are_refused_and_nothing_is_executed(
         elif kind == 3:
             bad.write_bytes(pickle.dumps(Malicious(), protocol=2 + number % 3))
         else:
-            torch.save({"format": 2, "kind": KIND, "tensors": Malicious()}, bad)
+            torch.save({"format": 3, "kind": KIND, "tensors": Malicious()}, bad)
         try:
             found = read_file(bad, KIND)
         except DamagedFileError as error:
@@ -338,7 +338,7 @@ def test_other_kinds_and_formats_are_named(rows: torch.Tensor, tmp_path: Path) -
     with pytest.raises(DamagedFileError, match="expected a checkpoint .*got 'fit result'"):
         read_file(tmp_path / "result.pt", KIND)
     torch.save({"kind": KIND, "format": 1}, tmp_path / "old.pt")
-    with pytest.raises(DamagedFileError, match="of format 2, got format 1"):
+    with pytest.raises(DamagedFileError, match="of format 3, got format 1"):
         read_file(tmp_path / "old.pt", KIND)
     with pytest.raises(TypeError, match="got Malicious"):
         write_file(tmp_path / "bad.pt", KIND, {"tensors": Malicious()})

@@ -307,7 +307,12 @@ def test_nan_at_random_steps_is_survived(rows: torch.Tensor) -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0] * (math.nan if bad else 1.0))
 
     guide = AutoNormal(model)
-    with pyro.validation_enabled(False):
+    with (
+        pyro.validation_enabled(False),
+        pytest.warns(
+            RuntimeWarning, match="of 800 steps were left out, the last one for its loss nan"
+        ),
+    ):
         result = fit(model, guide, args=(rows,), max_steps=800, lr=0.03, progress=False)
     assert result.stop_reason == "max_steps"
     assert 80 < result.skipped_steps < 240
