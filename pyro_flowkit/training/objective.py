@@ -147,6 +147,16 @@ def checked_objective(objective: ELBO, particles: int | None, guide: Program) ->
                 "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
                 "that log-density, so the result would not be the ELBO"
             )
+        if isinstance(part, AutoSplineFlow) and part.num_components > 1:
+            if not (
+                isinstance(objective, Trace_ELBO)
+                or getattr(objective, "takes_draws_as_given", False)
+            ):
+                raise ValueError(
+                    "expected Trace_ELBO or ForwardKL, which learn the weights of the components of "
+                    f"{type(part).__name__}, got {type(objective).__name__}, whose gradient goes "
+                    "through draws alone"
+                )
         if (
             getattr(part, "path_gradient", False)
             and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
