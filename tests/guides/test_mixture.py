@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -62,13 +63,13 @@ def test_fit_finds_both_modes_and_their_weights(model, log_evidence, below_zero)
     check(guide, log_evidence, below_zero)
 
 
-@pytest.mark.parametrize("num_particles", [1, 8])
-def test_weights_that_are_wrong_are_learned_in_a_loop_of_ones_own(num_particles):
+@pytest.mark.parametrize(("num_particles", "steps"), [(1, 400), (8, 200)])
+def test_weights_that_are_wrong_are_learned_in_a_loop_of_ones_own(num_particles, steps):
     guide = AutoSplineFlow(unequal, **TINY).setup()
     guide.mixture.restart([0.0, 0.0])
     elbo = Trace_ELBO(num_particles, vectorize_particles=num_particles > 1)
     svi = SVI(unequal, guide, ClippedAdam({"lr": 0.02}), elbo)
-    for _ in range(500):
+    for _ in range(steps):
         svi.step()
     check(guide, 0.0, 0.3)
 
@@ -78,7 +79,7 @@ def test_fit_learns_weights_that_are_wrong():
     guide.start_at_gaussian(unequal)
     guide.mixture.restart([0.0, 1.0])
     perturb_(guide.flow, 0.01)  # no fresh Gaussian: it stays where it is
-    fit(unequal, guide, lr=0.02, num_particles=16, max_steps=150, progress=False)
+    fit(unequal, guide, lr=0.02, num_particles=16, max_steps=100, progress=False)
     check(guide, 0.0, 0.3)
 
 
@@ -136,7 +137,7 @@ def test_the_density_integrates_to_one_and_is_that_of_the_draws():
         assert draws.shape == (20_000, *posterior.batch_shape, 1)
         assert float(draws.mean()) == pytest.approx(float(mean), abs=0.05)
         assert posterior.log_prob(draws).shape == (20_000, *posterior.batch_shape)
-        fresh = posterior.rsample((20_000,))
+        fresh = posterior.rsample((20_000,)).detach()
         assert float(fresh.mean()) == pytest.approx(float(mean), abs=0.05)
 
 
@@ -265,8 +266,7 @@ def test_a_mixture_that_got_worse_goes_back_to_its_gaussians():
     guide = AutoSplineFlow(unequal, **TINY).setup()
     start = guide.start_at_gaussian(unequal)
     guide.mixture.restart([0.0, 3.0])
-    with pytest.warns(UserWarning, match="nats below the Gaussian"):
-        assert start is not None and not start.keep_better()
+    assert start is not None and not start.keep_better()
     assert guide.mixture.log_weights.exp().tolist() == pytest.approx([0.7, 0.3], abs=0.01)
 
 
@@ -287,23 +287,22 @@ def test_summaries_are_those_of_both_modes():
 
 
 def test_copies_pickles_states_and_the_store_carry_every_component(tmp_path):
-    _, guide = overlapping_guide()
+    model, guide = overlapping_guide()
     expected = guide.get_posterior().log_prob(GRID).detach()
-    guide()
     pyro.get_param_store().save(tmp_path / "store")
     loaded = pickle.loads(pickle.dumps(guide))
-    with pytest.warns(UserWarning, match="another live"):
-        for other in (copy.deepcopy(guide), loaded):
-            assert torch.allclose(other.get_posterior().log_prob(GRID), expected)
-            other()
-    fresh, _ = overlapping_guide()
-    twin = AutoSplineFlow(fresh, **TINY).setup()
-    twin.load_state_dict(guide.state_dict())
+    for other in (copy.deepcopy(guide), loaded):
+        assert torch.allclose(other.get_posterior().log_prob(GRID), expected)
+    state = guide.state_dict()
+    del guide, other, loaded
+    pyro.clear_param_store()
+    twin = AutoSplineFlow(model, **TINY).setup()
+    twin.load_state_dict(state)
     assert torch.allclose(twin.get_posterior().log_prob(GRID), expected)
-    del guide, other, loaded, twin
+    del twin
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store")
-    again = AutoSplineFlow(fresh, **TINY)
+    again = AutoSplineFlow(model, **TINY)
     again()
     assert torch.allclose(again.get_posterior().log_prob(GRID), expected)
 
@@ -339,7 +338,8 @@ def test_what_needs_one_map_is_refused_in_words():
     for ask in (guide.get_transform, guide.get_base_dist, NeuTraReparam(guide).reparam(square)):
         with pytest.raises(ValueError, match="Expected num_components=1, got 2: a mixture"):
             ask()
-    with pytest.raises(RuntimeError, match="Use Trace_ELBO in the place of JitTrace_ELBO"):
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="the place of JitTrace_ELBO"):
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         SVI(square, guide, Adam({"lr": 0.01}), JitTrace_ELBO()).step()
     normal = AutoNormal(square)
     normal()
@@ -357,8 +357,11 @@ def test_angles_are_refused_in_words():
 
 def test_objectives_that_cannot_learn_the_weights_are_refused():
     guide = AutoSplineFlow(unequal, **TINY)
-    with pytest.raises(ValueError, match="weights of the components .* got RenyiELBO"):
-        fit(unequal, guide, objective=RenyiELBO(num_particles=2), max_steps=1, progress=False)
+    for objective in (RenyiELBO(num_particles=2), JitTrace_ELBO()):
+        with pytest.raises(
+            ValueError, match=f"expected Trace_ELBO .* got {type(objective).__name__}"
+        ):
+            fit(unequal, guide, objective=objective, max_steps=1, progress=False)
 
 
 def test_forward_kl_learns_the_weights():
