@@ -7,7 +7,9 @@ In unconstrained space the guide is
 where f is a spline flow and h scales and moves the latents of each site as a function of those of the sites before it
 (:class:`~pyro_flowkit.transforms.HierarchicalAffine`); both are the identity at first. loc and S (full or diagonal)
 are learned: at step 0 the guide is the Gaussian that Pyro's AutoMultivariateNormal and AutoDiagonalNormal start from,
-and it only leaves the Gaussians where that raises the ELBO.
+and it only leaves the Gaussians where that raises the ELBO. With ``num_components`` above 1 it is a mixture of such
+densities, each with its own flow and affine maps, which start at the posterior's modes
+(:mod:`pyro_flowkit.guides.mixture`).
 
 References:
     Abhinav Agrawal, Daniel Sheldon, Justin Domke. Advances in Black-Box VI: Normalizing Flows, Importance Weighting,
@@ -25,17 +27,24 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.circular import CircularAffine, angular_columns
+from pyro_flowkit.guides.component import (
+    Component,
+    OtherComponent,
+    look_all,
+    make_hierarchy,
+    paced,
+)
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
-from pyro_flowkit.guides.pace import FLOW, HIERARCHY, Pace
+from pyro_flowkit.guides.mixture import MixturePosterior, MixtureWeights
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.room import Room
@@ -51,7 +60,6 @@ from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
 DEFAULT_INIT_SCALE = 0.1
 HIDDEN_DIMS = [32, 32]
-MAX_BLOCKS = 4
 # up to this many latents matrices with a row and a column for each are cheap
 MAX_FULL_DIM = 200
 
@@ -77,6 +85,12 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             the learned matrices between the couplings.
         hierarchical: let location and scale of the latents of a site depend on the sites that the model samples before
             it, as in a hierarchical posterior; without effect for a single site.
+        num_components: number of flows, int >= 1; the guide is their mixture, for a posterior with several modes. They
+            start at the modes that are found from ``init_loc_fn``, from draws of the prior and from their mirror images
+            in unconstrained space; those without a mode of their own start around the largest. A step costs about
+            twice as much with two components as with one. The weights learn in ``fit``, and under ``Trace_ELBO``; other
+            objectives that differentiate through draws leave them as they are. Not for angles, nor for ``from_guide``,
+            ``JitTrace_ELBO`` and NeuTra.
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO`` (see
             :class:`~pyro_flowkit.FlowDistribution`), except at steps where it would be the noisier one, as it is far
             from the posterior (:mod:`pyro_flowkit.guides.posterior`).
@@ -131,6 +145,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         base: Literal["normal", "student_t"] = "normal",
         affine: AffineKind | None = None,
         hierarchical: bool = True,
+        num_components: int = 1,
         path_gradient: bool = True,
     ):
         if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
@@ -141,6 +156,8 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             raise ValueError(
                 f'Expected affine to be "full", "diagonal", "low_rank" or None, got {affine!r}.'
             )
+        if type(num_components) is not int or num_components < 1:
+            raise ValueError(f"Expected num_components to be an int >= 1, got {num_components!r}.")
         AutoContinuous.__init__(self, model, init_loc_fn=initialisation(init_loc_fn))
         self._given = (model, init_loc_fn is not None)
         # how training went, not what was learned: no part of the state_dict, but of checkpoints
@@ -151,6 +168,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         self.init_scale = DEFAULT_INIT_SCALE if init_scale is None else init_scale
         self._affine_kind = affine
         self._hierarchical = hierarchical
+        self.num_components = num_components
         self.path_gradient = path_gradient
         self._flow_settings: dict[str, Any] = {
             "num_transforms": num_transforms,
@@ -179,6 +197,11 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         if decided:
             raise ValueError(
                 f"Expected the guide to say where to start, got {sorted(decided)}, too."
+            )
+        if settings.get("num_components", 1) != 1:
+            raise ValueError(
+                f"Expected num_components=1, got {settings['num_components']!r}: one Gaussian is no start for several "
+                "components. AutoSplineFlow(model, num_components=...) looks for one for each."
             )
         warm_start = gaussian_of(guide)
         new = cls(guide.model, init_loc_fn=initialisation(None), **settings)
@@ -209,30 +232,56 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         angular = angular_columns(self)
         lighten(cast(poutine.Trace, self.prototype_trace))
         loc = self._choose_loc(args, kwargs)
-        large = self.latent_dim > MAX_FULL_DIM
-        kind: AffineKind = self._affine_kind or ("diagonal" if large else "full")
-        flow = SplineFlow(
-            self.latent_dim, mixing="permute" if large else "lu", **self._flow_settings
-        )
-        self.flow = flow.to(dtype=loc.dtype, device=loc.device)
         self._noise_squares = self._noise_squares.to(loc)
-        blocks = _blocks([size for size in self._site_sizes().values() if size])
-        self.hierarchy = (
-            HierarchicalAffine(blocks).to(loc) if self._hierarchical and len(blocks) > 1 else None
-        )
+        self.flow, self.hierarchy = self._make_flow(loc)
+        kind = self._scale_kind()
         cut = self._cut(angular, loc, args, kwargs) if angular else None
-        self.affine = (
-            CircularAffine(cut, self.init_scale, kind)
-            if cut is not None and cut.columns
-            else Affine(loc, self.init_scale, kind)
-        )
+        if cut is not None and cut.columns:
+            if self.num_components > 1:
+                raise ValueError(
+                    f"Expected num_components=1 for a model with angles, got {self.num_components}: an angle is cut "
+                    "open at one place, and components in different modes would need several."
+                )
+            self.affine = CircularAffine(cut, self.init_scale, kind)
+        else:
+            self.affine = Affine(loc, self.init_scale, kind)
         if self._warm_start is not None:
             self._start_warm(*self._warm_start)
-        layers: list[Any] = [(self.flow, FLOW)]
-        if self.hierarchy is not None:
-            layers.append((self.hierarchy, HIERARCHY))
-        self.pace = Pace(self.affine, layers, is_active=self._sees_to_its_pace)
+        self.pace = paced(self.flow, self.hierarchy, self.affine, is_active=self._sees_to_its_pace)
+        self.others = nn.ModuleList()
+        if self.num_components > 1:
+            self._add_components(loc, args, kwargs)
         self._convert()
+
+    def _scale_kind(self) -> AffineKind:
+        return self._affine_kind or ("diagonal" if self.latent_dim > MAX_FULL_DIM else "full")
+
+    def _make_flow(self, loc: Tensor) -> tuple[SplineFlow, HierarchicalAffine | None]:
+        """What a component has before its last layer."""
+        mixing: Literal["permute", "lu"] = "permute" if self.latent_dim > MAX_FULL_DIM else "lu"
+        flow = SplineFlow(self.latent_dim, mixing=mixing, **self._flow_settings)
+        sizes = list(self._site_sizes().values())
+        hierarchy = make_hierarchy(sizes, loc) if self._hierarchical else None
+        return flow.to(dtype=loc.dtype, device=loc.device), hierarchy
+
+    def _add_components(self, loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Start every component at a mode, with weights by the modes' masses."""
+        self.mixture = MixtureWeights(self.num_components, loc)
+        for _ in range(self.num_components - 1):
+            affine = Affine(loc, self.init_scale, self._scale_kind())
+            self.others.append(OtherComponent(*self._make_flow(loc), affine))
+        places = self._places(loc, args, kwargs)
+        with torch.no_grad():
+            for component, place in zip(self.components, places, strict=True):
+                component.affine.raw_loc.copy_(place.gaussian.loc / component.affine.rate)
+        self.mixture.restart(place.elbo for place in places)
+
+    @property
+    def components(self) -> list[Component]:
+        """The parts of every component; those of the first are the guide's own."""
+        self._require_setup()
+        first = Component(self.flow, self.hierarchy, self.affine, self.pace, self._noise_squares)
+        return [first, *(cast(OtherComponent, other).component for other in self.others)]
 
     def _refuse_subsampled_latents(self) -> None:
         for name, stack in self._cond_indep_stacks.items():
@@ -299,22 +348,32 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         latent = super().sample_latent(*args, **kwargs)
         if torch.is_grad_enabled() and not is_transformed():
-            self.pace.drew(latent.shape[:-1].numel())
+            self._drew(latent.shape[:-1].numel())
         return latent
 
-    def draw_with_log_prob(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _drew(self, count: int) -> None:
+        for component in self.components:
+            component.pace.drew(count)
+
+    def _look(self) -> None:
+        look_all(component.pace for component in self.components)
+
+    def draw_with_log_prob(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Draws for a step of training, whose parameters are in step with the param store.
 
         Returns:
-            Unconstrained latents ``(num_samples, latent_dim)``, their log-density in nats, and the term of log q that
-            the gradient of the ELBO goes through, both ``(num_samples,)``.
+            Unconstrained latents ``(num_samples, latent_dim)``, their log-density in nats, the term of log q that
+            the gradient of the ELBO goes through, both ``(num_samples,)``, and their weights in the mean, None where
+            these are equal: every component has as many draws.
         """
         posterior = self.get_posterior()
-        latent = posterior.rsample((num_samples,))
         if torch.is_grad_enabled():
-            self.pace.drew(num_samples)
+            self._drew(num_samples)
+        if isinstance(posterior, MixturePosterior):
+            return posterior.stratified(num_samples)
+        latent = posterior.rsample((num_samples,))
         parts = posterior.score_parts(latent)
-        return latent, parts.log_prob, cast(Tensor, parts.entropy_term)
+        return latent, parts.log_prob, cast(Tensor, parts.entropy_term), None
 
     def elbo(self, program: Vectorized, num_particles: int) -> LatentELBO | None:
         """The objective for this guide and its model at many draws, without handlers; None if it has none."""
@@ -344,23 +403,42 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Distribution of z, event shape ``(latent_dim,)``."""
-        self._require_setup()
-        self.pace.look()
+        self._require_one_map()
+        self._look()
         return self.flow.base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
         """The map from z to the unconstrained latents, event_dim 1."""
-        self._require_setup()
-        self.pace.look()
+        self._require_one_map()
+        self._look()
         return Compose(self._layers())
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior:
+    def _require_one_map(self) -> None:
+        self._require_setup()
+        if self.num_components > 1:
+            raise ValueError(
+                f"Expected num_components=1, got {self.num_components}: a mixture is no map of one base, so that there "
+                "are no coordinates for NeuTra. Train a guide with one component for that, with init_loc_fn at one of "
+                "the modes, or run NUTS from each; evidence and resample correct a mixture by importance weights."
+            )
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior | MixturePosterior:
         """Distribution of the unconstrained latents, event shape ``(latent_dim,)``."""
         self._require_setup()
-        posterior = GuidePosterior(
-            self.get_base_dist(), self._layers(), path_gradient=self.path_gradient
-        )
-        posterior.noise = self._gradient_noise()
+        if self.num_components == 1:
+            return self._posterior(self.get_base_dist(), self._layers(), self._gradient_noise())
+        self._look()
+        each = [
+            self._posterior(c.flow.base(), c.layers(), GradientNoise(c.noise_squares))
+            for c in self.components
+        ]
+        return MixturePosterior(each, self.mixture)
+
+    def _posterior(
+        self, base: dist.TorchDistribution, layers: list[Any], noise: GradientNoise
+    ) -> GuidePosterior:
+        posterior = GuidePosterior(base, layers, path_gradient=self.path_gradient)
+        posterior.noise = noise
         posterior.on_undefined = self._say_undefined
         return posterior
 
@@ -368,36 +446,29 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         return GradientNoise(self._noise_squares)
 
     def _layers(self) -> list[Any]:
-        """From the base to the unconstrained latents."""
-        hierarchy = [] if self.hierarchy is None else [self.hierarchy]
-        return [*self.flow.layers, *hierarchy, self.affine]
+        """From the base to the unconstrained latents, of the first component."""
+        return self.components[0].layers()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self._require_setup()
-        self.pace.look()
+        self._look()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_state_dict(*args, **kwargs)
-        self.pace.forget()
+        self._stored_values_taken()
         return loaded
 
     def _stored_values_taken(self) -> None:
-        self.pace.forget()
+        for component in self.components:
+            component.pace.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         if self.prototype_trace is not None:
-            self.pace.look()
+            self._look()
         return {**super().__getstate__(), "_given": (None, self._given[1])}
 
     def __deepcopy__(self, memo: dict) -> Self:
         new = super().__deepcopy__(memo)
         new._given = self._given
         return new
-
-
-def _blocks(sizes: Sequence[int]) -> list[int]:
-    """Sizes of at most MAX_BLOCKS blocks of adjacent sites: the largest sites begin new ones."""
-    largest = sorted(range(1, len(sizes)), key=lambda i: -sizes[i])[: MAX_BLOCKS - 1]
-    cuts = [0, *sorted(largest), len(sizes)]
-    return [sum(sizes[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]

@@ -1,5 +1,8 @@
 """The first stage of a guide's training, and its safety net: a Gaussian, found without noise.
 
+With several components it is a mixture of Gaussians, each the best one at its mode; their ELBOs say how much of the
+mass each has.
+
 Where the guide has a hierarchical affine map, the linear part of that follows in the same way, from fixed draws by
 L-BFGS: the latents of each site are a Gaussian then whose location and log scale are linear in those before it.
 """
@@ -12,11 +15,22 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import unpack
-from pyro_flowkit.guides.modes import Mode, comparable, is_apart, modes
+from pyro_flowkit.guides.mixture import MixturePosterior
+from pyro_flowkit.guides.modes import (
+    COMPARABLE,
+    NEGLIGIBLE,
+    Mode,
+    comparable,
+    is_apart,
+    modes,
+    spread,
+)
+from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
@@ -88,12 +102,16 @@ class GaussianStart:
             start = Gaussian(affine.loc.clone(), scale)
         found = best_gaussian(flat, start, max_seconds=max_seconds)
         starts = other_starts()
-        if starts:
-            found = _best_of_modes(guide, flat, found, starts, deadline)
-        if found is not start:
-            affine.restart(found.loc, found.scale)
-        if guide.hierarchy is not None:
-            _fit_hierarchy(density, guide.hierarchy, affine, deadline)
+        if guide.num_components > 1:
+            _place_components(guide, density, _refined_modes(guide, flat, found, starts, deadline))
+        else:
+            if starts:
+                found = _refined_modes(guide, flat, found, starts, deadline)[0].gaussian
+            if found is not start:
+                affine.restart(found.loc, found.scale)
+        for component in guide.components:
+            if component.hierarchy is not None:
+                _fit_hierarchy(density, component.hierarchy, component.affine, deadline)
         return cls(guide, density)
 
     @torch.no_grad()
@@ -108,19 +126,19 @@ class GaussianStart:
         """
         self._density.look_again()
         now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
-        trained = self._elbos()
+        trained, spread_trained = self._elbos()
         self._load(self.tensors)
-        gaussian = self._elbos()
+        gaussian, spread_gaussian = self._elbos()
         difference = trained - gaussian
         gain = float(difference.mean())
         error = float(difference.std()) / len(difference) ** 0.5
-        is_level = abs(gain) <= 2.0 * error and bool(trained.std() < gaussian.std())
+        is_level = abs(gain) <= 2.0 * error and spread_trained < spread_gaussian
         if gain > 2.0 * error or is_level:
             self._load(now)
             return True
         # far below, the error is large, too, and no excuse; a NaN is none either. Below a Gaussian that is all but the
         # posterior nothing is lost.
-        room = 0.5 * float(gaussian.var())
+        room = 0.5 * spread_gaussian**2
         if not gain >= -MIN_LOSS and not room < MIN_ROOM:
             warnings.warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the Gaussian that it "
@@ -130,13 +148,38 @@ class GaussianStart:
             )
         return False
 
-    def _elbos(self) -> Tensor:
-        """log p - log q (nats) at the same quasi-random draws of the base for whatever the guide is now."""
+    def _elbos(self) -> tuple[Tensor, float]:
+        """log p - log q (nats) at the same quasi-random draws of the base for whatever the guide is now.
+
+        Returns:
+            The mean over the components, weighted by what they are in the mixture, at each draw, ``(n,)``; and the
+            standard deviation over draws and components.
+        """
         posterior = self._guide.get_posterior()
         z = normal_draws(NUM_JUDGES // 2, self._guide.affine.loc, seed=3)
+        if isinstance(posterior, MixturePosterior):
+            shares = posterior.weights.log_weights.exp()
+            each = [
+                self._log_weights(component, posterior, z) for component in posterior.components
+            ]
+            elbos = torch.stack(each)
+        else:
+            shares = z.new_ones(1)
+            elbos = self._log_weights(posterior, posterior, z)[None]
+        means = shares @ elbos
+        variance = shares @ (elbos - means.mean()).square().sum(-1) / (elbos.shape[-1] - 1)
+        return means, float(variance.sqrt())
+
+    def _log_weights(
+        self, component: GuidePosterior, posterior: GuidePosterior | MixturePosterior, z: Tensor
+    ) -> Tensor:
+        """log p - log q where a component takes draws of its base."""
         if self._guide.base_kind == "student_t":
-            z = posterior.base_dist.sample(z.shape[:1])
-        latent, log_prob = posterior._push(z)
+            with _fixed_seed(z.device):
+                z = component.base_dist.sample(z.shape[:1])
+        latent, log_prob = component._push(z)
+        if component is not posterior:
+            log_prob = posterior.log_prob(latent)
         return self._density(latent) - log_prob
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
@@ -148,38 +191,54 @@ class GaussianStart:
 def _is_gaussian(guide: "AutoSplineFlow") -> bool:
     """Whether the flow is the identity still; one with a base of Student's t counts: the splines have not begun."""
     z = normal_draws(8, guide.affine.loc, seed=0)
-    x = z
-    for layer in guide._layers()[:-1]:
-        x = layer(x)
-    return torch.allclose(x, z, atol=1e-4)
+    for component in guide.components:
+        x = z
+        for layer in component.layers()[:-1]:
+            x = layer(x)
+        if not torch.allclose(x, z, atol=1e-4):
+            return False
+    return True
 
 
-def _best_of_modes(
+def _place_components(guide: "AutoSplineFlow", density: Density, found: Sequence[Mode]) -> None:
+    places = spread(found, guide.num_components)
+    for component, place in zip(guide.components, places, strict=True):
+        component.affine.restart(place.gaussian.loc, place.gaussian.scale)
+    guide.mixture.restart(place.elbo for place in places)
+
+
+def _refined_modes(
     guide: "AutoSplineFlow",
     density: Density,
     first: Gaussian,
     starts: Sequence[Tensor],
     deadline: float,
-) -> Gaussian:
-    """The best Gaussian of all modes that are found; a warning where several are of comparable mass."""
+) -> list[Mode]:
+    """The best Gaussians of the modes that are found, the largest first.
+
+    A warning where the guide has fewer components than there are modes of comparable mass.
+    """
     search = time.monotonic() + SHARE_FOR_MODES * max(deadline - time.monotonic(), 0.0)
     found = modes(density, [first.loc, *starts], guide.init_scale, deadline=search)
     judges = normal_draws(512, first.loc, seed=5)
     refined = [Mode(first, first.elbo(density, judges))]
-    for mode in comparable(found):
-        if is_apart(density, mode, refined[0]):
+    within = COMPARABLE if guide.num_components == 1 else NEGLIGIBLE
+    for mode in comparable(found, within):
+        if all(is_apart(density, mode, other) for other in refined):
             scale = mode.gaussian.scale
             start = Gaussian(mode.gaussian.loc, scale.diag() if first.scale.dim() == 2 else scale)
             left = max(deadline - time.monotonic(), 0.0)
             better = best_gaussian(density, start, max_seconds=left)
             refined.append(Mode(better, better.elbo(density, judges)))
     refined.sort(key=lambda mode: -mode.elbo)
-    several = comparable(
-        [refined[0], *(m for m in refined[1:] if is_apart(density, m, refined[0]))]
-    )
-    if len(several) > 1:
+    separate: list[Mode] = []
+    for mode in refined:
+        if all(is_apart(density, mode, other) for other in separate):
+            separate.append(mode)
+    several = comparable(separate)
+    if len(several) > guide.num_components:
         warnings.warn(_several_modes(guide, several), stacklevel=4)
-    return refined[0].gaussian
+    return separate
 
 
 def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
@@ -188,11 +247,13 @@ def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
         values, _ = unpack(guide, mode.gaussian.loc)
         some = [f"{name} = {_rounded(value)}" for name, value in list(values.items())[:4]]
         places.append(f"{', '.join(some)} (ELBO {mode.elbo:.2f})")
+    count = guide.num_components
+    followed = "the first" if count == 1 else f"the first {count}"
     return (
         f"The posterior has at least {len(found)} separate modes of comparable mass: {'; '.join(places)}. "
-        f"{type(guide).__name__} follows the first: its ELBO and evidence leave the others out, and the latents look "
-        "more certain than they are. init_loc_fn=init_to_value(values=...) starts at another one, and the evidences of "
-        "both say how the mass is shared."
+        f"{type(guide).__name__} follows {followed}: its ELBO and evidence leave the others out, and the latents look "
+        f"more certain than they are. num_components={len(found)} has a flow for each of them; or start at another "
+        "one with init_loc_fn=init_to_value(values=...): the evidences of both say how the mass is shared."
     )
 
 

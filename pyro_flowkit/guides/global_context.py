@@ -41,10 +41,13 @@ def centred(guide: Any, latents: Latents, values: Mapping[str, Tensor]) -> Tenso
 
 def _loc_scale(guide: Any, latents: Latents, draws: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(guide, AutoSplineFlow):
-        unit = torch.eye(guide.latent_dim, dtype=draws.dtype, device=draws.device)
-        loc, _ = guide.affine.call_and_ladj(torch.zeros_like(unit[0]))
-        columns, _ = guide.affine.call_and_ladj(unit)
-        scale = (columns - loc).square().sum(0).sqrt()
+        if guide.num_components > 1:
+            loc, scale = guide._loc_scale()
+        else:
+            unit = torch.eye(guide.latent_dim, dtype=draws.dtype, device=draws.device)
+            loc, _ = guide.affine.call_and_ladj(torch.zeros_like(unit[0]))
+            columns, _ = guide.affine.call_and_ladj(unit)
+            scale = (columns - loc).square().sum(0).sqrt()
         if guide.idle is not None:
             loc, scale = (
                 all_values(guide, loc),

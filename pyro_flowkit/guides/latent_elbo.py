@@ -36,16 +36,16 @@ class LatentELBO(Trace_ELBO):
         self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
     ) -> float:
         """The loss in nats, without gradients."""
-        log_p, log_q, _ = self._terms(guide, args, kwargs)
-        return self._checked(log_q - log_p).item()
+        log_p, log_q, _, weights = self._terms(guide, args, kwargs)
+        return self._checked(log_q - log_p, weights).item()
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
     ) -> Tensor:
         """A scalar with the value of the loss, in nats, and the gradient of the objective."""
-        log_p, log_q, entropy_term = self._terms(guide, args, kwargs)
-        loss = self._checked((log_q - log_p).detach())
-        surrogate = (entropy_term - log_p).mean()
+        log_p, log_q, entropy_term, weights = self._terms(guide, args, kwargs)
+        loss = self._checked((log_q - log_p).detach(), weights)
+        surrogate = _mean(entropy_term - log_p, weights)
         return loss + (surrogate - surrogate.detach())
 
     def loss_and_grads(
@@ -58,17 +58,24 @@ class LatentELBO(Trace_ELBO):
 
     def _terms(
         self, guide: "AutoSplineFlow", args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """log p and log q of the draws, and what the gradient of the second goes through, ``(num_particles,)``."""
-        latent, log_q, entropy_term = guide.draw_with_log_prob(self.num_particles)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """log p and log q of the draws, what the gradient of the second goes through, and the draws' weights.
+
+        Each ``(num_particles,)``; weights are None where they are equal.
+        """
+        latent, log_q, entropy_term, weights = guide.draw_with_log_prob(self.num_particles)
         values, ladj = unpack(guide, latent)
         total = self.kl_weight * ladj
         for name, log_prob in self.program.log_probs(values, args, kwargs).items():
             weight = self.kl_weight if name in self.program.latents else 1.0
             total = total + weight * log_prob.reshape(len(log_prob), -1).sum(-1)
-        return total, self.kl_weight * log_q, self.kl_weight * entropy_term
+        return total, self.kl_weight * log_q, self.kl_weight * entropy_term, weights
 
-    def _checked(self, losses: Tensor) -> Tensor:
-        loss = losses.mean()
+    def _checked(self, losses: Tensor, weights: Tensor | None) -> Tensor:
+        loss = _mean(losses, weights).detach()
         warn_if_nan(loss, "loss")
         return loss
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.mean() if weights is None else (weights * values).sum()

@@ -19,6 +19,7 @@ FEW_ITERATIONS = 25
 POINTS_BETWEEN = 15
 SEPARATE = 5.0  # nats by which the density falls between two modes
 COMPARABLE = 3.0  # nats; a twentieth of the mass
+NEGLIGIBLE = 7.0  # nats; a thousandth of it
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,29 @@ def modes(
     return separate
 
 
-def comparable(found: Sequence[Mode]) -> list[Mode]:
-    """Those whose mass is a share of the first one's that counts."""
-    return [mode for mode in found if mode.elbo > found[0].elbo - COMPARABLE]
+def comparable(found: Sequence[Mode], within: float = COMPARABLE) -> list[Mode]:
+    """Those whose mass is a share of the first one's that counts: less by so many nats."""
+    return [found[0], *(mode for mode in found[1:] if mode.elbo > found[0].elbo - within)]
+
+
+def spread(found: Sequence[Mode], count: int) -> list[Mode]:
+    """One mode for each of so many components, in the order of their mass.
+
+    Where there are fewer that have any mass to speak of, components share the first: moved apart by half a standard
+    deviation, or they would stay alike, and with equal parts of its mass.
+    """
+    own = comparable(found, NEGLIGIBLE)[:count]
+    sharing = count - len(own) + 1
+    first = Mode(own[0].gaussian, own[0].elbo - math.log(sharing))
+    moved = [_moved(first, seed) for seed in range(sharing - 1)]
+    return [first, *moved, *own[1:]]
+
+
+def _moved(mode: Mode, seed: int) -> Mode:
+    gaussian, generator = mode.gaussian, torch.Generator().manual_seed(seed)
+    direction = torch.randn(len(gaussian.loc), generator=generator, dtype=torch.float64)
+    step = (0.5 * direction / direction.norm()).to(gaussian.loc)
+    return Mode(Gaussian(gaussian.transform(step), gaussian.scale), mode.elbo)
 
 
 @torch.no_grad()

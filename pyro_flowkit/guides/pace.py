@@ -186,8 +186,18 @@ class Pace(nn.Module):
         """Take note of draws of the guide in training."""
         self._draws += count
 
-    def look(self) -> None:
-        """Shorten what the optimizer has done since the last look to what the guide's parts bear."""
+    @property
+    def is_pending(self) -> bool:
+        """Whether gradients came since the last look."""
+        return self._is_pending
+
+    def look(self, *, others_stepped: bool = False) -> None:
+        """Shorten what the optimizer has done since the last look to what the guide's parts bear.
+
+        Args:
+            others_stepped: gradients came to other components of the guide: without any of its own this one has been
+                moved by momentum alone, and goes back.
+        """
         if torch.jit.is_tracing() and torch.is_grad_enabled():
             self._is_traced = True  # there is no next call: a trace keeps its parameters
         if is_transformed() or self.is_resting or not self._is_active:
@@ -195,9 +205,11 @@ class Pace(nn.Module):
         with torch.no_grad():
             self._listen()
             now = _flat(self._parameters_in_order())
-            if self._is_pending and not self._is_traced:
+            if (self._is_pending or (others_stepped and self._heard)) and not self._is_traced:
                 self._is_pending = False
                 self._take_back(now)
+            elif others_stepped:
+                self._write(self.seen.clone())
             else:
                 self.seen.copy_(now)
 

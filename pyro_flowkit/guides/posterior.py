@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.path_gradient import MAX_ROUGHNESS, path_term
+from pyro_flowkit.path_gradient import MAX_ROUGHNESS, derivatives_of, path_term
 
 MAX_BEND = 0.1
 MEMORY = 0.9
@@ -85,6 +85,12 @@ class GuidePosterior(FlowDistribution):
         new = super().expand(batch_shape, _instance)
         new.noise, new.on_undefined = self.noise, self.on_undefined
         return new
+
+    def derivative(self, value: Tensor) -> Tensor:
+        """d log q / d value at any values, shape ``(*batch, D)``, without a graph."""
+        with self._fixed() as (base, transforms):
+            (found,) = derivatives_of(lambda point: self._pull(point, base, transforms), value)
+        return found
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         if not self._takes_path_gradient:

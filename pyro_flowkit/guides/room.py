@@ -77,5 +77,6 @@ class Room:
         """The gap of the guide as it is now, from draws of this seed; the generator of the caller stays as it is."""
         posterior = self._guide.get_posterior()
         with _fixed_seed(self._guide.affine.loc.device, seed):
-            latent, log_prob = posterior.rsample_and_log_prob((num_draws,))
+            latent = posterior.sample((num_draws,))
+            log_prob = posterior.log_prob(latent)
         return Gap.of((self._density(latent) - log_prob).cpu())

@@ -1,6 +1,7 @@
 """Where a guide starts: at values of its latents, with angles cut open, or at the Gaussian of another guide."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic
 from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import pack
+from pyro_flowkit.guides.modes import Mode, modes, spread
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.programs.vectorized import Way
@@ -21,6 +23,7 @@ from pyro_flowkit.transforms.affine import Affine
 
 # a setup looks at a few points only
 PRIOR_DRAWS = 6
+SECONDS_FOR_MODES = 10.0
 WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 
 
@@ -29,6 +32,8 @@ class Start(WithoutMasked):
 
     affine: Affine
     init_scale: float
+    num_components: int
+    _mode_locs: list[Tensor]
     _warm_start: Any
 
     def _start_warm(self, sizes: dict[str, int], gaussian: Gaussian) -> None:
@@ -78,11 +83,27 @@ class Start(WithoutMasked):
     def _other_starts(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor]:
-        """Draws of the prior, where there may be a way to another mode; none where a caller said where to start."""
+        """Draws of the prior, where there may be a way to another mode; none where a caller said where to start.
+
+        Several components are at the modes already.
+        """
+        if self.num_components > 1:
+            return [loc.to(self._init_loc()) for loc in self._mode_locs]
         _, is_given = self._given
         if is_given or self._warm_start is not None or isinstance(self.affine, CircularAffine):
             return []
         return self._prior_draws(model, args, kwargs, self._init_loc())
+
+    def _places(self, loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Mode]:
+        """Where each of several components starts, that of the largest mass first."""
+        model = self._given[0]
+        draws = self._prior_draws(model, args, kwargs, loc)
+        starts = [loc, *draws, *(-draw for draw in draws)]
+        density = LatentDensity(model, self, args, kwargs, WITHOUT_RECORDING)
+        deadline = time.monotonic() + SECONDS_FOR_MODES
+        found = modes(density, starts, self.init_scale, deadline=deadline)
+        self._mode_locs = [mode.gaussian.loc for mode in found]
+        return spread(found, self.num_components)
 
     @torch.no_grad()
     def _prior_draws(

@@ -22,6 +22,7 @@ from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
 from pyro_flowkit.guides.constrained import ConstrainedLatents
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import pack, unpack
+from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
 
@@ -57,11 +58,11 @@ class Evidence:
 
 
 class Summaries(ConstrainedLatents):
-    """Draws, densities, quantiles and evidence of a guide whose posterior is a :class:`FlowDistribution`."""
+    """Draws, densities, quantiles and evidence of a guide whose posterior is a flow, or a mixture of flows."""
 
     _require_setup: Callable[[], None]
     sync_with_store: Callable[..., Any]
-    get_posterior: Callable[..., FlowDistribution]
+    get_posterior: Callable[..., FlowDistribution | MixturePosterior]
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:

@@ -22,9 +22,11 @@ class WeightedObjective(ELBO):
 
     Attributes:
         own_gradient: the gradient is the objective's own; ``path_gradient`` of a guide has no part in it.
+        takes_draws_as_given: no gradient passes through draws, only log q at them.
     """
 
     own_gradient = True
+    takes_draws_as_given = False
     _least_particles = 1
 
     def __init__(

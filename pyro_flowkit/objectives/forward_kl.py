@@ -57,6 +57,7 @@ class ForwardKL(WeightedObjective):
             that is not around all sites.
     """
 
+    takes_draws_as_given = True
     _least_particles = 2
 
     def __init__(

@@ -36,7 +36,7 @@ from pyro_flowkit.training.loop import Limits, Loop
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.names import separate_names
 from pyro_flowkit.training.objective import chosen_loss, recipe_of
-from pyro_flowkit.training.optimizer import add_group, build_optimizer
+from pyro_flowkit.training.optimizer import add_group, build_optimizer, parameters_of
 from pyro_flowkit.training.pacing import paced
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
@@ -328,9 +328,11 @@ def fit(
     )
     loss.fresh.clear()
     if isinstance(guide, AutoSplineFlow) and start and optimizer is None and lr is None:
-        add_group(built, guide.affine.parameters(), recipe.affine_lr)
-        if guide.hierarchy is not None:
-            add_group(built, guide.hierarchy.parameters(), recipe.hierarchy_lr)
+        affine = [component.affine for component in guide.components]
+        hierarchies = [c.hierarchy for c in guide.components if c.hierarchy is not None]
+        add_group(built, parameters_of(affine), recipe.affine_lr)
+        if hierarchies:
+            add_group(built, parameters_of(hierarchies), recipe.hierarchy_lr)
     if limits.max_seconds is not None and earlier is None:
         taken = ranks.largest(time.perf_counter() - begun)[0]
         limits.max_seconds = max(limits.max_seconds - taken, 0.0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous
 
 from pyro_flowkit.guides import AutoSplineFlow
@@ -147,6 +147,8 @@ def checked_objective(objective: ELBO, particles: int | None, guide: Program) ->
                 "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
                 "that log-density, so the result would not be the ELBO"
             )
+        if isinstance(part, AutoSplineFlow) and part.num_components > 1:
+            _check_learns_weights(objective, part)
         if (
             getattr(part, "path_gradient", False)
             and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
@@ -159,3 +161,14 @@ def checked_objective(objective: ELBO, particles: int | None, guide: Program) ->
                 stacklevel=4,
             )
     return objective
+
+
+def _check_learns_weights(objective: ELBO, guide: AutoSplineFlow) -> None:
+    """Raise a ValueError unless the objective knows score functions, or takes draws as given."""
+    by_score = isinstance(objective, Trace_ELBO) and not isinstance(objective, JitTrace_ELBO)
+    if not (by_score or getattr(objective, "takes_draws_as_given", False)):
+        raise ValueError(
+            f"expected Trace_ELBO or ForwardKL for the {guide.num_components} components of "
+            f"{type(guide).__name__}, got {type(objective).__name__}: their weights are learned by a "
+            "score function outside of traces, or at draws that are given"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_flowkit.guides.component import look_all
 from pyro_flowkit.guides.pace import Pace
 
 
@@ -22,8 +23,7 @@ def paced(guide: Any, optimizer: torch.optim.Optimizer, *, by_recipe: bool) -> I
     paces = [part for part in parts if isinstance(part, Pace)]
 
     def look(*_: Any) -> None:
-        for pace in paces:
-            pace.look()
+        look_all(paces)
 
     for pace in paces:
         pace.is_resting = by_recipe
