@@ -88,9 +88,9 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         num_components: number of flows, int >= 1; the guide is their mixture, for a posterior with several modes. They
             start at the modes that are found from ``init_loc_fn``, from draws of the prior and from their mirror images
             in unconstrained space; those without a mode of their own start around the largest. A step costs about
-            twice as much with two components as with one. The weights learn in ``fit``, and under ``Trace_ELBO``; other
-            objectives that differentiate through draws leave them as they are. Not for angles, nor for ``from_guide``,
-            ``JitTrace_ELBO`` and NeuTra.
+            three times as much with two components as with one. The weights learn in ``fit``, under ``Trace_ELBO`` and
+            under ``ForwardKL``; objectives that differentiate through draws alone do not teach them. Not for angles,
+            nor for ``from_guide``, ``JitTrace_ELBO`` and NeuTra.
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO`` (see
             :class:`~pyro_flowkit.FlowDistribution`), except at steps where it would be the noisier one, as it is far
             from the posterior (:mod:`pyro_flowkit.guides.posterior`).
