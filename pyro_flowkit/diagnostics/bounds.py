@@ -107,13 +107,14 @@ def evidence_bounds(
     Returns:
         A Dataset in nats with ``elbo``, ``elbo_se``, ``iwae`` and ``iwae_se`` (dim
         ``n_particles``), ``log_evidence`` (PSIS), ``log_evidence_se``, ``pareto_k``,
-        ``pareto_k_sd``, ``ess``, ``log_ess_se`` (of its log), ``largest_weight`` (of the normalised, smoothed ones),
+        ``pareto_k_sd``, ``ess``, ``log_ess_se`` (of its log), ``largest_weight`` (of the normalised ones),
         ``num_draws`` (in the pool), ``gap_se`` (of the gap between the evidence, exact where it is given, and the
         ELBO), and with ``exact_log_evidence`` given that and
         ``gap = exact_log_evidence - elbo``, which is KL(guide || posterior). Along ``latent``, the elements of the
         latents (2,000 at most, evenly spaced): ``shift`` of the guide against the weighted draws in standard
         deviations, ``scale_ratio`` of the guide's scale to theirs, and ``shift_se``, ``scale_ratio_se`` (of its log).
-        ``pareto_k_sd`` is NaN below 200 draws. The attribute ``kind`` of each variable, and ``kind_NAME`` of the
+        ``pareto_k_sd`` is NaN below 200 draws. Weights are smoothed for all of these, but where pareto k is above 1
+        for the estimate of the evidence alone. The attribute ``kind`` of each variable, and ``kind_NAME`` of the
         Dataset, say whether it is exact, a lower bound, an estimate, a standard error or a
         diagnostic.
 
@@ -244,6 +245,8 @@ def bounds_dataset(
     ladder = [importance_weighted_bound(log_weights, count) for count in num_particles]
     smoothed, pareto_k = psis(log_weights)
     log_evidence = smoothed.logsumexp(-1) - math.log(num_samples)
+    # a fitted tail without a mean is cut off at the largest weight, and would have many as large
+    kept = torch.where(pareto_k.unsqueeze(-1) > 1.0, log_weights, smoothed)
     values: dict[str, Tensor] = {
         "elbo": elbo,
         "elbo_se": elbo_se,
@@ -253,11 +256,11 @@ def bounds_dataset(
         "log_evidence_se": log_mean_error(smoothed, log_evidence),
         "pareto_k": pareto_k,
         "pareto_k_sd": pareto_k_spread(log_weights),
-        "ess": torch.exp(2 * smoothed.logsumexp(-1) - (2 * smoothed).logsumexp(-1)),
-        "largest_weight": (smoothed.max(-1).values - smoothed.logsumexp(-1)).exp(),
-        "log_ess_se": log_ess_error(smoothed),
+        "ess": torch.exp(2 * kept.logsumexp(-1) - (2 * kept).logsumexp(-1)),
+        "largest_weight": (kept.max(-1).values - kept.logsumexp(-1)).exp(),
+        "log_ess_se": log_ess_error(kept),
         "num_draws": torch.full_like(elbo, num_samples, dtype=torch.int64),
-        "gap_se": gap_error(log_weights, smoothed),
+        "gap_se": gap_error(log_weights, kept),
     }
     if exact_log_evidence is not None:
         exact = as_exact(exact_log_evidence, elbo.shape)
@@ -265,7 +268,7 @@ def bounds_dataset(
     coords: dict[str, Any] = {"n_particles": np.asarray(num_particles)}
     marginals = {}
     if columns is not None and columns.labels:
-        marginals = moved(columns.values(), smoothed)
+        marginals = moved(columns.values(), kept)
         coords["latent"] = np.asarray(columns.labels)
     values |= marginals
     variables = {

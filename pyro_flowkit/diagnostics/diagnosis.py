@@ -72,7 +72,8 @@ def diagnose(
     scores.
 
     Importance weights do not see what the guide never visits. A "good" guide has a sentence on that in ``limits``,
-    unless the exact evidence excludes it or ``probe`` says that it was looked for.
+    unless the exact evidence excludes it or ``probe`` says that it was looked for; and one on tails where pareto k is
+    above 0.7 although the large weights carry little.
 
     Args:
         tree: a result of `from_svi` or `evidence_bounds`, which draw more where this verdict hangs on noise; of

@@ -10,14 +10,14 @@ from pyro_flowkit.ops.psis import MIN_DRAWS, psis
 _NUM_SPLITS = 8
 
 
-def gap_error(log_weights: Tensor, smoothed: Tensor) -> Tensor:
-    """Standard error of the gap between the PSIS evidence and the ELBO.
+def gap_error(log_weights: Tensor, kept: Tensor) -> Tensor:
+    """Standard error of the gap between the evidence and the ELBO, from raw and smoothed log weights.
 
     That of ``w_s / mean(w) - log w_s``: both come from one pool, and errors of both cancel.
     """
     count = log_weights.shape[-1]
-    mean = smoothed.logsumexp(-1, keepdim=True) - math.log(count)
-    error = ((smoothed - mean).exp() - log_weights).std(-1) / math.sqrt(count)
+    mean = kept.logsumexp(-1, keepdim=True) - math.log(count)
+    error = ((kept - mean).exp() - log_weights).std(-1) / math.sqrt(count)
     return error.nan_to_num(nan=math.inf)
 
 

@@ -30,6 +30,10 @@ _FAR_ABOVE = 10.0  # times the mean of the weights
 _MANY_DRAWS = 4000
 _MISSED = 0.05  # a share of the posterior; three nats
 
+_TAIL_LIMITS = (
+    "The weights have a heavy tail, though it carries little: the posterior's own tails, and with them "
+    "raw moments of latents with heavy tails, may be wider than the guide's."
+)
 _LIMITS = (
     "The draws cannot see a mode that the guide never visits, nor a part of the support that it "
     "leaves out: probe_modes looks for those."
@@ -131,6 +135,13 @@ class Numbers:
         """The share of the evidence that may lie beyond the draws, with a pareto k larger by so many errors."""
         return unseen_share(self.largest_weight, self.pareto_k + errors * self.pareto_k_error)
 
+    def _spread_without_largest(self) -> float:
+        """The spread of the other weights: one draw is never sure."""
+        p = self.largest_weight
+        return math.log(
+            self.num_draws * max(1.0 / self.ess - p**2, 1e-300) / max(1.0 - p, 1e-9) ** 2
+        )
+
     @property
     def gap_is_exact_and_small(self) -> bool:
         return self.exact and self.gap + 2 * self.gap_error <= _SMALL_EXACT_GAP
@@ -149,8 +160,8 @@ class Numbers:
             unseen = Check(self.unseen(), self.largest_weight, self.unseen(1.0), MUCH_UNSEEN, 0.1)
             checks["unseen"] = unseen
             spread, error = math.log(self.num_draws / self.ess), 2 * self.spread_error
-            borders = -math.log(0.7), -math.log(0.35)
-            checks["spread"] = Check(spread, spread - error, spread + error, *borders)
+            low = min(spread - error, self._spread_without_largest())
+            checks["spread"] = Check(spread, low, spread + error, -math.log(0.7), -math.log(0.35))
         for name, marginal, usable, bad in (
             ("shift", self.shift, 0.1, 0.2),
             ("scale", self.scale, math.log(1.1), math.log(1.2)),
@@ -247,8 +258,10 @@ def judge(numbers: Numbers, probe: Probe | None = None) -> Verdict:
         words.reasons.append(
             f"{probe.num_starts} searches from over-dispersed starts found no mode that it misses"
         )
-    is_known = probe is not None or numbers.gap_is_exact_and_small
-    return words.verdict(0, "" if is_known else _LIMITS)
+    limits = [] if probe is not None or numbers.gap_is_exact_and_small else [_LIMITS]
+    if numbers.pareto_k - numbers.pareto_k_error > _HEAVY_K and not numbers.gap_is_exact_and_small:
+        limits.append(_TAIL_LIMITS)
+    return words.verdict(0, " ".join(limits))
 
 
 def _causes(numbers: Numbers, checks: dict[str, Check]) -> list[str]:

@@ -295,3 +295,34 @@ def test_what_is_no_result_is_refused():
         diagnose(xr.Dataset({"a": 1.0}))
     with pytest.raises(ValueError, match="Expected the result of probe_modes, got"):
         diagnose(bounds([0.0], [1.0]), probe=xr.Dataset({"a": 1.0}))
+
+
+def test_a_heavy_tail_that_carries_little_is_said():
+    verdict = changed(pareto_k=1.2, pareto_k_error=0.15)
+    assert verdict.level == "good" and "heavy tail" in verdict.limits
+    probed = judge(dataclasses.replace(GOOD, pareto_k=1.2, pareto_k_error=0.15), Probe(24, 0.0, ""))
+    assert probed.level == "good" and probed.limits.startswith("The weights have a heavy tail")
+    assert changed(pareto_k=1.2, pareto_k_error=0.15, exact=True).limits == ""
+
+
+def test_one_large_weight_is_never_sure():
+    """Of 4,000 weights one is 350 times as large as the others."""
+    largest = 350 / 4349
+    ess = 1 / (largest**2 + 3999 / 4349**2)
+    numbers = dataclasses.replace(GOOD, largest_weight=largest, ess=ess, spread_error=0.1)
+    check = numbers.checks["spread"]
+    assert check.value > check.bad and check.low == pytest.approx(0.0, abs=1e-3)
+    assert numbers.hangs_on_noise
+
+
+def test_a_tail_without_a_mean_is_not_smoothed_for_the_ess():
+    """Its fit is cut off at the largest weight, and would make many as large."""
+    model = lambda: pyro.sample("z", dist.StudentT(tensor(30.0), 0.0, 1.0).to_event(1))  # noqa: E731
+    guide = normal([0.0], [1.03])
+    found = evidence_bounds(model, guide, seed=0, max_samples=4000)
+    assert float(found["pareto_k"]) > 1
+    tree = from_svi(model, guide, seed=0, max_samples=4000)
+    log_weight = torch.as_tensor(tree["sample_stats"]["log_weight"].values[0].copy())
+    weights = log_weight.softmax(0)
+    assert float(found["ess"]) == pytest.approx(float(1 / weights.square().sum()), rel=1e-6)
+    assert float(found["largest_weight"]) == pytest.approx(float(weights.max()), rel=1e-6)
