@@ -31,17 +31,19 @@ from pyro_flowkit.diagnostics.bounds import evidence_bounds
 from pyro_flowkit.diagnostics.calibration import simulation_based_calibration
 from pyro_flowkit.diagnostics.compare import compare_densities, compare_guides
 from pyro_flowkit.diagnostics.convergence import compare_restarts, iterate_convergence
+from pyro_flowkit.diagnostics.diagnosis import diagnose
 from pyro_flowkit.diagnostics.gaps import inference_gaps
 from pyro_flowkit.diagnostics.latents import latent_usage, latent_verdict
 from pyro_flowkit.diagnostics.loo import loo_approximate_posterior
 from pyro_flowkit.diagnostics.plot_guides import plot_guides
 from pyro_flowkit.diagnostics.plots import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
 from pyro_flowkit.diagnostics.pointwise import heldout_log_prob, pointwise_bounds
+from pyro_flowkit.diagnostics.probe import probe_modes
 from pyro_flowkit.diagnostics.restarts import join_restarts
 from pyro_flowkit.diagnostics.reweight import reweight
 from pyro_flowkit.diagnostics.tree import from_svi, to_arviz
-from pyro_flowkit.diagnostics.uniformity import calibration_tests, symmetry_tests, verdict_of
-from pyro_flowkit.diagnostics.verdict import Verdict, diagnose
+from pyro_flowkit.diagnostics.uniformity import calibration_tests, symmetry_tests
+from pyro_flowkit.diagnostics.verdict import Verdict, verdict_of
 from pyro_flowkit.ops.psis import pareto_k_threshold, psis
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "plot_guides",
     "plot_pareto_k",
     "pointwise_bounds",
+    "probe_modes",
     "psis",
     "reweight",
     "simulation_based_calibration",

@@ -97,7 +97,7 @@ def simulation_based_calibration(
         A tree with the groups ``prior_sbc`` (the PIT values ``u`` of every latent, with dims chain
         of length 1, draw = simulation, plates and event dimensions: what
         ``arviz_plots.plot_ecdf_pit`` of ArviZ 1 plots by default), ``prior`` (the simulated latents)
-        and ``vi_calibration`` (the result of `calibration_tests`; `verdict_of` reads the verdict).
+        and ``vi_calibration`` (the result of `calibration_tests`; `diagnose` reads the verdict).
 
     Raises:
         ValueError: if there is not one of ``guide`` and ``make_guide``, if the model has no
@@ -125,7 +125,7 @@ def simulation_based_calibration(
         with contextlib.ExitStack() as stack:
             trained: Any = guide
             if make_guide is not None:
-                stack.enter_context(_store_of_model(truth))
+                stack.enter_context(store_of_model(truth))
                 trained = _train(make_guide, new_args, new_kwargs, own_seed + 1)
             stack.enter_context(evaluation(model, trained, seed=own_seed + 2))
             ranks = _Ranks(truth, observations)
@@ -277,7 +277,7 @@ def _same(place: Any, old: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _store_of_model(trace: Any) -> Iterator[None]:
+def store_of_model(trace: Any) -> Iterator[None]:
     """A param store with nothing but the traced model's parameters, which keep their values."""
     names = {name for name, site in trace.nodes.items() if site["type"] == "param"}
     state: Any = {

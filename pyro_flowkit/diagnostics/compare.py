@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyro_flowkit.diagnostics.diagnosis import diagnose
 from pyro_flowkit.diagnostics.schema import EXACT, LOWER_BOUND, as_tree
-from pyro_flowkit.diagnostics.verdict import diagnose
 
 _DIFF_KINDS = {
     (EXACT, EXACT): "exact",

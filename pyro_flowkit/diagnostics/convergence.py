@@ -26,8 +26,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.schema import schema_attrs
-from pyro_flowkit.diagnostics.uniformity import with_verdict
-from pyro_flowkit.diagnostics.verdict import Verdict
+from pyro_flowkit.diagnostics.verdict import Verdict, with_verdict
 
 Restart = xr.DataTree | xr.Dataset | float
 
@@ -63,7 +62,8 @@ def iterate_convergence(
     Returns:
         Variables along ``parameter``: ``mean`` (the averaged iterate), ``rhat``, ``ess``, ``mcse``
         (in the units of the parameter). A parameter that does not move has R-hat 1, MCSE 0 and an
-        ESS that is NaN. The attributes ``verdict``, ``reason`` and ``advice`` are the verdict.
+        ESS that is NaN.
+        `diagnose` reads the verdict from the attributes.
 
     Raises:
         ValueError: if the shapes or settings do not fit, fewer than 8 iterates are left, or they are
@@ -129,7 +129,8 @@ def compare_restarts(
         Variables along ``restart``: ``elbo``, ``elbo_se`` (0 for a plain number), ``behind`` (nats
         below the best restart) and, if all are trees with draws, ``max_shift`` (the largest
         distance of the means of a latent from those of the best restart, in its standard
-        deviations). The attributes ``verdict``, ``reason`` and ``advice`` are the verdict.
+        deviations).
+        `diagnose` reads the verdict from the attributes.
 
     Raises:
         ValueError: for fewer than two restarts, no finite ELBO, or trees of different latents.
@@ -168,8 +169,8 @@ def compare_restarts(
             "bad",
             f"restart {labels[far]} is as good as {labels[best]} (ELBO {elbo[far]:.2f} and "
             f"{elbo[best]:.2f}) with means up to {apart[far]:.2f} standard deviations apart",
-            "The posterior has several modes, or labels that can be exchanged: reparametrise the "
-            "model, or use a guide that covers all of it.",
+            "The posterior has several modes, or labels that can be exchanged: order the labels, or "
+            "use a guide with a component for each mode (AutoSplineFlow(model, num_components=2)).",
         )
     elif not level_with_best.all():
         verdict = Verdict(
@@ -184,8 +185,9 @@ def compare_restarts(
             "good",
             f"all {len(named)} restarts agree: ELBOs within {behind[worst]:.2f} nats"
             + (f", means within {apart.max():.2f} sd" if "max_shift" in variables else ""),
-            "Agreement says that the training is reliable, not that the guide is good: see "
-            "diagnose.",
+            f"Use restart {labels[best]}.",
+            "Agreement says that the training is reliable, not that the guide is good, and starts "
+            "that are alike end in one mode: see diagnose and probe_modes.",
         )
     return with_verdict(dataset, verdict)
 
@@ -240,8 +242,8 @@ def _iterate_verdict(
     return Verdict(
         "good",
         reason,
-        "The iterates have settled; use their mean. That does not say that the guide is good: "
-        "see diagnose.",
+        "The iterates have settled; use their mean.",
+        "That does not say that the guide is good: see diagnose.",
     )
 
 

@@ -29,7 +29,6 @@ _RESAMPLED = (
     *("posterior_predictive", "predictions"),
 )
 _WEIGHTS = ("log_weight", "log_weight_psis")
-_HOPELESS_K = 1.0
 
 
 def reweight(
@@ -73,7 +72,7 @@ def reweight(
     if count < 1:
         raise ValueError(f"Expected num_samples >= 1, got {count}")
     smoothed, tail = Tail.of(log_weight.flatten())
-    if not tail.pareto_k <= _HOPELESS_K:
+    if tail.is_hopeless:
         raise ValueError(
             f"Expected weights with a pareto k of at most {tail.threshold:.2f} (at {total} draws), "
             f"got {tail.pareto_k:.2f}: no weights can make posterior draws of this guide's; use a "

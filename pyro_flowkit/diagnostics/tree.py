@@ -6,7 +6,7 @@ flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
+from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, Pool, check_particles
 from pyro_flowkit.diagnostics.naming import Namer, constants, latent_sites, observed_sites
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.predictive import (
@@ -39,6 +39,7 @@ def from_svi(
     num_samples: int = 4000,
     num_particles: Sequence[int] = DEFAULT_PARTICLES,
     exact_log_evidence: float | None = None,
+    max_samples: int | None = None,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     log_likelihood: bool = True,
@@ -61,6 +62,8 @@ def from_svi(
         num_samples: draws of the guide.
         num_particles: the K of IWAE-K, see `evidence_bounds`.
         exact_log_evidence: the true log evidence in nats, where it is known.
+        max_samples: draws for ``vi_diagnostics`` at most, see `evidence_bounds`. The other groups have
+            ``num_samples``.
         coords: coordinate values by dimension name. Plates are dimensions of their own name.
         dims: names of the event dimensions by site; ``SITE_dim_0``, ... by default.
         log_likelihood: whether to keep the log density of every observation under every draw.
@@ -78,7 +81,8 @@ def from_svi(
         nats, not normalised), ``log_likelihood``, ``log_prior`` (of every latent, in nats),
         ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data`` (tensors among the arguments that are not observed), ``vi_trace`` (chain,
-        step), ``vi_diagnostics`` (the variables of `evidence_bounds`, from these draws) and
+        step), ``vi_diagnostics`` (the variables of `evidence_bounds`, from these draws, and more of them where the
+        verdict of `diagnose` hangs on noise) and
         ``vi_pointwise`` (obs_id). Groups without content are left out.
 
         The draws are those of the **guide**, as they are: ``log_weight_psis`` says what the
@@ -92,22 +96,27 @@ def from_svi(
         UserWarning: if predictions or the prior are left out.
     """
     counts = check_particles(num_particles, num_samples)
-    kwargs = kwargs or {}
+    options = kwargs or {}
+    pool = Pool(max_samples, num_samples)
     stats: dict[str, list[Tensor]] = {"lp": [], "log_q": []}
     draws, log_prior, likelihoods, predicted = _Parts(), _Parts(), _Parts(), _Parts()
+
+    def draw(size: int, like: Particles | None = None) -> Iterable[Particles]:
+        return draw_particles(
+            model,
+            guide,
+            args,
+            options,
+            num_samples=size,
+            chunk_size=chunk_size,
+            whole_data=True,
+            vectorize=vectorize,
+            like=like,
+        )
+
     with evaluation(model, guide, seed=seed):
-        for chunk, particles in enumerate(
-            draw_particles(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_samples=num_samples,
-                chunk_size=chunk_size,
-                whole_data=True,
-                vectorize=vectorize,
-            )
-        ):
+        for chunk, particles in enumerate(draw(num_samples)):
+            pool.add(particles)
             own_seed = None if seed is None else seed + 1 + chunk
             stats["lp"].append(particles.log_joint())
             stats["log_q"].append(particles.log_guide())
@@ -119,14 +128,15 @@ def from_svi(
             if predictions is None:
                 predictions = _are_few(particles, num_samples)
             if predictions:
-                drawn = posterior_predictive(particles, model, args, kwargs, own_seed)
+                drawn = posterior_predictive(particles, model, args, options, own_seed)
                 for name, value in drawn.items():
                     predicted.add(name, value)
         prior, prior_predictive = (
-            prior_draws(particles, model, args, kwargs, num_prior_samples, seed)
+            prior_draws(particles, model, args, options, num_prior_samples, seed)
             if num_prior_samples
             else ({}, {})
         )
+        bounds = pool.settled(draw, counts, exact_log_evidence)
 
     namer = Namer(particles, dims or {}, coords or {})
     sample_stats = {name: torch.cat(parts) for name, parts in stats.items()}
@@ -142,9 +152,9 @@ def from_svi(
         "prior": namer.dataset(prior),
         "prior_predictive": namer.dataset(prior_predictive),
         "observed_data": namer.data({name: site["value"] for name, site in observed.items()}),
-        "constant_data": namer.constants(constants(model, args, kwargs, observed)),
+        "constant_data": namer.constants(constants(model, args, options, observed)),
         "vi_trace": _vi_trace(history),
-        "vi_diagnostics": bounds_dataset(log_weight, counts, exact_log_evidence),
+        "vi_diagnostics": bounds,
         "vi_pointwise": pointwise,
     }
     return xr.DataTree.from_dict({name: group for name, group in groups.items() if group})

@@ -28,7 +28,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_flowkit.diagnostics.schema import schema_attrs
-from pyro_flowkit.diagnostics.verdict import Verdict
+from pyro_flowkit.diagnostics.verdict import Verdict, with_verdict
 
 DEFAULT_LEVEL = 0.01
 _WEIGHTS = {"location": 0.45, "spread": 0.45, "shape": 0.1}
@@ -55,7 +55,8 @@ def calibration_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_L
         truth, in standard deviations of the guide), ``scale_ratio`` (of the guide's scale to the
         right one), ``p_location``, ``p_spread``, ``p_shape``, and ``p_value``, which combines the
         three and is corrected for the number of latents. ``shift`` and ``scale_ratio`` are normal
-        approximations. The attributes ``verdict``, ``reason`` and ``advice`` are the verdict.
+        approximations.
+        `diagnose` reads the verdict from the attributes.
 
     Raises:
         ValueError: if there are no PIT values in [0, 1], fewer than two, or ``level`` is no
@@ -105,8 +106,8 @@ def symmetry_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVE
     Returns:
         Variables along ``latent``: ``shift`` (as in `calibration_tests`), ``asymmetry`` (the
         Kolmogorov-Smirnov distance of ``u`` and ``1 - u``) and ``p_value``, corrected for the
-        number of latents. The attributes ``verdict``, ``reason`` and ``advice`` are the verdict: "good"
-        or "bad".
+        number of latents.
+        `diagnose` reads the verdict from the attributes: "good" or "bad".
 
     Raises:
         ValueError: as `calibration_tests`.
@@ -140,37 +141,10 @@ def symmetry_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVE
             "good",
             f"no bias in {len(labels)} latents over {n} simulations (smallest corrected p-value "
             f"{variables['p_value'].min():.2g}, level {level:g})",
-            "This says that locations are right on average, not that spreads are: see "
-            "calibration_tests.",
+            "Point estimates of these latents are right on average.",
+            "This says nothing of spreads: see calibration_tests.",
         )
     return _tests(labels, variables, verdict, num_simulations=n, level=level)
-
-
-def verdict_of(result: xr.DataTree | xr.Dataset) -> Verdict:
-    """The verdict that a result of this package carries in its attributes.
-
-    Args:
-        result: of `calibration_tests`, `symmetry_tests`, `iterate_convergence` or
-            `compare_restarts`, or a tree with a group ``vi_calibration``.
-
-    Returns:
-        The verdict; ``str`` of it is one line.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if isinstance(result, xr.DataTree) and "vi_calibration" in result.children:
-        result = result["vi_calibration"].to_dataset()
-    attrs = result.attrs
-    if "verdict" not in attrs:
-        raise ValueError(f"Expected a result with the attribute verdict, got {sorted(attrs)}")
-    return Verdict(attrs["verdict"], attrs["reason"], attrs["advice"])
-
-
-def with_verdict(dataset: xr.Dataset, verdict: Verdict) -> xr.Dataset:
-    """The dataset with the verdict in its attributes, where `verdict_of` finds it."""
-    words = {"verdict": verdict.level, "reason": verdict.reason, "advice": verdict.advice}
-    return dataset.assign_attrs(words)
 
 
 def _flat(sbc: xr.DataTree | xr.Dataset, level: float) -> tuple[list[str], np.ndarray]:
@@ -231,9 +205,10 @@ def _calibration_verdict(
             "good",
             f"no departure from calibration in {len(labels)} latents over {n} simulations "
             f"(smallest corrected p-value {p_value.min():.2g}, level {level:g})",
+            "Intervals of this guide cover the truth as often as they say.",
             f"A shift below {least:.2f} standard deviations or a scale within "
             f"{least / math.sqrt(2):.0%} of the right one may hide behind this number of "
-            "simulations.",
+            "simulations; a guide that ignores the data may, too.",
         )
     words, too_wide = [], True
     for i in found:

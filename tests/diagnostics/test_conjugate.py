@@ -300,13 +300,14 @@ def test_the_verdict_returns_what_arviz_diagnose_returns(problem, capsys):
     good, bad = tree_of(problem, "full rank"), tree_of(problem, "under-trained flow")
     has_errors, diagnostics = diagnose(good, return_diagnostics=True)
     assert has_errors is False
-    assert set(diagnostics) == {"pareto_k", "gap", "ess", "verdict"}
+    checks = {"unseen", "spread", "shift", "scale"}
+    assert set(diagnostics) == {"pareto_k", "gap", "ess", "verdict"} | checks
     assert diagnostics["ess"]["total_samples"] == 2000
-    assert not diagnose(good) and diagnose(bad)
+    assert diagnose(good) and not diagnose(bad)
     assert diagnose(bad, return_diagnostics=True)[0] is True
     assert capsys.readouterr().out == ""
     diagnose(bad, show_diagnostics=True)
-    assert capsys.readouterr().out.startswith("bad: pareto k is")
+    assert capsys.readouterr().out.startswith("bad: the guide's")
 
 
 def test_an_elbo_above_the_exact_evidence_is_no_good_guide(problem):

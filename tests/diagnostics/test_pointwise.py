@@ -51,7 +51,7 @@ def test_every_datum_has_its_own_numbers():
     assert bounds["elbo"].dims == ("obs_id",) and bounds["iwae"].dims == ("obs_id", "n_particles")
     assert set(bounds.data_vars) == {
         *("elbo", "elbo_se", "iwae", "iwae_se", "log_evidence", "log_evidence_se"),
-        *("pareto_k", "pareto_k_sd", "ess"),
+        *("pareto_k", "pareto_k_sd", "ess", "log_ess_se", "largest_weight", "num_draws", "gap_se"),
     }
     assert_exact(bounds, exact(DATA))
 

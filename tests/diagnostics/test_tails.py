@@ -2,10 +2,11 @@
 
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_flowkit.diagnostics.tails import Tail
+from pyro_flowkit.diagnostics.tails import Tail, unseen_share
 from pyro_flowkit.ops.psis import error_factor, log_mean_error
 
 
@@ -65,3 +66,31 @@ def test_pareto_k_is_as_uncertain_as_said():
 )
 def test_a_tail_is_light_if_it_surely_is(k, gap, light):
     assert Tail(4000, k, gap).is_light is light
+
+
+def test_weights_that_hardly_differ_hide_nothing_whatever_their_pareto_k():
+    torch.manual_seed(0)
+    guide = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.03)
+    z = guide.sample((4000,))
+    log_weight = dist.StudentT(torch.tensor(30.0, dtype=torch.float64)).log_prob(
+        z
+    ) - guide.log_prob(z)
+    _, tail = Tail.of(log_weight)
+    assert tail.pareto_k > 1
+    assert tail.largest_weight < 5 / 4000
+    assert tail.hides_nothing and tail.is_light and not tail.is_hopeless
+
+
+def test_a_weight_that_is_a_tenth_of_all_does_not_hide_nothing():
+    log_weight = torch.zeros(4000, dtype=torch.float64)
+    log_weight[:20] = torch.linspace(0.1, math.log(400.0), 20, dtype=torch.float64)
+    _, tail = Tail.of(log_weight)
+    assert tail.pareto_k > 1 and tail.is_hopeless and not tail.is_light
+
+
+@pytest.mark.parametrize(
+    ("k", "share"),
+    [(-1.0, 0.005), (0.0, 0.01), (0.5, 0.02), (0.9, 0.1), (2.0, 0.1), (math.inf, 0.1)],
+)
+def test_what_is_unseen_is_a_tail_beyond_the_largest_weight(k, share):
+    assert unseen_share(0.01, k) == pytest.approx(share)

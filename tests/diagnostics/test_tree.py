@@ -1,6 +1,7 @@
 """The tree of a fit: groups, names, files, and the ArviZ that is installed."""
 
 import importlib.metadata
+import re
 
 import numpy as np
 import pyro
@@ -255,13 +256,16 @@ def conjugate_tree(shift, scale, seed=0):
 
 
 def test_verdicts_name_the_numbers_and_what_to_do():
-    good, wide = diagnose(conjugate_tree(0.0, 1.0)), diagnose(conjugate_tree(0.25, 1.3))
+    good, wide = diagnose(conjugate_tree(0.0, 1.0)), diagnose(conjugate_tree(0.0, 1.15))
     far, narrow = diagnose(conjugate_tree(1.0, 1.0)), diagnose(conjugate_tree(0.7, 0.1))
-    assert good.level == "good" and "can be used" in str(good)
-    assert wide.level == "usable" and "log_weight_psis" in str(wide)
-    assert far.level == "bad" and "gap" in far.reason
-    assert narrow.level == "bad" and "NUTS" in narrow.advice and "at least" in narrow.reason
-    assert str(good).startswith("good: pareto k is 0.00")
+    assert good and "can be used" in good.advice and "probe_modes" in good.limits
+    assert str(good).startswith(
+        "good: the gap between log evidence and ELBO is 0.0000 +- 0.0000 nats"
+    )
+    assert wide.level == "usable" and "reweight" in wide.advice
+    assert re.match(r"the guide's sd of mu\[[01]\] is 1\.1\d of the weighted one", wide.reason)
+    assert far.level == "bad" and "sd above the weighted one" in far.reason and "gap" in far.reason
+    assert narrow.level == "bad" and "student_t" in narrow.advice and "at least" in narrow.reason
 
 
 def test_verdict_without_diagnostics_is_refused():
