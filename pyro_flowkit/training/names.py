@@ -78,7 +78,7 @@ def _drop_left_over(name: str, module: PyroModule) -> None:
     """
     store, own = pyro.get_param_store(), _parameters(module)
     full_names = {
-        part._pyro_get_fullname(parameter)
+        f"{part._pyro_name}.{parameter}" if part._pyro_name else parameter
         for part in module.modules()
         if isinstance(part, PyroModule)
         for parameter in part._parameters

@@ -7,7 +7,7 @@ import torch
 
 import pyro_flowkit.transforms as T
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.auto_spline_flow import _blocks
+from pyro_flowkit.guides.component import _blocks
 from pyro_flowkit.testing import perturb_
 
 
