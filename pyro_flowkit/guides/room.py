@@ -33,10 +33,12 @@ class Gap:
     Attributes:
         nats: the estimate.
         error: its standard error, in nats.
+        elbo: the ELBO by the same draws, in nats.
     """
 
     nats: float
     error: float
+    elbo: float = math.nan
 
     @classmethod
     def of(cls, log_weights: Tensor) -> "Gap":
@@ -53,6 +55,7 @@ class Gap:
         return cls(
             float(log_evidence - log_weights.mean()),
             factor * float(influence.std()) / math.sqrt(count),
+            float(log_weights.mean()),
         )
 
     @property

@@ -16,6 +16,7 @@ from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import pack
 from pyro_flowkit.guides.modes import Mode, modes, spread
+from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.programs.vectorized import Way
@@ -94,6 +95,27 @@ class Start(WithoutMasked):
             return []
         return self._prior_draws(model, args, kwargs, self._init_loc())
 
+    def restart(self, number: int, *args: Any, **kwargs: Any) -> None:
+        """Begin anew, at a draw of the prior: as fresh as after the setup, but for where it starts.
+
+        Args:
+            number: which draw, from 1.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+        """
+        self._require_setup()
+        model = self._given[0]
+        loc = self._prior_draws(model, args, kwargs, self._init_loc(), number)[-1]
+        flow, hierarchy = self._make_flow(loc)
+        self.flow.load_state_dict(flow.state_dict())
+        if self.hierarchy is not None and hierarchy is not None:
+            self.hierarchy.load_state_dict(hierarchy.state_dict())
+        self._start_at(loc)
+        self.affine.restart(loc, torch.full_like(loc, self.init_scale))
+        self._noise_squares.copy_(GradientNoise.at_first())
+        self.pace.forget()
+        self._given = (model, True)
+
     def _places(self, loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Mode]:
         """Where each of several components starts, that of the largest mass first."""
         model = self._given[0]
@@ -107,12 +129,17 @@ class Start(WithoutMasked):
 
     @torch.no_grad()
     def _prior_draws(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], loc: Tensor
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loc: Tensor,
+        count: int = PRIOR_DRAWS,
     ) -> list[Tensor]:
         """Starts where the prior is; around the origin where it cannot be drawn from."""
         found = []
         with _fixed_seed(loc.device), poutine.block():
-            for _ in range(PRIOR_DRAWS):
+            for _ in range(count):
                 try:
                     trace = poutine.trace(model).get_trace(*args, **kwargs)
                     names = [name for name, _ in self.prototype_trace.iter_stochastic_nodes()]

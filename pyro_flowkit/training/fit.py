@@ -40,6 +40,7 @@ from pyro_flowkit.training.optimizer import add_group, build_optimizer, paramete
 from pyro_flowkit.training.pacing import paced
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.training.restarts import best_of
 from pyro_flowkit.training.result import FitResult, versions
 from pyro_flowkit.training.schedule import Schedule, kl_weight
 from pyro_flowkit.training.tolerance import watch_gap
@@ -90,6 +91,7 @@ def fit(
     callbacks: Sequence[Any] = (),
     progress: bool = True,
     tolerance: float | None = None,
+    restarts: int = 1,
 ) -> FitResult:
     """Trains a flow by maximum likelihood, or a Pyro model and guide by variational inference.
 
@@ -193,6 +195,9 @@ def fit(
         tolerance: Nats of KL that may be left to gain when the fit of an `AutoSplineFlow` stops by itself: the gap is
             estimated by importance sampling after every window of steps. None is 0.01 where none of
             max_steps, max_epochs and average is given, and no such stop where one is. 0 goes on to the recipe's end.
+        restarts: Number of starts of an `AutoSplineFlow`: its own, then draws of the prior. The best is kept, and the
+            result's `restarts` have ELBO and log evidence of all: separate modes share the posterior's mass in
+            proportion to these. max_seconds is shared among them; checkpoints have a folder each.
 
     Returns:
         A `FitResult`. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
@@ -207,6 +212,7 @@ def fit(
         FloatingPointError: With `non_finite="raise"`.
         LostRankError: If another process of a distributed fit has ended.
     """
+    given = dict(locals())
     check_programs(model, guide)
     check_args(args)
     check_callbacks(callbacks)
@@ -214,6 +220,8 @@ def fit(
     max_steps, batch_size = whole("max_steps", max_steps), whole("batch_size", batch_size)
     max_epochs, patience = whole("max_epochs", max_epochs), whole("patience", patience)
     num_particles = whole("num_particles", num_particles)
+    if whole("restarts", restarts) != 1:
+        return best_of(restarts, fit, given)
     data = as_tensors(data, model)
     val_data = as_tensors(val_data, model, "val_data")
     numbers = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -38,6 +38,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Restart:
+    """How one of several fits ended.
+
+    Attributes:
+        number: From 0, the guide's own start.
+        elbo: Of the guide that it ended with, in nats.
+        log_evidence: By importance sampling, in nats: of the modes that the guide has found. Modes apart from each
+            other share the posterior's mass in proportion to their evidences. NaN where there is no way to estimate it.
+        steps: That it took.
+        stop_reason: Why it ended.
+    """
+
+    number: int
+    elbo: float
+    log_evidence: float
+    steps: int
+    stop_reason: str
+
+    def plain(self) -> dict[str, Any]:
+        """As numbers and text."""
+        return asdict(self)
+
+
 @dataclass(repr=False)
 class FitResult:
     """A trained model and guide, and how they came about.
@@ -58,6 +82,7 @@ class FitResult:
         divergence: By how much the objective has fallen below its best, and what to do, where that is far; else "".
         gap: What is left between log evidence and ELBO, an estimate by importance sampling, of an `AutoSplineFlow`
             whose model can be run for many draws at a time (nats); else None.
+        restarts: How each of several fits ended, where there were several (`restarts=`).
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
     """
 
@@ -70,6 +95,7 @@ class FitResult:
     notes: tuple[str, ...] = ()
     divergence: str = ""
     gap: float | None = None
+    restarts: tuple[Restart, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
     param_names: tuple[str, ...] = ()
 
@@ -130,6 +156,7 @@ class FitResult:
             "notes": list(self.notes),
             "divergence": self.divergence,
             "gap": self.gap,
+            "restarts": [restart.plain() for restart in self.restarts],
             "versions": self.versions,
         }
         write_file(path, KIND, content)
@@ -160,6 +187,7 @@ class FitResult:
             notes=tuple(content["notes"]),
             divergence=content["divergence"],
             gap=content["gap"],
+            restarts=tuple(Restart(**restart) for restart in content["restarts"]),
             versions=content["versions"],
             param_names=tuple(content["params"]),
         )
