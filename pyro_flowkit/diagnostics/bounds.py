@@ -25,7 +25,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.errors import gap_error, log_ess_error, pareto_k_spread
+from pyro_flowkit.diagnostics.errors import log_ess_error, pareto_k_spread
 from pyro_flowkit.diagnostics.marginals import Columns, moved
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.reading import numbers_of
@@ -37,7 +37,7 @@ from pyro_flowkit.diagnostics.schema import (
     STANDARD_ERROR,
     schema_attrs,
 )
-from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
+from pyro_flowkit.ops.psis import gap_error, log_mean_error, pareto_k_threshold, psis
 
 DEFAULT_PARTICLES = (1, 10, 100, 1000)
 

@@ -10,17 +10,6 @@ from pyro_flowkit.ops.psis import MIN_DRAWS, psis
 _NUM_SPLITS = 8
 
 
-def gap_error(log_weights: Tensor, kept: Tensor) -> Tensor:
-    """Standard error of the gap between the evidence and the ELBO, from raw and smoothed log weights.
-
-    That of ``w_s / mean(w) - log w_s``: both come from one pool, and errors of both cancel.
-    """
-    count = log_weights.shape[-1]
-    mean = kept.logsumexp(-1, keepdim=True) - math.log(count)
-    error = ((kept - mean).exp() - log_weights).std(-1) / math.sqrt(count)
-    return error.nan_to_num(nan=math.inf)
-
-
 def log_ess_error(smoothed: Tensor) -> Tensor:
     """Standard error of the log of the ESS by the delta method."""
     count = smoothed.shape[-1]

@@ -34,7 +34,7 @@ from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attr
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, improved, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import pack, unpack
+from pyro_flowkit.guides.latent_values import in_words, pack, unpack
 from pyro_flowkit.ops.psis import psis
 
 FACTORS = (3.0, 10.0)
@@ -192,18 +192,13 @@ class _Region:
         outside = (log_q < log_p - self.log_evidence - _RARE) & log_p.isfinite()
         count = int(outside.sum())
         if count < _MIN_IN_REGION:
-            return elbo, 0.0, self._described(gaussian.loc)
+            return elbo, 0.0, in_words(self.frame, gaussian.loc)
         inside = weights[outside]
         log_mass = math.log(count / len(weights)) + float(
             inside.mean() - 2 * inside.std() / math.sqrt(count)
         )
         share = 1.0 / (1.0 + math.exp(min(self.log_evidence - log_mass, 700.0)))
-        return elbo, share, self._described(points[outside.to(points.device)].mean(0))
-
-    def _described(self, loc: Tensor) -> str:
-        """Values of the first latents."""
-        values, _ = unpack(self.frame, loc)
-        return ", ".join(f"{name} = {_rounded(value)}" for name, value in list(values.items())[:4])
+        return elbo, share, in_words(self.frame, points[outside.to(points.device)].mean(0))
 
 
 def _start(region: _Region, model: Callable, index: int) -> Tensor:
@@ -264,9 +259,3 @@ def _refined(density: LatentDensity, gaussian: Gaussian, deadline: float) -> Gau
 
 def _is_near(first: Gaussian, second: Gaussian) -> bool:
     return bool(((first.loc - second.loc).abs() < first.scale + second.scale).all())
-
-
-def _rounded(value: Tensor) -> str:
-    numbers = [f"{number:.3g}" for number in value.flatten()[:4].tolist()]
-    more = ", ..." if value.numel() > 4 else ""
-    return numbers[0] if value.numel() == 1 else f"[{', '.join(numbers)}{more}]"

@@ -19,7 +19,7 @@ from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.guides.latent_values import in_words
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.modes import (
     COMPARABLE,
@@ -28,6 +28,7 @@ from pyro_flowkit.guides.modes import (
     comparable,
     is_apart,
     modes,
+    separate,
     spread,
 )
 from pyro_flowkit.guides.posterior import GuidePosterior
@@ -230,23 +231,15 @@ def _refined_modes(
             left = max(deadline - time.monotonic(), 0.0)
             better = best_gaussian(density, start, max_seconds=left)
             refined.append(Mode(better, better.elbo(density, judges)))
-    refined.sort(key=lambda mode: -mode.elbo)
-    separate: list[Mode] = []
-    for mode in refined:
-        if all(is_apart(density, mode, other) for other in separate):
-            separate.append(mode)
-    several = comparable(separate)
+    found = separate(density, refined)
+    several = comparable(found)
     if len(several) > guide.num_components:
         warnings.warn(_several_modes(guide, several), stacklevel=4)
-    return separate
+    return found
 
 
 def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
-    places = []
-    for mode in found[:3]:
-        values, _ = unpack(guide, mode.gaussian.loc)
-        some = [f"{name} = {_rounded(value)}" for name, value in list(values.items())[:4]]
-        places.append(f"{', '.join(some)} (ELBO {mode.elbo:.2f})")
+    places = [f"{in_words(guide, m.gaussian.loc)} (ELBO {m.elbo:.2f})" for m in found[:3]]
     count = guide.num_components
     followed = "the first" if count == 1 else f"the first {count}"
     return (
@@ -255,12 +248,6 @@ def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
         f"more certain than they are. num_components={len(found)} has a flow for each of them; or start at another "
         "one with init_loc_fn=init_to_value(values=...): the evidences of both say how the mass is shared."
     )
-
-
-def _rounded(value: Tensor) -> str:
-    numbers = [f"{number:.3g}" for number in value.flatten()[:4].tolist()]
-    more = ", ..." if value.numel() > 4 else ""
-    return numbers[0] if value.numel() == 1 else f"[{', '.join(numbers)}{more}]"
 
 
 class _Scaling(nn.Module):

@@ -89,3 +89,15 @@ def _sample_shape(site: dict[str, Any], value: Tensor) -> tuple[int, ...]:
             f"{tuple(value.shape)}."
         )
     return tuple(value.shape[:left])
+
+
+def in_words(guide: AutoContinuous, latent: Tensor) -> str:
+    """The values of the first latents at a point ``(D,)`` of unconstrained space."""
+    values, _ = unpack(guide, latent)
+    return ", ".join(f"{name} = {_rounded(value)}" for name, value in list(values.items())[:4])
+
+
+def _rounded(value: Tensor) -> str:
+    numbers = [f"{number:.3g}" for number in value.flatten()[:4].tolist()]
+    more = ", ..." if value.numel() > 4 else ""
+    return numbers[0] if value.numel() == 1 else f"[{', '.join(numbers)}{more}]"

@@ -54,12 +54,16 @@ def modes(
         gaussian = Gaussian(start, torch.full_like(start, scale))
         gaussian = improved(density, gaussian, draws, FEW_ITERATIONS, deadline)
         found.append(Mode(gaussian, gaussian.elbo(density, judges)))
-    found.sort(key=lambda mode: -mode.elbo)
-    separate: list[Mode] = []
-    for mode in found:
-        if all(is_apart(density, mode, other) for other in separate):
-            separate.append(mode)
-    return separate
+    return separate(density, found)
+
+
+def separate(density: Density, found: Sequence[Mode]) -> list[Mode]:
+    """Those that are apart from all larger ones; the largest first."""
+    kept: list[Mode] = []
+    for mode in sorted(found, key=lambda mode: -mode.elbo):
+        if all(is_apart(density, mode, other) for other in kept):
+            kept.append(mode)
+    return kept
 
 
 def comparable(found: Sequence[Mode], within: float = COMPARABLE) -> list[Mode]:

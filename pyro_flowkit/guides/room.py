@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.ops.psis import error_factor, psis
+from pyro_flowkit.ops.psis import error_factor, gap_error, psis
 
 if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
@@ -49,12 +49,10 @@ class Gap:
         smoothed, pareto_k = psis(log_weights)
         count = len(log_weights)
         log_evidence = smoothed.logsumexp(0) - math.log(count)
-        # what each draw adds, to first order
-        influence = (smoothed - log_evidence).exp() - log_weights
         factor = float(error_factor(pareto_k, count))
         return cls(
             float(log_evidence - log_weights.mean()),
-            factor * float(influence.std()) / math.sqrt(count),
+            factor * float(gap_error(log_weights, smoothed)),
             float(log_weights.mean()),
         )
 

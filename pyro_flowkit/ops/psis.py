@@ -125,6 +125,17 @@ def log_mean_error(log_weights: Tensor, log_mean: Tensor) -> Tensor:
     return error.masked_fill(log_mean == -math.inf, math.inf)
 
 
+def gap_error(log_weights: Tensor, kept: Tensor) -> Tensor:
+    """Standard error of the gap between the evidence and the ELBO, from raw and smoothed log weights.
+
+    That of ``w_s / mean(w) - log w_s``: both come from one pool, and errors of both cancel.
+    """
+    count = log_weights.shape[-1]
+    mean = kept.logsumexp(-1, keepdim=True) - math.log(count)
+    error = ((kept - mean).exp() - log_weights).std(-1) / math.sqrt(count)
+    return error.nan_to_num(nan=math.inf)
+
+
 def error_factor(pareto_k: Tensor, num_samples: int) -> Tensor:
     """How many times larger than by the delta method the errors of PSIS estimates are.
 

@@ -212,7 +212,6 @@ def fit(
         FloatingPointError: With `non_finite="raise"`.
         LostRankError: If another process of a distributed fit has ended.
     """
-    given = dict(locals())
     check_programs(model, guide)
     check_args(args)
     check_callbacks(callbacks)
@@ -221,7 +220,7 @@ def fit(
     max_epochs, patience = whole("max_epochs", max_epochs), whole("patience", patience)
     num_particles = whole("num_particles", num_particles)
     if whole("restarts", restarts) != 1:
-        return best_of(restarts, fit, given)
+        return best_of(restarts, fit, dict(locals()))
     data = as_tensors(data, model)
     val_data = as_tensors(val_data, model, "val_data")
     numbers = {

@@ -48,14 +48,14 @@ def best_of(count: int, run: Run, call: Mapping[str, Any]) -> FitResult:
     data = as_tensors(call["data"], call["model"])
     rows = () if data is None else as_rows(data)
     found: list[Restart] = []
+    inputs = (*rows, *args)
     best: dict[str, torch.Tensor] = {}
     for number in range(count):
         options = {**call, **_own_options(number, count, call)}
         if number:
-            inputs = moved((*rows, *args), guide._init_loc().device)
             guide.restart(number, *inputs, **kwargs)
         result = run(**options)
-        inputs = moved((*rows, *args), guide._init_loc().device)
+        inputs = moved(inputs, guide._init_loc().device)
         found.append(_end_of(number, result, inputs, kwargs))
         if found[-1] is max(found, key=lambda restart: _or_lowest(restart.elbo)):
             best, kept = copied(guide.state_dict()), result
