@@ -1,7 +1,7 @@
 """This project's flows as the benchmarks run them, and the list of all competitors.
 
-Like for like with the other libraries: couplings with `identity=True` and nothing between them. The defaults are what
-`SplineFlow` builds when only sizes are given: splines for both halves, LU layers in between, and in the VI step the
+Like for like with the other libraries: couplings with ``identity=True`` and nothing between them. The defaults are what
+``SplineFlow`` builds when only sizes are given: splines for both halves, LU layers in between, and in the VI step the
 path gradient.
 """
 

@@ -6,16 +6,16 @@ alternation, since every library can do that. All parameters are moved off their
 
 Each library is called in the cheapest way that it documents. What differs all the same:
 
-- pyro: `SplineCoupling(identity=True, order="quadratic")` with `Permute` reversing the dimensions in between,
-  and a `clear_cache()` a step, without which it would answer a second call on the same tensor from its cache.
-- nflows: `PiecewiseRationalQuadraticCouplingTransform` with this project's networks instead of its residual ones; it
+- pyro: ``SplineCoupling(identity=True, order="quadratic")`` with ``Permute`` reversing the dimensions in between,
+  and a ``clear_cache()`` a step, without which it would answer a second call on the same tensor from its cache.
+- nflows: ``PiecewiseRationalQuadraticCouplingTransform`` with this project's networks instead of its residual ones; it
   divides the logits by the square root of their width, in place.
-- normflows: the layer under `CoupledRationalQuadraticSpline`, which itself fixes a residual network and adds splines
-  for the other half; `sample` gives the log-density too, always.
-- zuko: `GeneralCouplingTransform` of `MonotonicRQSTransform`; for draws `Flow(flow.transform.inv, flow.base)`, its
-  recipe for training by samples. "zuko NSF" is the flow of that name with `passes=2`, whose networks also compute what
-  the masks throw away. zuko turns the validation of `torch.distributions` off; the others run with it on.
-- flowjax: `coupling_flow`, whose splines also learn the slopes at the bounds; compiled, with `invert` set for the
+- normflows: the layer under ``CoupledRationalQuadraticSpline``, which itself fixes a residual network and adds splines
+  for the other half; ``sample`` gives the log-density too, always.
+- zuko: ``GeneralCouplingTransform`` of ``MonotonicRQSTransform``; for draws ``Flow(flow.transform.inv, flow.base)``,
+  its recipe for training by samples. "zuko NSF" is the flow of that name with ``passes=2``, whose networks also compute
+  what the masks throw away. zuko turns the validation of ``torch.distributions`` off; the others run with it on.
+- flowjax: ``coupling_flow``, whose splines also learn the slopes at the bounds; compiled, with ``invert`` set for the
   density and for draws in turn.
 """
 
@@ -112,7 +112,7 @@ def normflows_flow(setting: Setting) -> dict[str, Task]:
     from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
 
     class Layer(normflows.flows.Flow):
-        """As `CoupledRationalQuadraticSpline` wraps it: the layer's inverse makes the draws."""
+        """As ``CoupledRationalQuadraticSpline`` wraps it: the layer's inverse makes the draws."""
 
         def __init__(self, mask: Tensor):
             super().__init__()

@@ -6,7 +6,7 @@ r"""The same spline flow in six libraries: CPU time of what density estimation a
     sampling        draws, no gradient
 
 No optimizer is in any of them. The floor is what the conditioners alone cost, which no spline flow can undercut.
-`benchmarks/_peers.py` says how each library is called.
+``benchmarks/_peers.py`` says how each library is called.
 
     python -m benchmarks.spline_flows
     python -m benchmarks.spline_flows --quick

@@ -1,4 +1,4 @@
-"""The command line: `python -m pyro_flowkit`, or `pyro-flowkit`. What it does is in command_line/."""
+"""The command line: ``python -m pyro_flowkit``, or ``pyro-flowkit``. What it does is in command_line/."""
 
 import argparse
 import os

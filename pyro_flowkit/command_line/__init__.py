@@ -1,4 +1,4 @@
-"""Densities of tables from the command line: `python -m pyro_flowkit --help`.
+"""Densities of tables from the command line: ``python -m pyro_flowkit --help``.
 
 tables.py       reading a file, choosing and checking columns, splitting rows
 preparation.py  between the rows as they came and what a flow sees, with the log-det

@@ -120,7 +120,7 @@ class Preparation:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Preparation":
-        """Undo `to_json`."""
+        """Undo ``to_json``."""
         return cls(
             tuple(content["columns"]),
             tuple(content["discrete"]),

@@ -1,4 +1,4 @@
-"""Results in words: what `fit` prints, and what `diagnose` makes of it."""
+"""Results in words: what ``fit`` prints, and what ``diagnose`` makes of it."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any], discrete: Sequence[str]) -> list[str]:
-    """The lines that `fit` prints at its end."""
+    """The lines that ``fit`` prints at its end."""
     test, scale = metrics["test"], metrics["log_scale"]
     is_flow = metrics["kept"] == "flow"
     outcome = (
@@ -115,7 +115,7 @@ def verdict_of(run: Run) -> Verdict:
 
 
 def diagnosis(run: Run) -> list[str]:
-    """What `diagnose` prints."""
+    """What ``diagnose`` prints."""
     metrics = run.metrics
     kept = "flow" if metrics["kept"] == "flow" else "full-covariance Gaussian"
     lines = [

@@ -3,7 +3,7 @@
     run.json          what was trained on what, with which settings and versions; checksums of the other files
     preparation.json  columns, and the map between their units and what the flow sees
     metrics.json      log densities (nats per row) of the three parts of the rows, and how training ended
-    flow.pt           the flow's tensors (`torch.load(..., weights_only=True)`); absent where the Gaussian was kept
+    flow.pt           the flow's tensors (``torch.load(..., weights_only=True)``); absent where the Gaussian was kept
     history.csv       every step; validation.csv: every validation
     test.csv          log density of every test row, under the run's density and the Gaussian
 

@@ -11,7 +11,7 @@ of ``K`` draws, an unbiased estimate of the bound. Its standard error is that of
 independent blocks. Fewer than 10 blocks say too little about their own spread: then it is the
 larger one of that and of the delta method inside the blocks, ``sqrt((K / (K - 1) (K sum_k p_k^2 -
 1)) / (K B))`` with ``p_k = w_k / sum_j w_j`` averaged over the ``B`` blocks. Both are optimistic
-where pareto k is above 0.7: the largest weights have then not been seen. `diagnose` widens the range
+where pareto k is above 0.7: the largest weights have then not been seen. ``diagnose`` widens the range
 of the gap by what may be there.
 """
 
@@ -95,7 +95,7 @@ def evidence_bounds(
         num_samples: draws of the guide; all numbers come from one pool.
         num_particles: the K of IWAE-K. The default leaves out what exceeds ``num_samples``.
         exact_log_evidence: the true log evidence in nats, where it is known.
-        max_samples: where the verdict of `diagnose` hangs on noise, draws are added to the pool, up to so many: 16
+        max_samples: where the verdict of ``diagnose`` hangs on noise, draws are added to the pool, up to so many: 16
             times ``num_samples`` by default, or what fits into 20 million numbers and 30 seconds, and none for a model
             that runs one particle at a time. ``num_samples`` adds none.
         chunk_size: draws that pass through the model at once; memory grows with it.
@@ -148,7 +148,7 @@ class Pool:
     """Draws of a guide for one verdict, and more of them while that hangs on noise.
 
     Args:
-        max_samples: as for `evidence_bounds`.
+        max_samples: as for ``evidence_bounds``.
         num_samples: draws that a caller asks for.
     """
 
@@ -178,7 +178,7 @@ class Pool:
         Args:
             draw: gives so many more particles like given ones.
             num_particles: the K of IWAE-K.
-            exact_log_evidence: as for `evidence_bounds`.
+            exact_log_evidence: as for ``evidence_bounds``.
         """
         bounds, limit = self._bounds(num_particles, exact_log_evidence), self._limit()
         while numbers_of(bounds).hangs_on_noise:
@@ -235,7 +235,7 @@ def bounds_dataset(
     columns: Columns | None = None,
     **attrs: Any,
 ) -> xr.Dataset:
-    """All numbers of `evidence_bounds` from log weights ``(S,)``, or per datum from ``(N, S)``.
+    """All numbers of ``evidence_bounds`` from log weights ``(S,)``, or per datum from ``(N, S)``.
 
     Those along ``latent`` are there with ``columns``, the latents of the draws.
     """

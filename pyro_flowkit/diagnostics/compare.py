@@ -36,7 +36,7 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """Exact log densities and lower bounds of several models on the same data, in one table.
 
     Args:
-        datasets: results of `heldout_log_prob` (exact) and `pointwise_bounds` (lower bounds) by
+        datasets: results of ``heldout_log_prob`` (exact) and ``pointwise_bounds`` (lower bounds) by
             the name of the model, all for the same ``obs_id``.
 
     Returns:
@@ -107,13 +107,13 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """Several guides of the same model and data, best evidence lower bound first.
 
     Args:
-        trees: results of `from_svi` by the name of the guide.
+        trees: results of ``from_svi`` by the name of the guide.
 
     Returns:
         A table with the index ``name`` and the columns ``elbo``, ``elbo_se``, ``iwae`` (of the
         largest K, which is ``iwae_particles``), ``iwae_se``, ``log_evidence``,
         ``log_evidence_se``, ``gap`` (the exact log evidence where it is known, else the PSIS
-        estimate of this guide, minus its ELBO), ``gap_se`` (as in `diagnose`), ``pareto_k``,
+        estimate of this guide, minus its ELBO), ``gap_se`` (as in ``diagnose``), ``pareto_k``,
         ``ess`` of the weights in draws, ``seconds`` of training (NaN without history) and
         ``verdict``: "good", "usable" or "bad". In nats up to ``gap_se``.
 

@@ -1,4 +1,4 @@
-"""`diagnose`: which results there are to judge, and one verdict for each."""
+"""``diagnose``: which results there are to judge, and one verdict for each."""
 
 from collections import Counter
 from typing import Any, Literal, overload
@@ -76,11 +76,11 @@ def diagnose(
     above 0.7 although the large weights carry little.
 
     Args:
-        tree: a result of `from_svi` or `evidence_bounds`, which draw more where this verdict hangs on noise; of
-            `join_restarts`, judged by its worst restart; of `pointwise_bounds`, judged datum by datum: at most 5 % of
-            the data may be worse than the verdict says; or of `calibration_tests`, `simulation_based_calibration`,
-            `symmetry_tests`, `iterate_convergence` or `compare_restarts`, which carry their verdict.
-        probe: the result of `probe_modes` for the same model and guide.
+        tree: a result of ``from_svi`` or ``evidence_bounds``, which draw more where this verdict hangs on noise; of
+            ``join_restarts``, judged by its worst restart; of ``pointwise_bounds``, judged datum by datum: at most 5 %
+            of the data may be worse than the verdict says; or of ``calibration_tests``,
+            ``simulation_based_calibration``, ``symmetry_tests``, ``iterate_convergence`` or ``compare_restarts``, which
+        carry their verdict. probe: the result of ``probe_modes`` for the same model and guide.
         show_diagnostics: whether to print the verdict.
         return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
             is "bad", and a dict of the checks.

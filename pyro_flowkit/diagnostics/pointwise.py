@@ -65,11 +65,11 @@ def pointwise_bounds(
         chunk_size: draws that pass through the model at once.
         plate: the name of the plate of the data, where another has the same size.
         exact_log_evidence: exact ``log p(x_i)`` of shape ``(N,)``, where it is known.
-        vectorize: as in `evidence_bounds`.
+        vectorize: as in ``evidence_bounds``.
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:
-        The variables of `evidence_bounds`, each with the dimension ``obs_id``, in nats per datum.
+        The variables of ``evidence_bounds``, each with the dimension ``obs_id``, in nats per datum.
         The attribute ``event_size`` is the number of observed values per datum.
 
     Raises:
@@ -174,7 +174,7 @@ def draw_pool(
     vectorize: bool | None = None,
     like: Particles | None = None,
 ) -> DatumPool:
-    """Log weights of the data of one batch; see `pointwise_bounds` for arguments and errors."""
+    """Log weights of the data of one batch; see ``pointwise_bounds`` for arguments and errors."""
     size, chunks = len(batch[0]), []
     for particles in draw_particles(
         model,

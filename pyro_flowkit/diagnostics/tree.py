@@ -1,7 +1,7 @@
 """A variational fit as ArviZ data: an ``xarray.DataTree`` with the groups of ArviZ's schema.
 
 xarray alone builds the tree, so it can be made, saved and opened without ArviZ, or with either of
-its two generations; `to_arviz` is the only place that knows which one is installed. The groups are
+its two generations; ``to_arviz`` is the only place that knows which one is installed. The groups are
 flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for begin with ``vi_``.
 """
 
@@ -57,12 +57,12 @@ def from_svi(
         guide: its trained guide.
         args: positional arguments of both: all data.
         kwargs: keyword arguments of both.
-        history: a `FitResult`, or its ``history``: a dict of arrays of one length with ``step``
+        history: a ``FitResult``, or its ``history``: a dict of arrays of one length with ``step``
             and any of ``elbo``, ``learning_rate``, ``grad_norm``, ``seconds``.
         num_samples: draws of the guide.
-        num_particles: the K of IWAE-K, see `evidence_bounds`.
+        num_particles: the K of IWAE-K, see ``evidence_bounds``.
         exact_log_evidence: the true log evidence in nats, where it is known.
-        max_samples: draws for ``vi_diagnostics`` at most, see `evidence_bounds`. The other groups have
+        max_samples: draws for ``vi_diagnostics`` at most, see ``evidence_bounds``. The other groups have
             ``num_samples``.
         coords: coordinate values by dimension name. Plates are dimensions of their own name.
         dims: names of the event dimensions by site; ``SITE_dim_0``, ... by default.
@@ -70,9 +70,9 @@ def from_svi(
         predictions: whether to draw the observed sites from every draw of the guide. None does so
             unless that is more than 100 million numbers, and says it where it is.
         num_prior_samples: draws of the prior, and of the observed sites from it; 0 for none.
-        pointwise: the result of `pointwise_bounds` or `inference_gaps`, to be kept in the tree.
+        pointwise: the result of ``pointwise_bounds`` or ``inference_gaps``, to be kept in the tree.
         chunk_size: draws that pass through the model at once; memory grows with it.
-        vectorize: as in `evidence_bounds`.
+        vectorize: as in ``evidence_bounds``.
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:
@@ -81,8 +81,8 @@ def from_svi(
         nats, not normalised), ``log_likelihood``, ``log_prior`` (of every latent, in nats),
         ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data`` (tensors among the arguments that are not observed), ``vi_trace`` (chain,
-        step), ``vi_diagnostics`` (the variables of `evidence_bounds`, from these draws, and more of them where the
-        verdict of `diagnose` hangs on noise) and
+        step), ``vi_diagnostics`` (the variables of ``evidence_bounds``, from these draws, and more of them where the
+        verdict of ``diagnose`` hangs on noise) and
         ``vi_pointwise`` (obs_id). Groups without content are left out.
 
         The draws are those of the **guide**, as they are: ``log_weight_psis`` says what the
@@ -90,7 +90,7 @@ def from_svi(
         guide.
 
     Raises:
-        ValueError: as `evidence_bounds`, and if ``dims`` or ``coords`` do not fit the sites.
+        ValueError: as ``evidence_bounds``, and if ``dims`` or ``coords`` do not fit the sites.
 
     Warns:
         UserWarning: if predictions or the prior are left out.
@@ -164,7 +164,7 @@ def to_arviz(tree: xr.DataTree) -> Any:
     """The tree as the installed ArviZ wants it: itself on ArviZ 1, ``InferenceData`` on 0.23.
 
     Args:
-        tree: the result of `from_svi`, or any DataTree with flat groups.
+        tree: the result of ``from_svi``, or any DataTree with flat groups.
 
     Returns:
         ``tree`` unchanged, or an ``arviz.InferenceData`` with the same groups.

@@ -100,7 +100,7 @@ def log_weights(
         linear: whether the objective is linear in the log weights, so that estimates of them do no harm.
 
     Raises:
-        ValueError: if the model has no site, a latent has no site in the guide, `plate` is not around all sites, or a
+        ValueError: if the model has no site, a latent has no site in the guide, ``plate`` is not around all sites, or a
             plate inside of the weights is subsampled.
     """
     first = runs[0]

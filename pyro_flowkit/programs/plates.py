@@ -5,7 +5,7 @@ log-probabilities by N / B:
 
     with pyro.plate("data", N, subsample_size=len(batch)): ...
 
-With `pyro.plate("data", len(batch))` the likelihood weighs B / N of what it should against the
+With ``pyro.plate("data", len(batch))`` the likelihood weighs B / N of what it should against the
 prior of global latents: wrong, and silent.
 """
 
@@ -20,7 +20,7 @@ from pyro_flowkit.programs.sites import scored_sites
 def effective_size(model_trace: Any, batch_size: int) -> float:
     """Number of data that the observed log-probability stands for: scale times batch size.
 
-    Falls back to `batch_size` where no observed site lies in a plate of the batch's length.
+    Falls back to ``batch_size`` where no observed site lies in a plate of the batch's length.
     """
     for _, site in scored_sites(model_trace):
         if site["is_observed"] and any(

@@ -1,6 +1,6 @@
-"""`compile=True`: the part of a step that `torch.compile` can take, if it is then faster, and in words what was done.
+"""``compile=True``: the part of a step that ``torch.compile`` can take, if that is faster, and in words what was done.
 
-That part is `log_prob` of a flow with an exact likelihood. A Pyro program is Python that handlers look into at every
+That part is ``log_prob`` of a flow with an exact likelihood. A Pyro program is Python that handlers look into at every
 step; its flows run in the fused kernel on a CPU, and by PyTorch's operations elsewhere.
 """
 
@@ -19,7 +19,7 @@ MIN_GAIN = 1.1
 
 
 def compile_where_it_pays(loss: MaximumLikelihood | Variational, batch: Batch) -> str:
-    """Compiles the flow's `log_prob` if a step is then at least a tenth faster; says what was done, and why."""
+    """Compiles the flow's ``log_prob`` if a step is then at least a tenth faster; says what was done, and why."""
     if not isinstance(loss, MaximumLikelihood):
         return "nothing compiled: a Pyro program runs in Python, under handlers that torch.compile cannot see through"
     if backend() == "fused" and all(p.device.type == "cpu" for p in loss.parameters()):

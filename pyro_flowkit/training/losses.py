@@ -1,4 +1,4 @@
-"""The two objectives of `fit`, each in nats per datum, with one backward pass per step.
+"""The two objectives of ``fit``, each in nats per datum, with one backward pass per step.
 
     maximum likelihood     -(1/B) sum_b log p(x_b)                   x_b: the rows of the batch
     variational            -ELBO(batch) / N                          N: see plates.effective_size
@@ -43,7 +43,7 @@ class Loss:
 
     Attributes:
         modules: The modules that are trained.
-        registered: Those that plain functions register by `pyro.module`, by name.
+        registered: Those that plain functions register by ``pyro.module``, by name.
         learned: The trainable parameters found so far, by name.
         fresh: Those of them that nobody has taken note of yet.
         param_names: Entries of the param store that the programs touched.
@@ -92,7 +92,7 @@ class Loss:
         return self._parameters
 
     def names(self) -> dict[int, str]:
-        """Name of every trainable parameter, by `id`."""
+        """Name of every trainable parameter, by ``id``."""
         return {id(parameter): name for name, parameter in self.learned.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -167,7 +167,7 @@ class Loss:
 
 
 class MaximumLikelihood(Loss):
-    """-mean log p(batch) of a flow with an exact `log_prob`."""
+    """-mean log p(batch) of a flow with an exact ``log_prob``."""
 
     def __init__(self, flow: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         super().__init__(args, kwargs, flow)
@@ -177,7 +177,7 @@ class MaximumLikelihood(Loss):
         """Lists the parameters, after a first evaluation that may create some.
 
         Raises:
-            ValueError: If the first batch holds NaN, or `log_prob` is not one value per row.
+            ValueError: If the first batch holds NaN, or ``log_prob`` is not one value per row.
         """
         for tensor in batch:
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
@@ -200,7 +200,7 @@ class MaximumLikelihood(Loss):
         return log_prob
 
     def row_log_probs(self, batch: Batch) -> torch.Tensor:
-        """log p of every row, shape `(B,)`."""
+        """log p of every row, shape ``(B,)``."""
         return self.log_prob(*batch, *self._args, **self._kwargs)
 
     def loss(self, batch: Batch) -> torch.Tensor:

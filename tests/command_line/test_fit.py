@@ -1,4 +1,4 @@
-"""`fit`: what it prints, writes and keeps, and what of a run may be relied on."""
+"""``fit``: what it prints, writes and keeps, and what of a run may be relied on."""
 
 import json
 import re

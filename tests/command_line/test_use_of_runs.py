@@ -1,4 +1,4 @@
-"""`score`, `sample`, `compare` and `diagnose`: round trips, units, and verdicts that follow from the numbers."""
+"""``score``, ``sample``, ``compare`` and ``diagnose``: round trips, units, verdicts that follow from the numbers."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The objectives under `SVI`, as modules and under `fit`, with the guides that people have."""
+"""The objectives under ``SVI``, as modules and under ``fit``, with the guides that people have."""
 
 import warnings
 
