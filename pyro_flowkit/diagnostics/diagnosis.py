@@ -80,7 +80,8 @@ def diagnose(
             ``join_restarts``, judged by its worst restart; of ``pointwise_bounds``, judged datum by datum: at most 5 %
             of the data may be worse than the verdict says; or of ``calibration_tests``,
             ``simulation_based_calibration``, ``symmetry_tests``, ``iterate_convergence`` or ``compare_restarts``, which
-        carry their verdict. probe: the result of ``probe_modes`` for the same model and guide.
+            carry their verdict.
+        probe: the result of ``probe_modes`` for the same model and guide.
         show_diagnostics: whether to print the verdict.
         return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
             is "bad", and a dict of the checks.
