@@ -14,6 +14,7 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 
 from pyro_flowkit.objectives.draws import Detached, Gated
+from pyro_flowkit.objectives.scales import ScaleRecorder
 from pyro_flowkit.objectives.weights import LogWeights, Run, log_weights
 
 
@@ -91,16 +92,19 @@ class WeightedObjective(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Run:
         handler = self._handler() if torch.is_grad_enabled() else Messenger()
+        model_scales, guide_scales = ScaleRecorder(), ScaleRecorder()
         unwrapped = poutine.unwrap(guide)
         if isinstance(unwrapped, Messenger):  # a GuideMessenger runs the model by itself
-            with handler:
+            with guide_scales, handler:
                 guide(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()
+            model_scales = guide_scales
         else:
-            with handler:
+            with guide_scales, handler:
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            with model_scales:
+                model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             if self.strict_enumeration_warning:
@@ -112,7 +116,7 @@ class WeightedObjective(ELBO):
             for site in trace.nodes.values() if is_validation_enabled() else ():
                 if site["type"] == "sample":
                     check_site_shape(site, self.max_plate_nesting)
-        return Run(model_trace, guide_trace, handler)
+        return Run(model_trace, guide_trace, handler, model_scales.around, guide_scales.around)
 
     def _log_weights(self, runs: list[Run]) -> LogWeights:
         stacked = self.vectorize_particles and self.num_particles > 1
