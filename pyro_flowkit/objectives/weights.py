@@ -14,6 +14,7 @@ an estimate, and a bound through its logarithm is no bound: that is refused.
 """
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -126,6 +127,7 @@ def log_weights(
     data = _data_plates(first, plate)
     if not linear:
         _check_subsampling(first, data)
+        _warn_of_sequential_plates(first, data)
     scale = _common_scale(first, data, linear)
     keep = {dim for _, dim in data} | (set() if particle_dim is None else {particle_dim})
     sums: dict[str, list[Tensor | float]] = {"model": [], "gated": [], "guide": []}
@@ -198,6 +200,20 @@ def _check_subsampling(run: Run, data: set[Plate]) -> None:
                 "the plate, so the weight of a particle would be a product over all of its data, of which a subsample "
                 "gives an estimate, and a bound through its logarithm is no bound. Use Trace_ELBO, or the whole plate."
             )
+
+
+def _warn_of_sequential_plates(run: Run, data: set[Plate]) -> None:
+    """In a loop over data that nothing else is around, the data share the weight of a particle."""
+    sites = [site["cond_indep_stack"] for _, _, site in _sites(run)]
+    loops = [{frame.name for frame in frames if not frame.vectorized} for frames in sites]
+    common = set.intersection(*loops) if loops else set()
+    if common and not data:
+        warnings.warn(
+            f"The plate {min(common)!r} is sequential (a for loop), so that all of its data have one weight per "
+            "particle in common, and the bound is looser than with one for each datum. A vectorised plate, "
+            f"with pyro.plate({min(common)!r}, size):, gives each its own.",
+            stacklevel=5,
+        )
 
 
 def _common_scale(run: Run, data: set[Plate], linear: bool) -> Scale:
