@@ -116,11 +116,14 @@ def evidence_bounds(
         ``pareto_k_sd`` is NaN below 200 draws. Weights are smoothed for all of these, but where pareto k is above 1
         for the estimate of the evidence alone. The attribute ``kind`` of each variable, and ``kind_NAME`` of the
         Dataset, say whether it is exact, a lower bound, an estimate, a standard error or a
-        diagnostic.
+        diagnostic. Where some of the latents are points, as with an ``AutoDelta`` in an
+        ``AutoGuideList``, the attribute ``point_estimates`` names them, and the numbers are those
+        of log p(x, point) in the place of log p(x).
 
     Raises:
         ValueError: if model and guide differ in their latents, a plate is subsampled, a log
-            weight is NaN, or ``num_particles`` exceeds ``num_samples``.
+            weight is NaN, ``num_particles`` exceeds ``num_samples``, or all latents are points
+            (``AutoDelta``): there is no bound then.
     """
     counts, options = check_particles(num_particles, num_samples), kwargs or {}
     pool = Pool(max_samples, num_samples)
@@ -164,8 +167,9 @@ class Pool:
 
     def add(self, particles: Particles) -> None:
         self._like = particles
-        self._log_weights.append(particles.log_joint() - particles.log_guide())
-        self._columns.add(particles.latents())
+        self._log_weights.append(particles.log_weights())
+        latents = particles.latents()
+        self._columns.add({n: value for n, value in latents.items() if n not in particles.points})
 
     def settled(
         self,
@@ -180,6 +184,12 @@ class Pool:
             num_particles: the K of IWAE-K.
             exact_log_evidence: as for ``evidence_bounds``.
         """
+        points = ", ".join(self._like.points) if self._like else ""
+        if points and exact_log_evidence is not None:
+            raise ValueError(
+                f"Expected no exact_log_evidence for a guide with point estimates (Delta) of {points}: its numbers are "
+                "those of the joint density of the data and that point"
+            )
         bounds, limit = self._bounds(num_particles, exact_log_evidence), self._limit()
         while numbers_of(bounds).hangs_on_noise:
             size = int(bounds["num_draws"])
@@ -190,7 +200,7 @@ class Pool:
             for particles in draw(more, self._like):
                 self.add(particles)
             bounds = self._bounds(num_particles, exact_log_evidence)
-        return bounds
+        return bounds.assign_attrs(point_estimates=points) if points else bounds
 
     def _limit(self) -> int:
         if self._given is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.point_estimates import no_bound
 from pyro_flowkit.diagnostics.schema import EXACT, schema_attrs
 from pyro_flowkit.programs.sites import plates_of, scored_sites, unscaled_log_prob
 
@@ -73,7 +74,8 @@ def pointwise_bounds(
         The attribute ``event_size`` is the number of observed values per datum.
 
     Raises:
-        ValueError: if the data are empty, of unequal length or not finite, if a site is outside
+        ValueError: if the data are empty, of unequal length or not finite, if all latents are
+            points (``AutoDelta``), if a site is outside
             of the plate of the data (named), or if no plate or several could be that plate.
     """
     counts = check_particles(num_particles, num_samples)
@@ -187,6 +189,8 @@ def draw_pool(
         vectorize=vectorize,
         like=like,
     ):
+        if particles.all_points:
+            raise no_bound(particles.points)
         plate, dim = data_plate(particles, size, plate)
         chunks.append(datum_log_weights(particles, dim, size))
     event_size = sum(

@@ -159,7 +159,7 @@ class _Region:
             )
         )
         self.like: Particles = chunks[0]
-        log_weights = torch.cat([chunk.log_joint() - chunk.log_guide() for chunk in chunks])
+        log_weights = torch.cat([chunk.log_weights() for chunk in chunks])
         smoothed, _ = psis(log_weights)
         self.log_evidence = float(smoothed.logsumexp(-1)) - math.log(num_samples)
         latents = {

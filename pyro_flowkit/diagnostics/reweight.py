@@ -126,6 +126,8 @@ def guide_weights(tree: xr.DataTree) -> Tensor:
         hint = ""
         if "resampling" in stats.attrs:
             hint = ": these draws were reweighted before and have equal weights"
+        elif "lp" in stats:
+            hint = ": a point estimate (Delta) of all latents has no weights"
         raise ValueError(
             "Expected log_weight in the group sample_stats, as from_svi leaves it, got "
             f"{sorted(map(str, stats.data_vars)) or sorted(tree.children)}{hint}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, Pool, check_particles
 from pyro_flowkit.diagnostics.naming import Namer, constants, latent_sites, observed_sites
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.point_estimates import of_a_point
 from pyro_flowkit.diagnostics.predictive import (
     MAX_NUMBERS,
     count_predictions,
@@ -89,6 +90,10 @@ def from_svi(
         posterior would make of them, and R-hat or ESS of independent draws say nothing about the
         guide.
 
+        A guide that puts all latents at a point (``AutoDelta``) has no weights and no bounds:
+        ``sample_stats`` then has ``lp`` alone, and ``vi_diagnostics`` that ``log_joint`` of the
+        point with the verdict of `diagnose`.
+
     Raises:
         ValueError: as ``evidence_bounds``, and if ``dims`` or ``coords`` do not fit the sites.
 
@@ -116,7 +121,8 @@ def from_svi(
 
     with evaluation(model, guide, seed=seed):
         for chunk, particles in enumerate(draw(num_samples)):
-            pool.add(particles)
+            if not particles.all_points:
+                pool.add(particles)
             own_seed = None if seed is None else seed + 1 + chunk
             stats["lp"].append(particles.log_joint())
             stats["log_q"].append(particles.log_guide())
@@ -136,12 +142,19 @@ def from_svi(
             if num_prior_samples
             else ({}, {})
         )
-        bounds = pool.settled(draw, counts, exact_log_evidence)
+        bounds = (
+            of_a_point(particles)
+            if particles.all_points
+            else pool.settled(draw, counts, exact_log_evidence)
+        )
 
     namer = Namer(particles, dims or {}, coords or {})
     sample_stats = {name: torch.cat(parts) for name, parts in stats.items()}
-    log_weight = sample_stats["lp"] - sample_stats["log_q"]
-    sample_stats |= {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
+    if particles.all_points:
+        del sample_stats["log_q"]
+    else:
+        log_weight = sample_stats["lp"] - sample_stats["log_q"]
+        sample_stats |= {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
     observed = dict(observed_sites(particles))
     groups = {
         "posterior": namer.dataset(draws.joined()),
@@ -184,7 +197,7 @@ class _Parts:
         self._parts: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, part: Tensor) -> None:
-        self._parts.setdefault(name, []).append(part.cpu())
+        self._parts.setdefault(name, []).append(part.detach().cpu())
 
     def joined(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
