@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pyro_flowkit.command_line import commands
-from pyro_flowkit.command_line.density import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import DEFAULT_LAYERS, FlowSettings
-from pyro_flowkit.command_line.tables import DISCRETE
+from pyro_flowkit.tables.columns import DISCRETE
+from pyro_flowkit.tables.errors import TableError
+from pyro_flowkit.tables.flow import DEFAULT_LAYERS, FlowSettings
+from pyro_flowkit.tables.training import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -27,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
         sys.stdout.flush()
-    except CommandError as error:
-        print(f"pyro-flowkit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (CommandError, TableError) as error:
+        words = " ".join(str(error).split())
+        print(f"pyro-flowkit: error: {words[0].lower()}{words[1:]}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("pyro-flowkit: interrupted", file=sys.stderr)

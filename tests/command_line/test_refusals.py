@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from pyro_flowkit.__main__ import main
-from tests.command_line.small import FIT, small_table
+from tests.tables.small import FIT, small_table
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_a_column_that_is_constant_among_the_training_rows_only(refused):
 
 def test_text_columns(refused):
     line = refused(small_table().assign(name="someone"))
-    assert "got text or dates in name: choose others with --columns" in line
+    assert "got text or dates in name: choose others (columns)" in line
 
 
 def test_discrete_columns_that_are_no_integers(refused):
     table = small_table()
     line = refused(table.assign(level=0.5 * (table["visits"] % 3) + 0.25))
-    assert "few distinct values in level (3)" in line and "--discrete drop" in line
+    assert "few distinct values in level (3)" in line and "discrete: drop" in line
 
 
 def test_discrete_columns_only(refused):
