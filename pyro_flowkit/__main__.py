@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(fit, "DIR", "the run folder to write", required=True)
     fit.add_argument("--columns", nargs="+", metavar="NAME", help="columns to use (default: all)")
     fit.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="columns to leave out"
+    )
+    fit.add_argument(
         "--discrete",
         choices=DISCRETE,
         default="noise",
@@ -141,8 +144,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="table: CSV, Parquet (with pyarrow) or npz")
-    command.add_argument("--key", help="array to take from an npz file that holds several")
+    command.add_argument(
+        "data", metavar="DATA", help="table: text, Parquet (with pyarrow), npz, or - for a pipe"
+    )
+    group = command.add_argument_group(
+        "reading", "what is not said here is guessed, and the guess is printed"
+    )
+    group.add_argument("--key", help="array to take from an npz file that holds several")
+    group.add_argument("--sep", metavar="C", help='between fields: a character, "tab" or "space"')
+    group.add_argument("--decimal", choices=(".", ","), help="decimal mark")
+    group.add_argument("--thousands", metavar="C", help="mark between groups of digits")
+    group.add_argument("--comment", metavar="C", help="what begins a comment")
+    group.add_argument("--header", choices=("yes", "no"), help="whether line 1 names the columns")
+    group.add_argument(
+        "--index", choices=("yes", "no"), help="whether the first column is an index, to leave out"
+    )
+    group.add_argument("--encoding", help="of text, such as latin-1")
+    group.add_argument(
+        "--na", nargs="+", default=[], metavar="WORD", help="further words for missing values"
+    )
 
 
 def _add_output(

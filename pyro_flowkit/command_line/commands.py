@@ -5,47 +5,55 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pyro_flowkit.command_line import report
+from pyro_flowkit.command_line.dialect import ReadOptions
 from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.reading import read_table
+from pyro_flowkit.command_line.reading import Source, read_table
 from pyro_flowkit.command_line.runs import Run, check_free, new_file, read_run, write_run
 from pyro_flowkit.tables import FlowSettings, TableDensity
 
 
 def fit(args: argparse.Namespace) -> None:
     """Train the density of a table and write its run folder."""
-    path, folder = Path(args.data), Path(args.output)
+    folder = Path(args.output)
     check_free(folder, overwrite=args.overwrite)
     settings = FlowSettings(
         layers=args.layers, width=args.width, bins=args.bins, dropout=args.dropout
     )
+    source = read_table(args.data, read_options(args))
     density = TableDensity(
-        read_table(path, key=args.key),
+        source.frame,
         columns=args.columns,
+        exclude=args.exclude,
         discrete=args.discrete,
         settings=settings,
         seed=args.seed,
-        name=path.name,
+        name=source.name,
     )
     options = {name: getattr(args, name) for name in ("steps", "seconds", "batch_size", "lr")}
-    print(*report.opening(density, path.name), sep="\n", flush=True)
+    print(*report.opening(density, source), sep="\n", flush=True)
     density.fit(**options, progress=sys.stderr.isatty())
-    write_run(folder, _run(path, density, {**options, "seed": args.seed}), overwrite=args.overwrite)
+    write_run(
+        folder, _run(source.name, density, {**options, "seed": args.seed}), overwrite=args.overwrite
+    )
     print(*report.summary(density), f"written to {folder}", sep="\n")
 
 
 def score(args: argparse.Namespace) -> None:
     """Write the log density of every row."""
-    run, path = read_run(Path(args.run)), Path(args.data)
-    log_prob = run.density.log_prob_of(read_table(path, key=args.key), where=path.name)
-    _write_table(pd.DataFrame({"log_prob": log_prob}), args)
+    density = read_run(Path(args.run)).density
+    source = read_table(args.data, read_options(args), density.preparation.columns)
+    log_prob = density.log_prob_of(source.frame, where=source.name)
+    _write_table(pd.DataFrame({"row": np.arange(len(log_prob)), "log_prob": log_prob}), args)
     error = (
         f" (s.e. {log_prob.std(ddof=1) / len(log_prob) ** 0.5:.4f})" if len(log_prob) > 1 else ""
     )
     print(
-        f"{len(log_prob)} rows: mean log density {log_prob.mean():.4f} nats{error}", file=sys.stderr
+        f"{len(log_prob)} rows{_read_as(source)}: mean log density {log_prob.mean():.4f} nats{error}",
+        file=sys.stderr,
     )
 
 
@@ -67,11 +75,31 @@ def diagnose(args: argparse.Namespace) -> None:
     print(*report.diagnosis(read_run(Path(args.run))), sep="\n")
 
 
-def _run(path: Path, density: TableDensity, options: dict[str, Any]) -> Run:
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    """What the arguments say of the file with the table."""
+    yes_or_no = {None: None, "yes": True, "no": False}
+    return ReadOptions(
+        key=args.key,
+        encoding=args.encoding,
+        separator=args.sep,
+        decimal=args.decimal,
+        thousands=args.thousands,
+        comment=args.comment,
+        header=yes_or_no[args.header],
+        index=yes_or_no[args.index],
+        missing=tuple(args.na),
+    )
+
+
+def _read_as(source: Source) -> str:
+    return f" ({source.notes})" if source.notes else ""
+
+
+def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
     table, trained = density.table, density.trained
     info: dict[str, Any] = {
         "data": {
-            "file": path.name,
+            "file": file,
             "rows": len(table.values),
             "columns": list(table.columns),
             "dropped": list(table.dropped),

@@ -4,19 +4,21 @@ import numpy as np
 import xarray as xr
 
 from pyro_flowkit.command_line.errors import CommandError
+from pyro_flowkit.command_line.reading import Source
 from pyro_flowkit.command_line.runs import Run
 from pyro_flowkit.diagnostics import compare_densities
 from pyro_flowkit.tables import TableDensity
 from pyro_flowkit.tables.metrics import PARTS, SMALL_GAP, gap_of, has_failed, table_verdict
 
 
-def opening(density: TableDensity, name: str) -> list[str]:
+def opening(density: TableDensity, source: Source) -> list[str]:
     """The lines that `fit` prints at its beginning."""
     table, split = density.table, density.split
-    lines = [
-        f"{name}: {len(table.values)} rows, {len(table.columns)} columns; {len(split.train)} rows to train, "
+    lines = [f"read {source.name}: {source.notes}"] if source.notes else []
+    lines.append(
+        f"{source.name}: {len(table.values)} rows, {len(table.columns)} columns; {len(split.train)} rows to train, "
         f"{len(split.validation)} to validate, {len(split.test)} to test"
-    ]
+    )
     if table.noisy:
         lines.append(f"integers, trained with noise: {', '.join(table.noisy)}")
     if table.dropped:

@@ -50,6 +50,20 @@ class Table:
         return digest.hexdigest()
 
 
+def without_columns(frame: pd.DataFrame, names: Sequence[str], *, where: str) -> pd.DataFrame:
+    """The frame without the named columns.
+
+    Raises:
+        TableError: if there are no such columns.
+    """
+    missing = [name for name in names if name not in frame.columns]
+    if missing:
+        raise TableError(
+            f"Expected the columns {listed(missing)}, to exclude, in {where}, got {listed(frame.columns)}"
+        )
+    return frame.drop(columns=list(names))
+
+
 def choose_columns(
     frame: pd.DataFrame, names: Sequence[str] | None, *, where: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -79,8 +93,8 @@ def choose_columns(
     text = [name for name in names if not _is_number(frame[name])]
     if text:
         raise TableError(
-            f"Expected columns of numbers in {where}, got text or dates in {listed(text)}: "
-            "choose others (columns)"
+            f"Expected columns of numbers in {where}, got text or dates in {listed(text)}"
+            f"{_first_text(frame[text[0]])}: leave them out (exclude)"
         )
     values = np.column_stack([frame[name].to_numpy(np.float64, na_value=np.nan) for name in names])
     bad = ~np.isfinite(values)
@@ -159,6 +173,14 @@ def _refuse_equal(values: np.ndarray, columns: tuple[str, ...], where: str) -> N
                 f"Expected columns that differ in {where}, got {other!r} and {name!r} with the same values: leave "
                 "one out (exclude)"
             )
+
+
+def _first_text(column: pd.Series) -> str:
+    found = pd.to_numeric(column.astype(str), errors="coerce").isna() & column.notna()
+    if not found.any():
+        return ""
+    row = int(np.argmax(found.to_numpy()))
+    return f" ({str(column.iloc[row])[:20]!r} in row {row}, counted from 0)"
 
 
 def _is_number(column: pd.Series) -> bool:

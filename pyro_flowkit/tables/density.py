@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_flowkit.diagnostics import Verdict
-from pyro_flowkit.tables.columns import Table, check_table, choose_columns
+from pyro_flowkit.tables.columns import Table, check_table, choose_columns, without_columns
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.flow import FlowSettings
 from pyro_flowkit.tables.metrics import metrics_of, table_verdict
@@ -29,6 +29,7 @@ class TableDensity:
     Args:
         frame: columns of numbers, or an array of shape ``(N, D)``, whose columns are named "0", "1", ...
         columns: names of those to use; None: all.
+        exclude: names of those to leave out.
         discrete: of columns of few distinct values: "noise": integers get uniform noise and count by their
             probability, others are refused; "drop": they are left out; "keep": they are treated as continuous.
         settings: structure of the flow.
@@ -48,12 +49,14 @@ class TableDensity:
         frame: pd.DataFrame | np.ndarray,
         *,
         columns: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
         discrete: str = "noise",
         settings: FlowSettings | None = None,
         seed: int = 0,
         name: str = "the table",
     ):
-        values, names = choose_columns(as_frame(frame), columns, where=name)
+        frame = without_columns(as_frame(frame), exclude, where=name)
+        values, names = choose_columns(frame, columns, where=name)
         self.table: Table = check_table(values, names, discrete=discrete, where=name)
         self.split: Split = split_rows(len(self.table.values), len(self.table.columns), seed)
         self._settings, self._seed = settings or FlowSettings(), seed

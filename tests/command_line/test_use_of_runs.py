@@ -54,7 +54,8 @@ def test_scores_and_samples_go_to_stdout_as_csv(trained, capsys):
     capsys.readouterr()
     assert main(["score", str(folder), str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "log_prob" and len(lines) == 401
+    assert lines[0] == "row,log_prob" and len(lines) == 401
+    assert [line.split(",")[0] for line in lines[1:4]] == ["0", "1", "2"]
     assert main(["sample", str(folder), "-n", "3"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "height,bent,visits"
 
