@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pyro_flowkit.command_line import commands
-from pyro_flowkit.command_line.density import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import DEFAULT_LAYERS, FlowSettings
-from pyro_flowkit.command_line.tables import DISCRETE
+from pyro_flowkit.tables.columns import DISCRETE
+from pyro_flowkit.tables.errors import TableError
+from pyro_flowkit.tables.flow import DEFAULT_LAYERS, FlowSettings
+from pyro_flowkit.tables.training import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -27,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
         sys.stdout.flush()
-    except CommandError as error:
-        print(f"pyro-flowkit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (CommandError, TableError) as error:
+        words = " ".join(str(error).split())
+        print(f"pyro-flowkit: error: {words[0].lower()}{words[1:]}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("pyro-flowkit: interrupted", file=sys.stderr)
@@ -59,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(fit)
     _add_output(fit, "DIR", "the run folder to write", required=True)
     fit.add_argument("--columns", nargs="+", metavar="NAME", help="columns to use (default: all)")
+    fit.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="columns to leave out"
+    )
     fit.add_argument(
         "--discrete",
         choices=DISCRETE,
@@ -139,8 +144,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="table: CSV, Parquet (with pyarrow) or npz")
-    command.add_argument("--key", help="array to take from an npz file that holds several")
+    command.add_argument(
+        "data", metavar="DATA", help="table: text, Parquet (with pyarrow), npz, or - for a pipe"
+    )
+    group = command.add_argument_group(
+        "reading", "what is not said here is guessed, and the guess is printed"
+    )
+    group.add_argument("--key", help="array to take from an npz file that holds several")
+    group.add_argument("--sep", metavar="C", help='between fields: a character, "tab" or "space"')
+    group.add_argument("--decimal", choices=(".", ","), help="decimal mark")
+    group.add_argument("--thousands", metavar="C", help="mark between groups of digits")
+    group.add_argument("--comment", metavar="C", help="what begins a comment")
+    group.add_argument("--header", choices=("yes", "no"), help="whether line 1 names the columns")
+    group.add_argument(
+        "--index", choices=("yes", "no"), help="whether the first column is an index, to leave out"
+    )
+    group.add_argument("--encoding", help="of text, such as latin-1")
+    group.add_argument(
+        "--na", nargs="+", default=[], metavar="WORD", help="further words for missing values"
+    )
 
 
 def _add_output(

@@ -26,10 +26,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyro_flowkit.command_line.density import TableDensity
 from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import FlowSettings, TableFlow
-from pyro_flowkit.command_line.preparation import Preparation
+from pyro_flowkit.tables.flow import FlowSettings, TableFlow
+from pyro_flowkit.tables.preparation import Preparation
+from pyro_flowkit.tables.rows import RowDensity
 
 FORMAT, FORMAT_VERSION = "pyro-flowkit run", 1
 TABLES = ("history", "validation", "test")
@@ -48,7 +48,7 @@ class Run:
 
     info: dict[str, Any]
     metrics: dict[str, Any]
-    density: TableDensity
+    density: RowDensity
     tables: Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -61,20 +61,20 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists():
         if not folder.absolute().parent.is_dir():
             raise CommandError(
-                f"expected a folder {folder.absolute().parent} to write {folder.name} to, got none"
+                f"Expected a folder {folder.absolute().parent} to write {folder.name} to, got none"
             )
         return
     if not folder.is_dir():
-        raise CommandError(f"expected a folder for the run, got the file {folder}")
+        raise CommandError(f"Expected a folder for the run, got the file {folder}")
     if not any(folder.iterdir()):
         return
     if not _is_run(folder):
         raise CommandError(
-            f"expected a new folder for the run, got {folder}, which holds something else"
+            f"Expected a new folder for the run, got {folder}, which holds something else"
         )
     if not overwrite:
         raise CommandError(
-            f"expected a new folder for the run, got {folder}, which holds one: --overwrite replaces it"
+            f"Expected a new folder for the run, got {folder}, which holds one: --overwrite replaces it"
         )
 
 
@@ -101,7 +101,7 @@ def write_run(folder: Path, run: Run, *, overwrite: bool = False) -> None:
             else:
                 os.replace(scratch, target)
     except OSError as error:
-        raise CommandError(f"expected to write {folder}, got {error}") from error
+        raise CommandError(f"Expected to write {folder}, got {error}") from error
 
 
 def read_run(folder: Path) -> Run:
@@ -111,19 +111,19 @@ def read_run(folder: Path) -> Run:
         CommandError: if the folder holds no run, one of another version, or a damaged one.
     """
     if not folder.is_dir():
-        raise CommandError(f"expected a run folder, got {folder}, which does not exist")
+        raise CommandError(f"Expected a run folder, got {folder}, which does not exist")
     if not _is_run(folder):
-        raise CommandError(f"expected a run folder, got {folder}, which was not written by `fit`")
+        raise CommandError(f"Expected a run folder, got {folder}, which was not written by `fit`")
     try:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if info["format_version"] != FORMAT_VERSION:
             raise CommandError(
-                f"expected a run of format {FORMAT_VERSION}, got {info['format_version']!r} in {folder}"
+                f"Expected a run of format {FORMAT_VERSION}, got {info['format_version']!r} in {folder}"
             )
         for name, checksum in info["files"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksum:
                 raise CommandError(
-                    f"expected {folder / name} as it was written, got a damaged file"
+                    f"Expected {folder / name} as it was written, got a damaged file"
                 )
         preparation = Preparation.from_json(_json(folder / "preparation.json"))
         flow = None
@@ -134,19 +134,19 @@ def read_run(folder: Path) -> Run:
         return Run(
             info,
             _json(folder / "metrics.json"),
-            TableDensity(preparation, flow),
+            RowDensity(preparation, flow),
             {name: _read_csv(folder / f"{name}.csv") for name in TABLES},
         )
     except CommandError:
         raise
     except FileNotFoundError as error:
-        raise CommandError(f"expected {error.filename} in the run folder, got none") from error
+        raise CommandError(f"Expected {error.filename} in the run folder, got none") from error
     except (
         Exception
     ) as error:  # whatever else does not fit together is damage, of one kind or another
         reason = str(error).strip().split("\n")[0]
         raise CommandError(
-            f"expected a whole run in {folder}, got {type(error).__name__}: {reason}"
+            f"Expected a whole run in {folder}, got {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -159,7 +159,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     if path.is_dir() or (path.exists() and not overwrite):
         advice = "" if path.is_dir() else ", which exists: --overwrite replaces it"
-        raise CommandError(f"expected a new file, got {path}{advice}")
+        raise CommandError(f"Expected a new file, got {path}{advice}")
     try:
         with tempfile.TemporaryDirectory(
             prefix=f".{path.name}.", dir=path.absolute().parent
@@ -167,7 +167,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
             yield Path(scratch) / path.name
             os.replace(Path(scratch) / path.name, path)
     except OSError as error:
-        raise CommandError(f"expected to write {path}, got {error}") from error
+        raise CommandError(f"Expected to write {path}, got {error}") from error
 
 
 @contextmanager
