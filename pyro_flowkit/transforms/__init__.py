@@ -6,12 +6,13 @@ nothing else::
     import pyro_flowkit.transforms as T
 
 Ours: ``spline``, ``conditional_spline``, ``spline_coupling``, ``conditional_spline_coupling``, ``lu_linear``,
-``permute``, ``iterated`` and their classes. Every other name is Pyro's, unchanged.
+``permute``, ``act_norm``, ``iterated`` and their classes. Every other name is Pyro's, unchanged.
 """
 
 import pyro.distributions.transforms as _pyro_transforms
 from pyro.distributions.transforms import *  # noqa: F403
 
+from pyro_flowkit.transforms.act_norm import ActNorm, act_norm
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.base import (
     Bijection,
@@ -40,6 +41,7 @@ from pyro_flowkit.transforms.spline import (
 )
 
 __all__ = [
+    "ActNorm",
     "Affine",
     "Bijection",
     "Compose",
@@ -56,6 +58,7 @@ __all__ = [
     "Spline",
     "SplineCoupling",
     "Standardization",
+    "act_norm",
     "conditional_spline",
     "conditional_spline_coupling",
     "iterated",
