@@ -6,7 +6,7 @@ With b the number of a block, o the output of a small perceptron with ReLU plus 
 
     (m_b, r_b) = o_b(v(y_{<b})), \qquad s_b = 15 \tanh(r_b / 15), \qquad y_b = m_b + \exp(s_b) \odot x_b
 
-with v(y) = y up to \|y\| = 4 and sign(y) (4 + log(\|y\| - 3)) from there on. A block whose scale is the exponential of
+with v(y) = y up to \|y\| = 5 and sign(y) (5 + log(\|y\| - 4)) from there on. A block whose scale is the exponential of
 a line in another has tails as heavy as a log-normal's; one that follows this block in turn would have the exponential
 of those, and one draw in ten thousand would decide an ELBO. By the logarithm, tails of tails grow as powers do.
 
@@ -29,7 +29,7 @@ from pyro_flowkit.ops.layout import Layout
 # a scale that follows a line would overflow far outside
 MAX_LOG_SCALE = 15.0
 # in standard deviations of a block at the start; from here on the blocks after it see its logarithm
-LINEAR_UNTIL = 4.0
+LINEAR_UNTIL = 5.0
 
 
 @dataclass(frozen=True)

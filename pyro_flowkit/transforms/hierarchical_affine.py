@@ -7,7 +7,7 @@ is a curve of others (bananas). With s linear, Neal's funnel is all but exact; s
 of their bounds, stretch a dimension by a factor of hundreds only at great cost. m and s are a linear function plus a
 network, both zero at first; s bends smoothly towards its limits of -15 and 15. Either part is divided by the square
 root of the number of its terms, so that a step of Adam changes a scale by about as much whatever that number is. v is
-the identity up to 4 and a logarithm from there on, so that scales that follow scales have tails like powers.
+the identity up to 5 and a logarithm from there on, so that scales that follow scales have tails like powers.
 
 It is a stack of the affine couplings of Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio. Density Estimation Using
 Real NVP. ICLR 2017; the blocks are what a caller knows of the structure.

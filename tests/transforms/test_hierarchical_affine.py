@@ -24,13 +24,13 @@ def test_a_block_depends_on_those_before_it_and_is_scaled_itself() -> None:
     assert (jacobian[outside] == 0).all()
 
 
-def test_log_scale_follows_a_line_up_to_four_and_a_logarithm_from_there_on() -> None:
+def test_log_scale_follows_a_line_up_to_five_and_a_logarithm_from_there_on() -> None:
     layer = T.HierarchicalAffine([1, 1]).double()
     with torch.no_grad():
         layer.conditioners[0].weight[1, 0] = 0.5
-    v = torch.tensor([-4.0, 4.0, 23.0, -1e6], dtype=torch.float64)
+    v = torch.tensor([-5.0, 5.0, 24.0, -1e6], dtype=torch.float64)
     log_scale = layer(torch.stack([v, torch.ones(4).double()], -1))[:, 1].log().detach()
-    raw = torch.tensor([-2.0, 2.0, 0.5 * (4 + math.log(20.0)), -0.5 * (4 + math.log(1e6 - 3))])
+    raw = torch.tensor([-2.5, 2.5, 0.5 * (5 + math.log(20.0)), -0.5 * (5 + math.log(1e6 - 4))])
     assert torch.allclose(log_scale, 15 * torch.tanh(raw.double() / 15))
 
 
@@ -46,7 +46,7 @@ def test_derivatives_far_outside_are_those_of_autograd() -> None:
     layer = perturb_(T.HierarchicalAffine([2, 3, 1], hidden_dims=[8]), 0.3).double()
     names, parameters = zip(*layer.named_parameters(), strict=True)
     x = 8 * torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert (x[:, :2].abs() > 4).any() and (x[:, :2].abs() < 4).any()
+    assert (x[:, :2].abs() > 5).any() and (x[:, :2].abs() < 5).any()
 
     def weighed(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         values = dict(zip(names, parameters, strict=True))
