@@ -153,7 +153,8 @@ class FlowModule(LightningModule):
                     f"got {type(loss.objective).__name__}"
                 )
         loss.set_mode(training=True)
-        loss.prepare(batch, data_size, check_plates)
+        sizes = None if data_size is None else (data_size, data_size)
+        loss.prepare(batch, sizes, check_plates)
         self._loss = loss
         self.programs = nn.ModuleList(loss.modules)
         self.store = nn.ParameterDict()

@@ -102,7 +102,8 @@ def fit(
     Without data (``args`` only) it is the plain ELBO.
 
     A minibatch stands for all rows only if the model says so:
-    ``pyro.plate("data", len(data), subsample_size=len(batch))``.
+    ``pyro.plate("data", len(data), subsample_size=len(batch))``. With all sites of model and guide in that plate, as
+    in a VAE, ``pyro.plate("data", len(batch))`` does as well.
 
     With neither ``max_steps`` nor ``max_epochs`` the guide's ``recipe()`` decides if it has one. The fit then stops by
     itself, as soon as the gap between log evidence and ELBO is surely below ``tolerance``; the rate begins to fall, and
@@ -145,7 +146,7 @@ def fit(
         max_seconds: Wall-clock limit; the schedule ends with it. What a fit took before it was resumed counts.
         batch_size: Rows per step; default all.
         val_data: Held-out rows: a tensor, a tuple of tensors, or a ``DataLoader``.
-        val_fraction: Share of data to hold out instead; the plate's size is then that of the rest.
+        val_fraction: Share of data to hold out instead. A plate of the size of all data then stands for the rest.
         optimizer: A callable ``params -> torch.optim.Optimizer``; ``lr`` is passed on if given. Default
             Adam. Parameters that first appear later join its first group.
         lr: Initial learning rate; default 3e-3.
@@ -206,8 +207,8 @@ def fit(
     Raises:
         TypeError: If model, guide, data, args, objective, optimizer, callbacks or the scheduler's result are of the
             wrong kind, or a count is no integer.
-        ValueError: If numbers are out of range, plates do not match the data, a latent site has no
-            guide, no parameter is trainable, ``TraceMeanField_ELBO`` meets an ``AutoContinuous``, or a
+        ValueError: If numbers are out of range, plates do not match the data, guide and model differ in their latent
+            sites, no parameter is trainable, ``TraceMeanField_ELBO`` meets an ``AutoContinuous``, or a
             checkpoint does not fit the call or is damaged.
         FloatingPointError: With ``non_finite="raise"``.
         LostRankError: If another process of a distributed fit has ended.
@@ -302,7 +303,11 @@ def fit(
             "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
         )
     loss.set_mode(training=True)
-    loss.prepare(first, batches.size, check_plates)
+    sizes = None
+    if batches.size is not None:
+        taken_off = len(held_out[0]) if val_fraction else 0
+        sizes = batches.size, batches.size + taken_off
+    loss.prepare(first, sizes, check_plates)
     if kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
         raise ValueError(
             f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"
