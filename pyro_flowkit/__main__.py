@@ -13,6 +13,7 @@ from pyro_flowkit.tables.flow import DEFAULT_LAYERS, FlowSettings
 from pyro_flowkit.tables.training import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 
 FAILED, INTERRUPTED = 2, 130
+MOST_LAYERS, MOST_WIDTH, MOST_BINS, MOST_DRAWS = 100, 4096, 256, 10_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except OSError as error:
+        print(f"pyro-flowkit: error: expected to read and write, got {error}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return FAILED
+    except MemoryError:
+        print("pyro-flowkit: error: expected more memory than there is", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -78,22 +86,22 @@ def _parser() -> argparse.ArgumentParser:
         help=f"training time (default: none with --steps, otherwise at most {DEFAULT_SECONDS:g})",
     )
     fit.add_argument(
-        "--seed", type=_natural, default=0, help="of the split and the training (default: 0)"
+        "--seed", type=_seed, default=0, help="of the split and the training (default: 0)"
     )
     fit.add_argument(
         "--layers",
-        type=_positive(int),
+        type=_between(1, MOST_LAYERS),
         help=f"couplings (default: one for each column, at most {DEFAULT_LAYERS})",
     )
     fit.add_argument(
         "--width",
-        type=_positive(int),
+        type=_between(1, MOST_WIDTH),
         default=FlowSettings.width,
         help="units of the couplings' networks (default: %(default)s)",
     )
     fit.add_argument(
         "--bins",
-        type=_at_least(2),
+        type=_between(2, MOST_BINS),
         default=FlowSettings.bins,
         help="bins of the couplings' splines (default: %(default)s)",
     )
@@ -130,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("run", metavar="RUN", help="run folder")
     sample.add_argument(
-        "-n", "--count", type=_positive(int), default=1000, help="rows (default: 1000)"
+        "-n", "--count", type=_between(1, MOST_DRAWS), default=1000, help="rows (default: 1000)"
     )
-    sample.add_argument("--seed", type=_natural, default=0, help="of the draws (default: 0)")
+    sample.add_argument("--seed", type=_seed, default=0, help="of the draws (default: 0)")
     _add_output(sample, "FILE", "CSV file to write (default: stdout)")
 
     compare = add("compare", commands.compare, "compare runs on the test rows that they share")
@@ -185,17 +193,19 @@ def _positive(kind: type) -> Callable[[str], float]:
     return parse
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _between(least: int, most: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {least} to {most}, got {text}"
+            )
         return value
 
     return integer
 
 
-_natural = _at_least(0)
+_seed = _between(0, 2**32 - 1)
 
 
 def _share(text: str) -> float:

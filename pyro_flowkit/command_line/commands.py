@@ -11,35 +11,33 @@ import pandas as pd
 from pyro_flowkit.command_line import report
 from pyro_flowkit.command_line.dialect import ReadOptions
 from pyro_flowkit.command_line.errors import CommandError
+from pyro_flowkit.command_line.places import new_file, reserved
 from pyro_flowkit.command_line.reading import Source, read_table
-from pyro_flowkit.command_line.runs import Run, check_free, new_file, read_run, write_run
+from pyro_flowkit.command_line.runs import Run, read_run, write_run
 from pyro_flowkit.tables import FlowSettings, TableDensity
 
 
 def fit(args: argparse.Namespace) -> None:
     """Train the density of a table and write its run folder."""
-    folder = Path(args.output)
-    check_free(folder, overwrite=args.overwrite)
-    settings = FlowSettings(
-        layers=args.layers, width=args.width, bins=args.bins, dropout=args.dropout
-    )
-    source = read_table(args.data, read_options(args))
-    density = TableDensity(
-        source.frame,
-        columns=args.columns,
-        exclude=args.exclude,
-        discrete=args.discrete,
-        settings=settings,
-        seed=args.seed,
-        name=source.name,
-    )
-    options = {name: getattr(args, name) for name in ("steps", "seconds", "batch_size", "lr")}
-    print(*report.opening(density, source), sep="\n", flush=True)
-    density.fit(**options, progress=sys.stderr.isatty())
-    write_run(
-        folder, _run(source.name, density, {**options, "seed": args.seed}), overwrite=args.overwrite
-    )
-    print(*report.summary(density), f"written to {folder}", sep="\n")
+    with reserved(Path(args.output), overwrite=args.overwrite) as target:
+        source = read_table(args.data, read_options(args))
+        density = TableDensity(
+            source.frame,
+            columns=args.columns,
+            exclude=args.exclude,
+            discrete=args.discrete,
+            settings=FlowSettings(
+                layers=args.layers, width=args.width, bins=args.bins, dropout=args.dropout
+            ),
+            seed=args.seed,
+            name=source.name,
+        )
+        options = {name: getattr(args, name) for name in ("steps", "seconds", "batch_size", "lr")}
+        print(*report.opening(density, source), sep="\n", flush=True)
+        density.fit(**options, progress=sys.stderr.isatty())
+        run = _run(source.name, density, {**options, "seed": args.seed})
+        write_run(target, run, overwrite=args.overwrite)
+    print(*report.summary(density), f"written to {args.output}", sep="\n")
 
 
 def score(args: argparse.Namespace) -> None:
@@ -123,5 +121,6 @@ def _write_table(table: pd.DataFrame, args: argparse.Namespace) -> None:
     if args.output is None:
         table.to_csv(sys.stdout, index=False)
         return
-    with new_file(Path(args.output), overwrite=args.overwrite) as path:
+    inputs = (Path(args.data),) if "data" in args else ()
+    with new_file(Path(args.output), overwrite=args.overwrite, inputs=inputs) as path:
         table.to_csv(path, index=False)

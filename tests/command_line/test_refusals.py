@@ -224,6 +224,9 @@ def test_rows_to_score(trained, tmp_path, fails):
         ["--bins", "1"],
         ["--dropout", "1"],
         ["--seed", "-1"],
+        ["--seed", str(2**40)],
+        ["--width", str(10**9)],
+        ["--layers", str(10**9)],
         ["--discrete", "perhaps"],
     ],
 )
