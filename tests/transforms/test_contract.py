@@ -53,6 +53,27 @@ SPLINE_LAYERS = {
         lambda: T.spline_coupling(2, tails=None),
         {"bound": 3.0, "tails": None},
     ),
+    "spline_autoregressive": (
+        lambda: T.spline_autoregressive(3, [8], permutation=torch.tensor([1, 2, 0])),
+        {"bound": 3.0},
+    ),
+    "spline_autoregressive, 1-d": (lambda: T.spline_autoregressive(1), {"bound": 3.0}),
+    "spline_autoregressive, circular": (
+        lambda: T.spline_autoregressive(3, [8], tails="circular"),
+        {"bound": 3.0, "tails": "circular"},
+    ),
+    "spline_autoregressive, no tails": (
+        lambda: T.spline_autoregressive(2, [8], tails=None),
+        {"bound": 3.0, "tails": None},
+    ),
+    "conditional_spline_autoregressive": (
+        lambda: T.conditional_spline_autoregressive(3, 2, [8]),
+        {"bound": 3.0},
+    ),
+    "conditional_spline_autoregressive, 1-d": (
+        lambda: T.conditional_spline_autoregressive(1, 2),
+        {"bound": 3.0},
+    ),
     "conditional_spline_coupling": (  # a wider network makes large noise in its weights larger still
         lambda: T.conditional_spline_coupling(3, 2, hidden_dims=[8]),
         {"bound": 3.0},
@@ -106,8 +127,9 @@ NOT_IDENTITY = {
     "Standardization, full",
 }
 
-# A compilation takes seconds; these three run nearly all the code there is.
+# A compilation takes seconds; these run nearly all the code there is.
 COMPILED = {
+    "conditional_spline_autoregressive",
     "spline, circular",
     "compose, conditional",
     "Affine, full",
@@ -121,6 +143,8 @@ KINDS = {
     "conditional_spline",
     "spline_coupling",
     "conditional_spline_coupling",
+    "spline_autoregressive",
+    "conditional_spline_autoregressive",
     "iterated, conditional",
     "lu_linear",
     "act_norm",
