@@ -277,7 +277,7 @@ class Variational(Loss):
 
         Args:
             batch: The first batch.
-            sizes: Number of data, and of data with what `val_fraction` took off; None where unknown.
+            sizes: Number of data, and of data with what ``val_fraction`` took off; None where unknown.
             check: Whether to compare the plates with them.
 
         Raises:
