@@ -180,8 +180,8 @@ def fit(
         check_plates: Compare the plates with the data on the first batch.
         trackers: Where the history goes while the fit runs: ``CsvTracker``, ``TensorBoardTracker``,
             ``MLflowTracker``, or anything with their three methods.
-        checkpoint_dir: A folder for checkpoints: of the state between two steps, of which the two
-            newest are kept. They hold plain tensors, are written whole or not at all, and are
+        checkpoint_dir: A folder for checkpoints, of one fit at a time: of the state between two steps, the two
+            newest. They hold plain tensors, are written whole or not at all, and are
             written at the end and at an interruption, too.
         checkpoint_every: Seconds between checkpoints.
         resume: Go on from the newest readable checkpoint in checkpoint_dir, if there is one. The
@@ -202,7 +202,7 @@ def fit(
 
     Returns:
         A ``FitResult``. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
-        ``stop_reason="interrupted"``, once a step is done (at once if pressed again).
+        ``stop_reason="interrupted"``, once a step is done (at once if pressed again, later than a double press).
 
     Raises:
         TypeError: If model, guide, data, args, objective, optimizer, callbacks or the scheduler's result are of the

@@ -21,6 +21,7 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_flowkit.guides.latent_elbo import LatentELBO
+from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
 from pyro_flowkit.programs.pairs import trace_pair
 from pyro_flowkit.programs.plates import (
     TrainingRows,
@@ -32,8 +33,7 @@ from pyro_flowkit.programs.sites import enumerated_names, latent_names
 from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.training.device import moved
 from pyro_flowkit.training.messengers import KLWeight, ParamCapture
-from pyro_flowkit.training.registered import DIVIDER, buffers_of, registered_modules
-from pyro_flowkit.training.state import module_tensors, modules_of, write_into
+from pyro_flowkit.training.state import module_tensors, write_into
 
 Batch = tuple[torch.Tensor, ...]
 STORE = "param_store."  # before the names of its entries
