@@ -112,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         help="share of units to drop while training (default: %(default)s)",
     )
     fit.add_argument(
+        "--base",
+        choices=("normal", "student_t"),
+        help="of the flow: student_t for heavy tails (default: by held-out rows)",
+    )
+    fit.add_argument(
         "--lr",
         type=_positive(float),
         default=LEARNING_RATE,

@@ -15,6 +15,7 @@ from pyro_flowkit.command_line.places import new_file, reserved
 from pyro_flowkit.command_line.reading import Source, read_table
 from pyro_flowkit.command_line.runs import Run, read_run, write_run
 from pyro_flowkit.tables import FlowSettings, TableDensity
+from pyro_flowkit.training.result import versions
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -27,7 +28,11 @@ def fit(args: argparse.Namespace) -> None:
             exclude=args.exclude,
             discrete=args.discrete,
             settings=FlowSettings(
-                layers=args.layers, width=args.width, bins=args.bins, dropout=args.dropout
+                layers=args.layers,
+                width=args.width,
+                bins=args.bins,
+                dropout=args.dropout,
+                base=args.base,
             ),
             seed=args.seed,
             name=source.name,
@@ -106,15 +111,22 @@ def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
         },
         "settings": trained.settings.to_json(),
         "options": options,
-        "versions": trained.result.versions,
+        "versions": versions(),
     }
     test = {
         "row": density.split.test,
+        "copy_of": trained.copy_of["test"],
         "log_prob": trained.log_prob["test"].numpy(),
         "gaussian": trained.gaussian_log_prob["test"].numpy(),
     }
-    history = {"history": trained.result.history, "validation": trained.result.validation}
-    return Run(info, density.metrics, trained.density, {**history, "test": test})
+    result = trained.result
+    none = {"step": np.empty(0)}
+    tables = {
+        "history": none if result is None else result.history,
+        "validation": none if result is None else result.validation,
+        "test": test,
+    }
+    return Run(info, density.metrics, trained.density, tables)
 
 
 def _write_table(table: pd.DataFrame, args: argparse.Namespace) -> None:

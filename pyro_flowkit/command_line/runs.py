@@ -27,7 +27,7 @@ from pyro_flowkit.tables.flow import FlowSettings, TableFlow
 from pyro_flowkit.tables.preparation import Preparation
 from pyro_flowkit.tables.rows import RowDensity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TABLES = ("history", "validation", "test")
 
 
@@ -124,7 +124,7 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     columns = np.array(rows, dtype=np.float64).reshape(len(rows), len(header)).T
-    integers = ("row", "step")
+    integers = ("row", "copy_of", "step")
     return {
         name: column.astype(np.int64) if name in integers else column
         for name, column in zip(header, columns, strict=True)

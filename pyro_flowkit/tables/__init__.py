@@ -3,7 +3,8 @@
 density.py      the front door
 columns.py      choosing and checking columns
 split.py        which rows train, choose and test
-preparation.py  between the rows as they came and what a flow sees, with the log-det
+preparation.py  between the rows as they came and what a flow sees, with the log-det; covariance.py: for few rows,
+                heavy_tails.py: for columns without a variance
 flow.py         the flow for tables; order.py: which column it transforms first
 rows.py         the density of rows that both make
 training.py     the recipe: train it, and keep it only if it beats the Gaussian that it started from

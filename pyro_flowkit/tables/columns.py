@@ -17,6 +17,8 @@ from pyro_flowkit.tables.errors import TableError
 DISCRETE_SHARE = 0.05  # a column with at most this share of distinct values is discrete
 INTEGER_SHARE = 0.5  # for a column of integers
 LEAST_ROWS = 20
+LARGEST = 1e300
+FARTHEST = 1e15  # times the range of most rows
 DISCRETE = ("noise", "drop", "keep")
 
 
@@ -40,6 +42,18 @@ class Table:
     def noisy(self) -> list[str]:
         """Names of the columns of integers that get noise."""
         return [name for name, flag in zip(self.columns, self.discrete, strict=True) if flag]
+
+    def copies(self) -> np.ndarray:
+        """For every row the number of the first one with the same values, shape ``(N,)``.
+
+        Rows of integers alone are no copies of each other: theirs coincide of themselves.
+        """
+        rows = np.arange(len(self.values))
+        if all(self.discrete):
+            return rows
+        hashes = pd.util.hash_pandas_object(pd.DataFrame(self.values + 0.0), index=False)
+        _, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+        return first[index]
 
     def fingerprint(self) -> str:
         """SHA-256 of the values, whatever the order of the columns."""
@@ -126,12 +140,15 @@ def check_table(
     rows = len(values)
     if rows < LEAST_ROWS:
         raise TableError(f"Expected at least {LEAST_ROWS} rows in {where}, got {rows}")
-    constant = [name for name, column in zip(columns, values.T, strict=True) if np.ptp(column) == 0]
+    constant = [
+        name for name, column in zip(columns, values.T, strict=True) if column.min() == column.max()
+    ]
     if constant:
         raise TableError(
             f"Expected columns that vary in {where}, got one value only in {listed(constant)}: "
             "leave them out (exclude)"
         )
+    _refuse_far_values(values, columns, where)
     integer, few = np.array([_kind_of(column) for column in values.T]).T
     if discrete == "drop" and few.any():
         if few.all():
@@ -162,6 +179,20 @@ def _kind_of(column: np.ndarray) -> tuple[bool, bool]:
     integer = bool((column == np.round(column)).all())
     share = len(np.unique(column)) / len(column)
     return integer, share <= (INTEGER_SHARE if integer else DISCRETE_SHARE)
+
+
+def _refuse_far_values(values: np.ndarray, columns: tuple[str, ...], where: str) -> None:
+    """A single number that far away leaves all others no digits to differ in."""
+    for name, column in zip(columns, values.T, strict=True):
+        largest = np.abs(column).max()
+        low, middle, high = np.quantile(column / largest, (0.1, 0.5, 0.9))
+        distance = np.abs(column / largest - middle)
+        row = int(distance.argmax())
+        if largest > LARGEST or (high > low and distance[row] > FARTHEST * (high - low)):
+            raise TableError(
+                f"Expected numbers of one magnitude in {where}, got {column[row]:g} in {name} (row {row}, counted from "
+                "0): leave the row or the column out (exclude)"
+            )
 
 
 def _refuse_equal(values: np.ndarray, columns: tuple[str, ...], where: str) -> None:

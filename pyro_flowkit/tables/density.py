@@ -58,7 +58,9 @@ class TableDensity:
         frame = without_columns(as_frame(frame), exclude, where=name)
         values, names = choose_columns(frame, columns, where=name)
         self.table: Table = check_table(values, names, discrete=discrete, where=name)
-        self.split: Split = split_rows(len(self.table.values), len(self.table.columns), seed)
+        self.split: Split = split_rows(
+            len(self.table.values), len(self.table.columns), seed, self.table.copies()
+        )
         self._settings, self._seed = settings or FlowSettings(), seed
         self._trained: Trained | None = None
 
