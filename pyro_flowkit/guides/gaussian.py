@@ -29,6 +29,9 @@ from torch import Tensor
 
 Density = Callable[[Tensor], Tensor]
 
+FEW_ITERATIONS = 25  # to see whether another start leads to another mode
+LITTLE_ROOM = 0.1  # nats; a Gaussian that is nearer is the best one at its mode
+SETTLED = 1e-5  # nats that an iteration brings
 _LOG_2PI_E = 1.0 + math.log(2.0 * math.pi)
 
 
@@ -62,6 +65,13 @@ class Gaussian:
         with torch.no_grad():
             value = float(density(self.transform(draws)).mean() + self.entropy())
         return value if math.isfinite(value) else -math.inf
+
+    @torch.no_grad()
+    def room(self, density: Density, draws: Tensor) -> float:
+        """How far the ELBO is from the evidence, half the variance of log p - log q (nats); infinite if no number."""
+        log_prob = density(self.transform(draws)) + 0.5 * draws.square().sum(-1)
+        value = 0.5 * float(log_prob.var())
+        return value if math.isfinite(value) else math.inf
 
 
 def normal_draws(count: int, like: Tensor, seed: int) -> Tensor:
@@ -97,16 +107,22 @@ def best_gaussian(
     many = normal_draws(max(256, 8 * size), start.loc, seed=1)
     judges = normal_draws(max(512, 8 * size), start.loc, seed=2)
 
-    def best(candidates: list[Gaussian]) -> Gaussian:
-        return max(candidates, key=lambda gaussian: gaussian.elbo(density, judges))
+    def elbo(gaussian: Gaussian) -> float:
+        return gaussian.elbo(density, judges)
 
-    def better(candidate: Gaussian, draws: Tensor) -> Gaussian:
-        return improved(density, candidate, draws, max_iterations, deadline)
+    def better(candidate: Gaussian, draws: Tensor, iterations: int = max_iterations) -> Gaussian:
+        return max(improved(density, candidate, draws, iterations, deadline), candidate, key=elbo)
 
     laplace = _laplace(density, start, deadline)
-    starts = [start] if laplace is None else [start, laplace]
-    rough = best([*starts, *(better(each, few) for each in starts)])
-    return best([rough, better(rough, many)])
+    starts = [start] if laplace is None else sorted([start, laplace], key=elbo, reverse=True)
+    rough = better(starts[0], few)
+    found = better(rough, many)
+    for other in starts[1:]:
+        is_near = found.room(density, judges) < LITTLE_ROOM
+        other_rough = better(other, few, FEW_ITERATIONS if is_near else max_iterations)
+        if elbo(other_rough) > elbo(rough):
+            found = max(better(other_rough, many), found, key=elbo)
+    return found
 
 
 def improved(
@@ -202,11 +218,18 @@ def minimized(
         return found, gradient.double().cpu().numpy()
 
     with contextlib.suppress(TimeoutError):
+        first = start.double().cpu().numpy()
+        size = abs(value_and_gradient(first)[0])
         scipy.optimize.minimize(
             value_and_gradient,
-            start.double().cpu().numpy(),
+            first,
             jac=True,
             method="L-BFGS-B",
-            options={"maxiter": max_iterations, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-6},
+            options={
+                "maxiter": max_iterations,
+                "maxcor": 20,
+                "ftol": SETTLED / max(size, 1.0),
+                "gtol": 1e-6,
+            },
         )
     return best[1]

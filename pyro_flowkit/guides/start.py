@@ -23,7 +23,7 @@ from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.transforms.affine import Affine
 
 # a setup looks at a few points only
-PRIOR_DRAWS = 6
+PRIOR_DRAWS = 10
 SECONDS_FOR_MODES = 10.0
 WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 

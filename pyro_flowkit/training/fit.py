@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -51,8 +52,12 @@ DEFAULT_LR = 3e-3
 DEFAULT_CAP = 20_000
 DEFAULT_PATIENCE = 5
 WINDOW = 100
+WINDOW_OF_RECIPE = 50
 VALIDATION_ROWS = 100  # at a time, where training has no batch size of its own
 GAUSSIAN_SECONDS = 30.0
+SHARE_FOR_GAUSSIAN = (
+    0.9  # of max_seconds, where the search needs so much: without it a flow gets no farther
+)
 
 
 @torch.enable_grad()
@@ -126,9 +131,9 @@ def fit(
         guide: Its guide. Options that are None are read from the fields of ``guide.recipe()`` where
             there is one: max_steps, lr, num_particles, scheduler, clip_norm. An ``AutoSplineFlow`` that
             sees all of the data at every step starts at the best Gaussian found without noise, whose
-            location and log scale at each site follow those before it in a line; up to a quarter of
-            max_seconds is used for that. It ends there, too, with best_step = 0, if the flow gains
-            less than 0.02 nats on it.
+            location and log scale at each site follow those before it in a line; where it must, nearly all of
+            max_seconds is used for that. It ends there, too, with best_step = 0, unless the flow is better. A guide
+            that was trained before goes on from there, and does not end below it either.
         data: Tensor with ``N`` rows, or a tuple of such tensors, or numpy arrays or pandas' frames of numbers in their
             place. Its batches are the leading positional arguments of model and guide; of a dict of arrays its keys
             say which (they are the model's first parameters, the guide's have the same order). Rows are reshuffled
@@ -317,8 +322,7 @@ def fit(
     if isinstance(guide, AutoSplineFlow) and recipe.gaussian_start and not batches.minibatched:
         inputs = (*first, *args)
         if earlier is None:
-            quarter = GAUSSIAN_SECONDS if max_seconds is None else max_seconds / 4
-            seconds = min(GAUSSIAN_SECONDS, quarter)
+            seconds = min(GAUSSIAN_SECONDS, SHARE_FOR_GAUSSIAN * (max_seconds or math.inf))
             try:
                 start = guide.start_at_gaussian(model, inputs, keywords, max_seconds=seconds)
             except KeyboardInterrupt:
@@ -356,6 +360,8 @@ def fit(
         loss.objective, Trace_ELBO | TraceGraph_ELBO
     )
     watch = None
+    is_own_plan = max_steps is None and max_epochs is None and average is None
+    window = _window(limits.max_steps, bool(held_out))
     if (
         isinstance(guide, AutoSplineFlow)
         and is_elbo
@@ -363,7 +369,6 @@ def fit(
         and not interrupted
     ):
         room = guide.room(model, (*first, *args), keywords) if start is None else start.room
-        is_own_plan = max_steps is None and max_epochs is None and average is None
         watch = watch_gap(
             room, ranks, tolerance, limits.max_steps if is_own_plan else None, scheduler
         )
@@ -400,7 +405,7 @@ def fit(
         judge=Judge(
             loss,
             Validator(held_out, chunk, place) if held_out else None,
-            _window(limits.max_steps, bool(held_out)),
+            window if watch is None or not is_own_plan else min(window, WINDOW_OF_RECIPE),
             None if average is None else Average(average),
             ranks,
         ),

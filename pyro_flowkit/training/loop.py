@@ -159,6 +159,9 @@ class Loop:
         if state.stop is not None:  # before it began
             return state.stop
         self._judge.begin()
+        if state.step == 0 and self._tolerance is not None and self._starts_near(self._tolerance):
+            self._is_final = True
+            return "tolerance"
         while True:
             if limits.max_steps is not None and state.step >= limits.max_steps:
                 return limits.steps_reason
@@ -299,6 +302,13 @@ class Loop:
             return ""
         lost = self._judge.has_diverged and limits.patience_reason != "patience"
         return "diverged" if lost or limits.patience is None else limits.patience_reason
+
+    def _starts_near(self, tolerance: Tolerance) -> bool:
+        """Whether the guide need not be trained."""
+        if isinstance(self._loss, Variational) and self._loss.kl_weight != 1.0:
+            return False
+        self._state.gap = tolerance.judge_start()
+        return tolerance.is_met
 
     def _is_near(self, tolerance: Tolerance) -> bool:
         """Whether the guide is near enough to the posterior; moves the end where more steps at this rate are no use."""
