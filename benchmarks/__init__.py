@@ -1,6 +1,6 @@
 """Side-by-side measurements against other libraries: speed and accuracy, on this machine, in one run.
 
-Run them from the repository root, with the extra `bench` installed for the libraries to compare with:
+Run them from the repository root, with the extra ``bench`` installed for the libraries to compare with:
 
     python -m benchmarks.spline_kernel      the spline alone: fused kernel and PyTorch reference
     python -m benchmarks.spline_flows       whole flows: this project, pyro, nflows, normflows, zuko, flowjax
@@ -13,7 +13,7 @@ Run them from the repository root, with the extra `bench` installed for the libr
     python -m benchmarks.pyro_examples      Pyro's own examples with only the loop replaced
     python -m benchmarks.conditional_flow   conditional flows: a banana at three scales, and Pyro's notebook
 
-Each prints its tables and writes them to `benchmarks/results/`. Time is CPU time on one thread; numerical libraries
+Each prints its tables and writes them to ``benchmarks/results/``. Time is CPU time on one thread; numerical libraries
 read their number of threads when they are loaded, so it is set here, before any of them.
 """
 

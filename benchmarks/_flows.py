@@ -1,7 +1,7 @@
 """This project's flows as the benchmarks run them, and the list of all competitors.
 
-Like for like with the other libraries: couplings with `identity=True` and nothing between them. The defaults are what
-`SplineFlow` builds when only sizes are given: splines for both halves, LU layers in between, and in the VI step the
+Like for like with the other libraries: couplings with ``identity=True`` and nothing between them. The defaults are what
+``SplineFlow`` builds when only sizes are given: splines for both halves, LU layers in between, and in the VI step the
 path gradient.
 """
 
@@ -19,7 +19,7 @@ from benchmarks import _peers
 from benchmarks._measure import is_installed
 from benchmarks._setting import Setting, Task, TorchFlow, conditioners, perturb, torch_tasks
 from pyro_flowkit import FlowDistribution, SplineFlow, ops
-from pyro_flowkit.transforms import spline_coupling
+from pyro_flowkit.transforms import spline_autoregressive, spline_coupling
 
 FUSED = "pyro_flowkit, fused"
 REFERENCE = "pyro_flowkit, reference"
@@ -84,6 +84,30 @@ def default_flow(setting: Setting) -> dict[str, Task]:
     return torch_tasks(TorchFlow(flow.log_prob, draw, flow.sample, parameters), setting)
 
 
+def autoregressive_flow(setting: Setting) -> dict[str, Task]:
+    """Autoregressive layers whose order alternates, with nothing between them."""
+    order = torch.arange(setting.dim)
+    layers = [
+        spline_autoregressive(
+            setting.dim,
+            setting.hidden_dims,
+            setting.count_bins,
+            setting.bound,
+            permutation=order.flip(0) if i % 2 else order,
+        ).inv
+        for i in range(setting.num_couplings)
+    ]
+    parameters = perturb(layers)
+    base = dist.Normal(torch.zeros(setting.dim), torch.ones(setting.dim)).to_event(1)
+    flow = FlowDistribution(base, layers)
+    return torch_tasks(
+        TorchFlow(
+            flow.log_prob, lambda n: flow.rsample_and_log_prob((n,)), _sampler(flow), parameters
+        ),
+        setting,
+    )
+
+
 def _sampler(flow: FlowDistribution) -> Callable[[int], Tensor]:
     return lambda n: flow.sample((n,))
 
@@ -116,9 +140,19 @@ BUILDERS: dict[str, Callable[[Setting], dict[str, Task]]] = {
 PEERS = tuple(BUILDERS)[4:-1]
 
 
+AUTOREGRESSIVE = "pyro_flowkit, autoregressive"
+AUTOREGRESSIVE_BUILDERS: dict[str, Callable[[Setting], dict[str, Task]]] = {
+    AUTOREGRESSIVE: autoregressive_flow,
+    "nflows autoregressive": _peers.nflows_autoregressive,
+    "zuko autoregressive": partial(_peers.zuko_flow, masked=True, passes=None),
+}
+"""The autoregressive flows, which are compared with one another."""
+
+
 def missing() -> list[str]:
     """Competitors that this environment cannot run."""
-    absent = [name for name in PEERS if not is_installed(name.split()[0])]
+    peers = [*PEERS, *list(AUTOREGRESSIVE_BUILDERS)[1:]]
+    absent = [name for name in peers if not is_installed(name.split()[0])]
     return absent if ops.backend() == "fused" else [FUSED, *absent]
 
 

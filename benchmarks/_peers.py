@@ -6,16 +6,18 @@ alternation, since every library can do that. All parameters are moved off their
 
 Each library is called in the cheapest way that it documents. What differs all the same:
 
-- pyro: `SplineCoupling(identity=True, order="quadratic")` with `Permute` reversing the dimensions in between,
-  and a `clear_cache()` a step, without which it would answer a second call on the same tensor from its cache.
-- nflows: `PiecewiseRationalQuadraticCouplingTransform` with this project's networks instead of its residual ones; it
+- pyro: ``SplineCoupling(identity=True, order="quadratic")`` with ``Permute`` reversing the dimensions in between,
+  and a ``clear_cache()`` a step, without which it would answer a second call on the same tensor from its cache.
+- nflows: ``PiecewiseRationalQuadraticCouplingTransform`` with this project's networks instead of its residual ones; it
   divides the logits by the square root of their width, in place.
-- normflows: the layer under `CoupledRationalQuadraticSpline`, which itself fixes a residual network and adds splines
-  for the other half; `sample` gives the log-density too, always.
-- zuko: `GeneralCouplingTransform` of `MonotonicRQSTransform`; for draws `Flow(flow.transform.inv, flow.base)`, its
-  recipe for training by samples. "zuko NSF" is the flow of that name with `passes=2`, whose networks also compute what
-  the masks throw away. zuko turns the validation of `torch.distributions` off; the others run with it on.
-- flowjax: `coupling_flow`, whose splines also learn the slopes at the bounds; compiled, with `invert` set for the
+- normflows: the layer under ``CoupledRationalQuadraticSpline``, which itself fixes a residual network and adds splines
+  for the other half; ``sample`` gives the log-density too, always.
+- zuko: ``GeneralCouplingTransform`` of ``MonotonicRQSTransform``; for draws ``Flow(flow.transform.inv, flow.base)``,
+  its recipe for training by samples. "zuko NSF" is the flow of that name with ``passes=2``, whose networks also compute
+  what the masks throw away. zuko turns the validation of ``torch.distributions`` off; the others run with it on.
+- the autoregressive flows of zuko (``NSF`` as it comes) and nflows (feed-forward masked networks,
+  ``ReversePermutation`` in between) compute densities in one pass and draws in D passes.
+- flowjax: ``coupling_flow``, whose splines also learn the slopes at the bounds; compiled, with ``invert`` set for the
   density and for draws in turn.
 """
 
@@ -107,12 +109,42 @@ def nflows_flow(setting: Setting) -> dict[str, Task]:
     )
 
 
+def nflows_autoregressive(setting: Setting) -> dict[str, Task]:
+    from nflows.distributions.normal import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import (
+        CompositeTransform,
+        MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+        ReversePermutation,
+    )
+
+    layers: list[nn.Module] = []
+    for i in range(setting.num_couplings):
+        if i > 0:
+            layers.append(ReversePermutation(setting.dim))
+        layers.append(
+            MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                setting.dim,
+                setting.hidden_dims[0],
+                num_bins=setting.count_bins,
+                tails="linear",
+                tail_bound=setting.bound,
+                num_blocks=len(setting.hidden_dims) - 1,
+                use_residual_blocks=False,
+            )
+        )
+    flow = Flow(CompositeTransform(layers), StandardNormal([setting.dim]))
+    return torch_tasks(
+        TorchFlow(flow.log_prob, flow.sample_and_log_prob, flow.sample, perturb([flow])), setting
+    )
+
+
 def normflows_flow(setting: Setting) -> dict[str, Task]:
     import normflows
     from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
 
     class Layer(normflows.flows.Flow):
-        """As `CoupledRationalQuadraticSpline` wraps it: the layer's inverse makes the draws."""
+        """As ``CoupledRationalQuadraticSpline`` wraps it: the layer's inverse makes the draws."""
 
         def __init__(self, mask: Tensor):
             super().__init__()
@@ -137,7 +169,7 @@ def normflows_flow(setting: Setting) -> dict[str, Task]:
     return torch_tasks(TorchFlow(flow.log_prob, flow.sample, flow.sample, perturb([flow])), setting)
 
 
-def zuko_flow(setting: Setting, *, masked: bool = False) -> dict[str, Task]:
+def zuko_flow(setting: Setting, *, masked: bool = False, passes: int | None = 2) -> dict[str, Task]:
     validation = Distribution._validate_args
     import zuko
 
@@ -149,7 +181,7 @@ def zuko_flow(setting: Setting, *, masked: bool = False) -> dict[str, Task]:
             setting.dim,
             transforms=setting.num_couplings,
             bins=setting.count_bins,
-            passes=2,
+            passes=passes,
             **hidden,
         )
     else:
@@ -169,7 +201,7 @@ def zuko_flow(setting: Setting, *, masked: bool = False) -> dict[str, Task]:
             zuko.distributions.DiagNormal, zeros, ones, buffer=True
         )
         flow = zuko.lazy.Flow(couplings, base)
-    sampler = zuko.lazy.Flow(flow.transform.inv, flow.base)
+    sampler = flow if passes is None else zuko.lazy.Flow(flow.transform.inv, flow.base)
     tasks = torch_tasks(
         TorchFlow(
             lambda x: flow().log_prob(x),

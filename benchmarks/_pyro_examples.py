@@ -1,7 +1,7 @@
-"""Three programs in the way of Pyro's own examples, for `pyro_examples.py`; the data are simulated or scikit-learn's.
+"""Three programs in the way of Pyro's own examples, for ``pyro_examples.py``; the data are simulated or scikit-learn's.
 
-`VAE` follows examples/vae, `DMM` examples/dmm (Krishnan, Shalit, Sontag 2017), `BayesianRegression` the first tutorial
-on Bayesian regression. Their plates have the size of the batch, as Pyro's have.
+``VAE`` follows examples/vae, ``DMM`` examples/dmm (Krishnan, Shalit, Sontag 2017), ``BayesianRegression`` the first
+tutorial on Bayesian regression. Their plates have the size of the batch, as Pyro's have.
 """
 
 import pyro
@@ -77,7 +77,7 @@ class GatedTransition(nn.Module):
 
 
 class DMM(nn.Module):
-    """A deep Markov model of binary sequences `(B, T, D)`."""
+    """A deep Markov model of binary sequences ``(B, T, D)``."""
 
     def __init__(self, input_dim: int, z_dim: int = 6, hidden_dim: int = 16, rnn_dim: int = 16):
         super().__init__()

@@ -1,6 +1,6 @@
 r"""The posteriors that a step of variational inference is timed on, with the guides and optimizers that compete.
 
-Eight schools, centred (10 latents), and Seeds (26 latents): see `models/_targets.py`.
+Eight schools, centred (10 latents), and Seeds (26 latents): see ``models/_targets.py``.
 """
 
 import warnings
@@ -79,7 +79,7 @@ def make_elbo(num_particles: int) -> Trace_ELBO:
 
 
 def svi_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], object]:
-    """A step as Pyro takes it: `SVI` with `pyro.optim.Adam`, which makes an optimizer for each parameter."""
+    """A step as Pyro takes it: ``SVI`` with ``pyro.optim.Adam``, which makes an optimizer for each parameter."""
     optimizer = pyro.optim.Adam({"lr": LR})
     svi = SVI(problem.model, guide, optimizer, make_elbo(num_particles))
     return partial(svi.step, *problem.args)
@@ -100,7 +100,7 @@ def loop_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], o
 
 
 def fit_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], object]:
-    """A step as `fit` takes it by the guide's recipe: the model as a recording, the same Adam."""
+    """A step as ``fit`` takes it by the guide's recipe: the model as a recording, the same Adam."""
     options: dict[str, Any] = {"objective": None, "num_particles": num_particles}
     loss = chosen_loss(problem.model, guide, (), problem.args, {}, **options)
     loss.prepare((), None, False)

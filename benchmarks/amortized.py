@@ -11,7 +11,7 @@ Both parts are printed, and how far the means and standard deviations of the z_i
 deviations. The runs: minibatches of 100, minibatches of 50, 100 and 150 in turn, and, with 1,000 data, a subsampled and
 a whole plate, which should agree; these two for several seeds of parameters, noise and the order of the data.
 
-Guides and training are left at their defaults: `pyro_flowkit.fit` by the guide's recipe, and for batches of varying
+Guides and training are left at their defaults: ``pyro_flowkit.fit`` by the guide's recipe, and for batches of varying
 size a loop with the same optimizer and schedule, in which a batch is weighted by its size.
 
     python -m benchmarks.amortized

@@ -4,10 +4,11 @@ The banana is a posterior that is known, given a context of one number c:
 
 .. math:: c \sim N(0, 1), \qquad z_1 \sim N(c, s^2), \qquad z_2 \sim N\big((z_1 - c)^2 / s, (s / 2)^2\big)
 
-at scales s of 1, .25 and .05. Its evidence is 1, so that the gap is minus the ELBO. A `SplineFlow` in a guide function
-and an `AmortizedSplineFlow` learn it from 512 contexts by `fit`, 64 a step; the gap is that of new contexts.
+at scales s of 1, .25 and .05. Its evidence is 1, so that the gap is minus the ELBO. A ``SplineFlow`` in a guide
+function and an ``AmortizedSplineFlow`` learn it from 512 contexts by ``fit``, 64 a step; the gap is that of new
+contexts.
 
-The other table is the program of `models.pyro_notebooks.flow_guide` with this project's flow and with zuko's neural
+The other table is the program of ``models.pyro_notebooks.flow_guide`` with this project's flow and with zuko's neural
 spline flow: the loss per datum in steps 181 to 200, which is the KL divergence but for a constant.
 
     python -m benchmarks.conditional_flow

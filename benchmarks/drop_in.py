@@ -1,15 +1,15 @@
 """AutoSplineFlow in the place of AutoNormal at the learning rates that people use, in eighteen programs.
 
-The programs (`models/_drop_in.py`, `models/_drop_in_more.py`) are in the style of Pyro's examples, and so is the
-loop: `svi.step` with `pyro.optim.ClippedAdam({"lr": rate})`, a rate that does not fall, `Trace_ELBO` or
-`TraceEnum_ELBO`. Both guides have their defaults; only their class differs.
+The programs (``models/_drop_in.py``, ``models/_drop_in_more.py``) are in the style of Pyro's examples, and so is the
+loop: ``svi.step`` with ``pyro.optim.ClippedAdam({"lr": rate})``, a rate that does not fall, ``Trace_ELBO`` or
+``TraceEnum_ELBO``. Both guides have their defaults; only their class differs.
 
     python -m benchmarks.drop_in --jobs 2
     python -m benchmarks.drop_in --programs banana LKJ --rates 0.05 --runs runs/two.jsonl --output output/two.md
 
-Every training is a line of `--runs`, by default of `benchmarks/results/drop_in.jsonl`, and what is there is not done
-again: a command that was stopped goes on where it was, and one with fewer programs or rates reports on those alone.
-After a change of a guide or a program its lines are to be taken out, or another file named.
+Every training is a line of ``--runs``, by default of ``benchmarks/results/drop_in.jsonl``, and what is there is not
+done again: a command that was stopped goes on where it was, and one with fewer programs or rates reports on those
+alone. After a change of a guide or a program its lines are to be taken out, or another file named.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python -m benchmarks.faults
 
 A process trains a spline flow on minibatches with validation and writes a checkpoint as often as it can, so that most
-kills (SIGKILL, at random moments) fall into the writing of one. After each it is started again with `resume=True`. Then
-a checkpoint is damaged in 200 ways: cut short, bits flipped, noise, pickles that would run code.
+kills (SIGKILL, at random moments) fall into the writing of one. After each it is started again with ``resume=True``.
+Then a checkpoint is damaged in 200 ways: cut short, bits flipped, noise, pickles that would run code.
 """
 
 import argparse

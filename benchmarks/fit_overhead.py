@@ -1,8 +1,8 @@
-"""What `fit` costs per step beyond a loop written by hand: same model, same batches, same optimizer.
+"""What ``fit`` costs per step beyond a loop written by hand: same model, same batches, same optimizer.
 
-The loop by hand is the shortest one that trains: rows by a random permutation, loss, backward, fused Adam. `fit` does
+The loop by hand is the shortest one that trains: rows by a random permutation, loss, backward, fused Adam. ``fit`` does
 that, and looks for non-finite numbers, measures the gradient's norm, follows a schedule, judges windows and keeps the
-history. A callback takes a step by hand of a twin after every step of `fit`, so that both see the same machine; one
+history. A callback takes a step by hand of a twin after every step of ``fit``, so that both see the same machine; one
 thread. Two loops by hand differ by up to 100 microseconds in a step of ten milliseconds, according to where their
 tensors lie in memory: hence many runs, and the mean of their median differences with its standard error.
 

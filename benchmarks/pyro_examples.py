@@ -1,11 +1,11 @@
-"""Programs in the way of Pyro's own examples, trained by their own loop and by `fit`, with only the loop replaced.
+"""Programs in the way of Pyro's own examples, trained by their own loop and by ``fit``, with only the loop replaced.
 
     python -m benchmarks.pyro_examples
 
-Loop and `fit` get the same model, guide, optimizer, constant rate, batch size and number of steps; for the sequences
-`kl_schedule` takes the place of the model's annealing factor. `fit` also runs with its own default, a rate that falls
-over the last tenth of the steps, and along a cosine over all of them, which pays once training is long enough to be
-held up by the noise of its steps, and not before. The final loss is -ELBO per datum over all data (per sequence, per
+Loop and ``fit`` get the same model, guide, optimizer, constant rate, batch size and number of steps; for the sequences
+``kl_schedule`` takes the place of the model's annealing factor. ``fit`` also runs with its own default, a rate that
+falls over the last tenth of the steps, and along a cosine over all of them, which pays once training is long enough to
+be held up by the noise of its steps, and not before. The final loss is -ELBO per datum over all data (per sequence, per
 regression), with equal noise.
 """
 

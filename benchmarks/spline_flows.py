@@ -1,4 +1,5 @@
-r"""The same spline flow in six libraries: CPU time of what density estimation and variational inference ask of it.
+r"""The same spline flow in six libraries: CPU time of what density estimation and variational inference ask of it. And
+an autoregressive one in three.
 
     log_prob        log-density of a batch, no gradient
     training step   log-density of a batch and its gradient with respect to all parameters
@@ -6,7 +7,7 @@ r"""The same spline flow in six libraries: CPU time of what density estimation a
     sampling        draws, no gradient
 
 No optimizer is in any of them. The floor is what the conditioners alone cost, which no spline flow can undercut.
-`benchmarks/_peers.py` says how each library is called.
+``benchmarks/_peers.py`` says how each library is called.
 
     python -m benchmarks.spline_flows
     python -m benchmarks.spline_flows --quick
@@ -14,10 +15,12 @@ No optimizer is in any of them. The floor is what the conditioners alone cost, w
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from benchmarks._flows import (
+    AUTOREGRESSIVE,
+    AUTOREGRESSIVE_BUILDERS,
     BUILDERS,
     COMPILED,
     CONDITIONERS,
@@ -29,9 +32,10 @@ from benchmarks._flows import (
     missing,
 )
 from benchmarks._measure import RESULTS, Report, Timing, cpu_times, number, table
-from benchmarks._setting import QUANTITIES, Setting
+from benchmarks._setting import QUANTITIES, Setting, Task
 
 SIZES = ((2, 256), (8, 512), (32, 1024), (64, 4096))
+LARGEST_AUTOREGRESSIVE = 8  # beyond it a draw of others, D passes, takes seconds
 GROWTH = {
     "dim": (2, 4, 8, 16, 32, 64),
     "count_bins": (4, 8, 16, 32),
@@ -68,20 +72,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     results = {}
     for setting in settings:
-        results[setting] = measure(names, setting, repeats, args.quick)
+        results[setting] = measure(BUILDERS, names, setting, repeats, args.quick)
     for quantity in QUANTITIES:
-        report.add(f"## {quantity}", "", *_comparison(results, names, quantity), "")
+        lines = _comparison(results, names, quantity, _ours(names))
+        report.add(f"## {quantity}", "", *lines, "")
     report.add("## Times the conditioners alone", "", *_floor(results, names), "")
     report.add("## Accuracy", "", *_accuracy(settings), "")
+    report.add(*_autoregressive(absent, settings, repeats, args.quick))
     if not args.quick:
         for field in GROWTH:
             report.add(*_growth(field, [n for n in names if n in GROWTH_COMPETITORS], repeats), "")
     report.save(args.output)
 
 
-def measure(names: Sequence[str], setting: Setting, repeats: int, quick: bool = False) -> Timings:
+def measure(
+    builders: dict[str, Callable[[Setting], dict[str, Task]]],
+    names: Sequence[str],
+    setting: Setting,
+    repeats: int,
+    quick: bool = False,
+) -> Timings:
     """Timings by quantity and competitor."""
-    tasks = {name: BUILDERS[name](setting) for name in names}
+    tasks = {name: builders[name](setting) for name in names}
     return {
         quantity: cpu_times(
             {name: tasks[name][quantity] for name in names},
@@ -102,7 +114,9 @@ def _sizes(settings: Sequence[Setting]) -> list[str]:
     return [f"({s.dim}, {s.batch})" for s in settings]
 
 
-def _comparison(results: dict[Setting, Timings], names: Sequence[str], quantity: str) -> list[str]:
+def _comparison(
+    results: dict[Setting, Timings], names: Sequence[str], quantity: str, ours: str
+) -> list[str]:
     header = ["(D, batch)"]
     for size in _sizes(list(results)):
         header += [f"{size} ms", "x"]
@@ -111,9 +125,32 @@ def _comparison(results: dict[Setting, Timings], names: Sequence[str], quantity:
         row = [name]
         for timings in results.values():
             timing = timings[quantity][name]
-            row += [str(timing), f"{timing.times(timings[quantity][_ours(names)]):.2f}"]
+            row += [str(timing), f"{timing.times(timings[quantity][ours]):.2f}"]
         rows.append(row)
     return table(header, rows)
+
+
+def _autoregressive(
+    absent: Sequence[str], settings: Sequence[Setting], repeats: int, quick: bool
+) -> list[str]:
+    names = [name for name in AUTOREGRESSIVE_BUILDERS if name not in absent]
+    results = {
+        setting: measure(AUTOREGRESSIVE_BUILDERS, names, setting, repeats, quick)
+        for setting in settings
+        if setting.dim <= LARGEST_AUTOREGRESSIVE
+    }
+    if not results:
+        return []
+    lines = [
+        "## Autoregressive flows",
+        "",
+        "The same sizes, masked networks, densities in one pass, draws dimension by dimension; x: times "
+        f"{AUTOREGRESSIVE}.",
+        "",
+    ]
+    for quantity in QUANTITIES:
+        lines += [f"### {quantity}", "", *_comparison(results, names, quantity, AUTOREGRESSIVE), ""]
+    return lines
 
 
 def _floor(results: dict[Setting, Timings], names: Sequence[str]) -> list[str]:

@@ -188,7 +188,7 @@ ERRORS = (
 def errors(
     spline: Spline, direction: str, scale: float, backends: Sequence[str], points: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Absolute errors of float32 against the reference in float64, by backend and quantity, shape `(points,)`."""
+    """Absolute errors of float32 against the reference in float64, by backend and quantity, shape ``(points,)``."""
     generator = torch.Generator().manual_seed(0)
     params = scale * torch.randn(points, spline.num_params, generator=generator)
     knots = _knots(params.double(), spline, direction)
@@ -223,7 +223,7 @@ def errors(
 
 
 def _knots(params: Tensor, spline: Spline, direction: str) -> Tensor:
-    """Where the bins meet and end, on the axis of the inputs; shape `(*batch, count_bins + 1)`."""
+    """Where the bins meet and end, on the axis of the inputs; shape ``(*batch, count_bins + 1)``."""
     widths, heights = params[..., : 2 * spline.count_bins].unflatten(-1, (2, -1)).unbind(-2)
     forward = direction == "forward"
     least = MIN_BIN_WIDTH if forward else MIN_BIN_HEIGHT

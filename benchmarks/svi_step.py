@@ -1,8 +1,8 @@
 r"""A step of variational inference with AutoSplineFlow, beside Pyro's own guides.
 
-Flows are 4 transforms with networks of two hidden layers of 32. Every guide takes the same steps: `Trace_ELBO` with
-vectorised particles, once through Pyro's `SVI` and once in a loop by hand, whose optimizer is the cheapest of PyTorch.
-`benchmarks/_svi_models.py` has the models, guides and steps.
+Flows are 4 transforms with networks of two hidden layers of 32. Every guide takes the same steps: ``Trace_ELBO`` with
+vectorised particles, once through Pyro's ``SVI`` and once in a loop by hand, whose optimizer is the cheapest of
+PyTorch. ``benchmarks/_svi_models.py`` has the models, guides and steps.
 
     python -m benchmarks.svi_step
     python -m benchmarks.svi_step --problems seeds --particles 64 --profile
@@ -88,7 +88,7 @@ def _comparison(columns: dict[tuple[str, int], dict[str, Timing]]) -> list[str]:
 
 
 def _beside_the_loop(chosen: dict[str, Target], rounds: int) -> list[str]:
-    """What `fit` takes for a step of AutoSplineFlow, times what a loop by hand takes."""
+    """What ``fit`` takes for a step of AutoSplineFlow, times what a loop by hand takes."""
     rows = []
     for name, problem in chosen.items():
         pyro.clear_param_store()

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from benchmarks._measure import RESULTS, Report, table
-from pyro_flowkit.command_line.density import BATCH_SIZE, TrainOptions, default_steps, train
-from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import FlowSettings
-from pyro_flowkit.command_line.report import metrics_of
-from pyro_flowkit.command_line.tables import Table, split_rows
+from pyro_flowkit.tables.columns import Table
+from pyro_flowkit.tables.errors import TableError
+from pyro_flowkit.tables.flow import FlowSettings
+from pyro_flowkit.tables.metrics import metrics_of
+from pyro_flowkit.tables.split import split_rows
+from pyro_flowkit.tables.training import BATCH_SIZE, TrainOptions, default_steps, train
 
 MIN_DISTINCT = 0.05
 
@@ -78,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             continue
         try:
             if not values.shape[1]:
-                raise CommandError("no column with enough distinct values")
+                raise TableError("no column with enough distinct values")
             found[name] = measure(values, steps=args.steps, seed=args.seed)
-        except CommandError as error:
+        except TableError as error:
             left_out.append(f"{name}: {error}")
             continue
         row = found[name]

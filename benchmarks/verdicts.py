@@ -3,8 +3,8 @@ r"""Are verdicts on guides right, and the same at every seed?
 Forty guides that are good by truth (means within 0.05 sd, sds within 5 %, gap at most 0.02 nats) and twenty that are
 wrong on purpose, of 1 to 50 dimensions. Posteriors are known: the model samples its latents from the posterior itself,
 so that the log evidence is 0, and nothing is trained. What is true of each guide is measured on 200,000 draws. Each is
-judged at ten seeds by `diagnose(evidence_bounds(model, guide))` at the default number of draws, with and without the
-result of `probe_modes`.
+judged at ten seeds by ``diagnose(evidence_bounds(model, guide))`` at the default number of draws, with and without the
+result of ``probe_modes``.
 
     python -m benchmarks.verdicts
     python -m benchmarks.verdicts --quick

@@ -3,8 +3,8 @@ r"""Eight programs in the style of Pyro's own examples, for one guide to take th
 They are what people have: models in the default dtype with their plates, masks and enumerated sites. A guide is put
 into them by its class alone.
 
-Where the model sums out its discrete sites (`TraceEnum_ELBO` and `infer={"enumerate": "parallel"}`), the guide is over
-the rest of the model:
+Where the model sums out its discrete sites (``TraceEnum_ELBO`` and ``infer={"enumerate": "parallel"}``), the guide is
+over the rest of the model:
 
     guide = AutoSplineFlow(poutine.block(model, expose=["survival", "catch"]))           # or hide=[...], hide_fn=...
     svi = SVI(model, guide, optimizer, TraceEnum_ELBO())

@@ -1,14 +1,14 @@
 r"""Ten more programs in the style of Pyro's examples and tutorials, and all eighteen with data for quick steps.
 
 Each has what its original has, in our words: the priors, the plates, what is enumerated, and where it starts. With the
-eight of `_drop_in.py`, whose data are cut down here, a training step takes a few milliseconds.
+eight of ``_drop_in.py``, whose data are cut down here, a training step takes a few milliseconds.
 
 References:
     Donald B. Rubin. Estimation in Parallel Randomized Experiments. JES 1981 (the eight schools).
     Raj Agrawal, Jonathan H. Huggins, Brian Trippe, Tamara Broderick. The Kernel Interaction Trick: Fast Bayesian
-    Discovery of Pairwise Interactions in High Dimensions. ICML 2019 (`kernel_regression`).
+    Discovery of Pairwise Interactions in High Dimensions. ICML 2019 (``kernel_regression``).
     Rajesh Ranganath, Linpeng Tang, Laurent Charlin, David M. Blei. Deep Exponential Families. AISTATS 2015
-    (`gamma_def`).
+    (``gamma_def``).
     All data but those of the schools, the batters and the mixture are simulated, from a fixed seed.
 """
 
@@ -75,7 +75,7 @@ def inclined_plane(seconds: Tensor) -> None:
 
 
 class RuggedRegression(PyroModule):
-    """Linear regression of log GDP on ruggedness, on being in Africa and on both, by `PyroSample`."""
+    """Linear regression of log GDP on ruggedness, on being in Africa and on both, by ``PyroSample``."""
 
     def __init__(self) -> None:
         super().__init__()

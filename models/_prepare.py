@@ -29,9 +29,9 @@ def load(
     """Digits, a table of scikit-learn, or a file: csv, npy, npz or idx.
 
     Args:
-        name: "digits", one of `models.data.TABLES`, or a path.
+        name: "digits", one of ``models.data.TABLES``, or a path.
         key: array to take from an npz file that holds several.
-        min_distinct: see `models.data.table_from_file`.
+        min_distinct: see ``models.data.table_from_file``.
         rows: keep at most this many training rows, and a tenth of it for validation and test each.
 
     Raises:

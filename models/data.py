@@ -27,9 +27,9 @@ class Dataset:
     """Rows of one kind, split in three.
 
     Attributes:
-        train: Training rows, shape `(N_train, *event_shape)`, float32.
-        val: Validation rows, shape `(N_val, *event_shape)`.
-        test: Test rows, shape `(N_test, *event_shape)`.
+        train: Training rows, shape ``(N_train, *event_shape)``, float32.
+        val: Validation rows, shape ``(N_val, *event_shape)``.
+        test: Test rows, shape ``(N_test, *event_shape)``.
         name: What to call it in tables and titles.
         event_shape: Shape of one row.
         levels: Number of integer levels 0..levels-1 of discrete data, None for continuous data.
@@ -63,10 +63,10 @@ def split(
     levels: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Dataset:
-    """Splits rows by `numpy.random.default_rng(seed).permutation`: train, validation, test.
+    """Splits rows by ``numpy.random.default_rng(seed).permutation``: train, validation, test.
 
     Args:
-        rows: Array of shape `(N, *event_shape)`.
+        rows: Array of shape ``(N, *event_shape)``.
         name: Name of the data set.
         fractions: Shares of validation and test rows.
         seed: Seed of the permutation.
@@ -116,7 +116,7 @@ def table(name: str, *, seed: int = 0, fractions: tuple[float, float] = (0.1, 0.
     """A small table that comes with scikit-learn; columns are raw, not standardised.
 
     Args:
-        name: One of `TABLES`.
+        name: One of ``TABLES``.
         seed: Seed of the split.
         fractions: Shares of validation and test rows.
 
@@ -191,8 +191,8 @@ def images_from_file(
     """Grey images with levels 0..255: an idx file of MNIST's format (gz or not), or an npz file.
 
     Args:
-        path: For example `train-images-idx3-ubyte.gz`, or an npz with an array of shape
-            `(N, height, width)`.
+        path: For example ``train-images-idx3-ubyte.gz``, or an npz with an array of shape
+            ``(N, height, width)``.
         key: Array to take from an npz file that holds several.
         seed: Seed of the split.
         fractions: Shares of validation and test rows.
@@ -314,7 +314,7 @@ def target(
     """Independent draws from a 2-D target.
 
     Args:
-        name: One of `TARGETS`.
+        name: One of ``TARGETS``.
         sizes: Numbers of training, validation and test rows.
         seed: Seed of the draws.
         dtype: dtype of the tensors.

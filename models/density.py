@@ -43,7 +43,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class DensityResult:
-    """What `main` returns.
+    """What ``main`` returns.
 
     Attributes:
         nll: mean -log p of the test rows (nats).

@@ -1,9 +1,9 @@
 r"""AutoSplineFlow in the place of AutoNormal, in programs that know nothing of it.
 
-Eight programs in the style of Pyro's own examples (`_drop_in.py`) are trained twice in one plain loop, that of their
-users: `SVI`, Adam with a rate that falls, `Trace_ELBO`, or `TraceEnum_ELBO` where discrete sites are enumerated. Only
-the class of the guide differs. `python -m benchmarks.drop_in` does so at the constant rates that people use, in these
-programs and ten more.
+Eight programs in the style of Pyro's own examples (``_drop_in.py``) are trained twice in one plain loop, that of their
+users: ``SVI``, Adam with a rate that falls, ``Trace_ELBO``, or ``TraceEnum_ELBO`` where discrete sites are enumerated.
+Only the class of the guide differs. ``python -m benchmarks.drop_in`` does so at the constant rates that people use, in
+these programs and ten more.
 
     python -m models.drop_in
     python -m models.drop_in --programs baseball mixture --steps 3000

@@ -49,12 +49,12 @@ FAST_STEPS = 30
 
 @dataclass(frozen=True)
 class SchoolsResult:
-    """What `main` returns.
+    """What ``main`` returns.
 
     Attributes:
-        tree: draws, weights, training curve and bounds, from `from_svi`.
+        tree: draws, weights, training curve and bounds, from ``from_svi``.
         summary: ArviZ's summary of the draws.
-        verdict: what `diagnose` says of the guide.
+        verdict: what ``diagnose`` says of the guide.
     """
 
     tree: xr.DataTree

@@ -4,9 +4,9 @@ r"""A Bayesian factor model of the handwritten digits: a few non-negative factor
     z_i ~ Exponential(1)^K,   x_i ~ N(offset + loadings z_i, noise)
 
 of 8 x 8 pixels between 0 and 1. The posterior of an image's factors is a normal cut off at zero in many directions,
-which no mean-field normal follows. Two guides learn it from minibatches: `AmortizedSplineFlow`, with an encoder and one
-conditional flow for all images, and Pyro's `AutoNormal`, with parameters of its own for every image. Only the first can
-say anything of images that it has not seen.
+which no mean-field normal follows. Two guides learn it from minibatches: ``AmortizedSplineFlow``, with an encoder and
+one conditional flow for all images, and Pyro's ``AutoNormal``, with parameters of its own for every image. Only the
+first can say anything of images that it has not seen.
 
     python -m models.factor
     python -m models.factor --factors 4 --steps 1000
@@ -41,12 +41,12 @@ FAST_ROWS = 200
 
 @dataclass(frozen=True)
 class FactorResult:
-    """What `main` returns, in nats per image.
+    """What ``main`` returns, in nats per image.
 
     Attributes:
-        amortised: ELBO of the training images with `AmortizedSplineFlow`.
-        auto_normal: the same with `AutoNormal`.
-        heldout: bound of the test images, by `AmortizedSplineFlow` and importance weighting.
+        amortised: ELBO of the training images with ``AmortizedSplineFlow``.
+        auto_normal: the same with ``AutoNormal``.
+        heldout: bound of the test images, by ``AmortizedSplineFlow`` and importance weighting.
     """
 
     amortised: float

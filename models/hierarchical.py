@@ -6,11 +6,11 @@ measurements x_i, all standardised. Every patient has a weight of its own, small
     beta ~ N(0, 1)^11,   sigma ~ LogNormal(-0.5, 0.5),   nu ~ LogNormal(2, 0.7)
     weight_i ~ Gamma(nu / 2, nu / 2),   y_i ~ N(beta . (1, x_i), sigma / sqrt(weight_i))
 
-`AmortizedSplineFlow` infers the weights from (x_i, y_i) and the draws of the other latents. Integrated over the weights
-the model is a Student's t regression, whose 13 latents any guide can take with all of the data at once. Both guides
-should agree on those; where they do not, the second is to be trusted. After 2,000 steps medians agree within a fifth of
-a standard deviation. The amortised guide's spreads of tc, ldl, hdl and ltg, which are strongly correlated, are still up
-to a quarter too small.
+``AmortizedSplineFlow`` infers the weights from (x_i, y_i) and the draws of the other latents. Integrated over the
+weights the model is a Student's t regression, whose 13 latents any guide can take with all of the data at once. Both
+guides should agree on those; where they do not, the second is to be trusted. After 2,000 steps medians agree within a
+fifth of a standard deviation. The amortised guide's spreads of tc, ldl, hdl and ltg, which are strongly correlated, are
+still up to a quarter too small.
 
     python -m models.hierarchical
     python -m models.hierarchical --steps 1000 --batch-size 128
@@ -41,7 +41,7 @@ FAST_STEPS = 20
 
 @dataclass(frozen=True)
 class HierarchicalResult:
-    """What `main` returns.
+    """What ``main`` returns.
 
     Attributes:
         summary: median and spread of the global latents by both guides, a row each.

@@ -4,14 +4,14 @@ r"""Guide against guide, and NUTS, on posteriors with a known evidence, at equal
     python -m models.posteriors --guides all --seeds 1          against Pyro's guides and NUTS
     python -m models.posteriors --targets funnel --loop         trained in a loop of SVI instead of fit
 
-AutoSplineFlow trains by its own recipe. Pyro's guides get what suits them: `fit` with 128 particles and the same
+AutoSplineFlow trains by its own recipe. Pyro's guides get what suits them: ``fit`` with 128 particles and the same
 schedule. Where a guide's chance to find a good start differs (AutoIAFNormal has no init_loc_fn), that is part of the
-guide. The targets are described in `_targets.py`.
+guide. The targets are described in ``_targets.py``.
 
 NUTS has no ELBO and no pareto k. With it in the list, all rows get the worst errors of posterior means and standard
-deviations, in posterior standard deviations (`_nuts.py`), and its own get r_hat, effective sample size and divergences.
-The comparison is fair on eight schools non-centred, Seeds, the terrain and the banana, where NUTS is at home. It is
-not on the funnel and on eight schools centred, its best-known failures, for which one would write the model
+deviations, in posterior standard deviations (``_nuts.py``), and its own get r_hat, effective sample size and
+divergences. The comparison is fair on eight schools non-centred, Seeds, the terrain and the banana, where NUTS is at
+home. It is not on the funnel and on eight schools centred, its best-known failures, for which one would write the model
 differently. On what has no exact draws the reference is an AutoSplineFlow with importance weights, trained apart: a
 guide row there is measured with its own kind, NUTS is not.
 """
@@ -94,7 +94,7 @@ class _CpuClock(Callback):
 
 
 def train(target: Target, guide: Any, *, seconds: float, steps: int | None, seed: int) -> int:
-    """Train by `fit` for about so many CPU seconds; the number of steps."""
+    """Train by ``fit`` for about so many CPU seconds; the number of steps."""
     ours = isinstance(guide, AutoSplineFlow)
     run = partial(
         fit,
@@ -164,15 +164,15 @@ def measure(
     loop: bool,
     exact: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Train a fresh guide, or run NUTS; those of the `COLUMNS` that there are numbers for.
+    """Train a fresh guide, or run NUTS; those of the ``COLUMNS`` that there are numbers for.
 
     Args:
-        name: one of the `GUIDES`, or "NUTS", whose steps are the draws that it has kept.
+        name: one of the ``GUIDES``, or "NUTS", whose steps are the draws that it has kept.
         target: the posterior.
         seconds: of CPU time.
         steps: in place of the seconds, to try it.
         seed: of everything random.
-        loop: train the guide in a loop of SVI instead of `fit`.
+        loop: train the guide in a loop of SVI instead of ``fit``.
         exact: draws of the posterior, for the errors of means and standard deviations.
     """
     pyro.clear_param_store()

@@ -1,4 +1,4 @@
-"""The command line: `python -m pyro_flowkit`, or `pyro-flowkit`. What it does is in command_line/."""
+"""The command line: ``python -m pyro_flowkit``, or ``pyro-flowkit``. What it does is in command_line/."""
 
 import argparse
 import os
@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pyro_flowkit.command_line import commands
-from pyro_flowkit.command_line.density import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import DEFAULT_LAYERS, FlowSettings
-from pyro_flowkit.command_line.tables import DISCRETE
+from pyro_flowkit.tables.columns import DISCRETE
+from pyro_flowkit.tables.errors import TableError
+from pyro_flowkit.tables.flow import DEFAULT_LAYERS, FlowSettings
+from pyro_flowkit.tables.training import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 
 FAILED, INTERRUPTED = 2, 130
+MOST_LAYERS, MOST_WIDTH, MOST_BINS, MOST_DRAWS = 100, 4096, 256, 10_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,14 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
         sys.stdout.flush()
-    except CommandError as error:
-        print(f"pyro-flowkit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (CommandError, TableError) as error:
+        words = " ".join(str(error).split())
+        print(f"pyro-flowkit: error: {words[0].lower()}{words[1:]}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("pyro-flowkit: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except OSError as error:
+        print(f"pyro-flowkit: error: expected to read and write, got {error}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return FAILED
+    except MemoryError:
+        print("pyro-flowkit: error: expected more memory than there is", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -60,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(fit, "DIR", "the run folder to write", required=True)
     fit.add_argument("--columns", nargs="+", metavar="NAME", help="columns to use (default: all)")
     fit.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="columns to leave out"
+    )
+    fit.add_argument(
         "--discrete",
         choices=DISCRETE,
         default="noise",
@@ -73,22 +86,22 @@ def _parser() -> argparse.ArgumentParser:
         help=f"training time (default: none with --steps, otherwise at most {DEFAULT_SECONDS:g})",
     )
     fit.add_argument(
-        "--seed", type=_natural, default=0, help="of the split and the training (default: 0)"
+        "--seed", type=_seed, default=0, help="of the split and the training (default: 0)"
     )
     fit.add_argument(
         "--layers",
-        type=_positive(int),
+        type=_between(1, MOST_LAYERS),
         help=f"couplings (default: one for each column, at most {DEFAULT_LAYERS})",
     )
     fit.add_argument(
         "--width",
-        type=_positive(int),
+        type=_between(1, MOST_WIDTH),
         default=FlowSettings.width,
         help="units of the couplings' networks (default: %(default)s)",
     )
     fit.add_argument(
         "--bins",
-        type=_at_least(2),
+        type=_between(2, MOST_BINS),
         default=FlowSettings.bins,
         help="bins of the couplings' splines (default: %(default)s)",
     )
@@ -125,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("run", metavar="RUN", help="run folder")
     sample.add_argument(
-        "-n", "--count", type=_positive(int), default=1000, help="rows (default: 1000)"
+        "-n", "--count", type=_between(1, MOST_DRAWS), default=1000, help="rows (default: 1000)"
     )
-    sample.add_argument("--seed", type=_natural, default=0, help="of the draws (default: 0)")
+    sample.add_argument("--seed", type=_seed, default=0, help="of the draws (default: 0)")
     _add_output(sample, "FILE", "CSV file to write (default: stdout)")
 
     compare = add("compare", commands.compare, "compare runs on the test rows that they share")
@@ -139,8 +152,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="table: CSV, Parquet (with pyarrow) or npz")
-    command.add_argument("--key", help="array to take from an npz file that holds several")
+    command.add_argument(
+        "data", metavar="DATA", help="table: text, Parquet (with pyarrow), npz, or - for a pipe"
+    )
+    group = command.add_argument_group(
+        "reading", "what is not said here is guessed, and the guess is printed"
+    )
+    group.add_argument("--key", help="array to take from an npz file that holds several")
+    group.add_argument("--sep", metavar="C", help='between fields: a character, "tab" or "space"')
+    group.add_argument("--decimal", choices=(".", ","), help="decimal mark")
+    group.add_argument("--thousands", metavar="C", help="mark between groups of digits")
+    group.add_argument("--comment", metavar="C", help="what begins a comment")
+    group.add_argument("--header", choices=("yes", "no"), help="whether line 1 names the columns")
+    group.add_argument(
+        "--index", choices=("yes", "no"), help="whether the first column is an index, to leave out"
+    )
+    group.add_argument("--encoding", help="of text, such as latin-1")
+    group.add_argument(
+        "--na", nargs="+", default=[], metavar="WORD", help="further words for missing values"
+    )
 
 
 def _add_output(
@@ -163,17 +193,19 @@ def _positive(kind: type) -> Callable[[str], float]:
     return parse
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _between(least: int, most: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {least} to {most}, got {text}"
+            )
         return value
 
     return integer
 
 
-_natural = _at_least(0)
+_seed = _between(0, 2**32 - 1)
 
 
 def _share(text: str) -> float:

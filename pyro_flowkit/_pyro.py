@@ -52,6 +52,7 @@ PRIVATE_NAMES = (
     ("pyro.distributions.MaskedDistribution.__init__", "_mask"),
     ("pyro.infer.ELBO", "_get_trace"),
     ("pyro.infer.ELBO", "_get_traces"),
+    ("pyro.poutine.runtime", "_PYRO_STACK"),
 )
 
 # What the store has as the constraint of an entry that was lent. Pyro looks at the type alone, and puts its own object

@@ -4,8 +4,7 @@ Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -18,12 +17,14 @@ from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.nn import Activation, checked_hidden_dims
 from pyro_flowkit.ops import Tails
+from pyro_flowkit.transforms.autoregressive import (
+    conditional_spline_autoregressive,
+    spline_autoregressive,
+)
 from pyro_flowkit.transforms.base import check_context, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from pyro_flowkit.transforms.coupling import (
-    ConditionalSplineCoupling,
-    SplineCoupling,
     conditional_spline_coupling,
     half_mask,
     spline_coupling,
@@ -35,7 +36,7 @@ MAX_ORDERED_DIM = 128
 
 
 class SplineFlow(StoreModule):
-    """A rational-quadratic spline coupling flow: density, prior or (with a context) conditional distribution.
+    """A rational-quadratic spline flow: density, prior or (with a context) conditional distribution.
 
     Calling it gives a :class:`FlowDistribution` with event shape ``(input_dim,)``::
 
@@ -55,21 +56,23 @@ class SplineFlow(StoreModule):
     Args:
         input_dim: size D of the event, at least 1.
         context_dim: size of the context, 0 for none.
-        num_transforms: number of couplings; masks alternate.
+        num_transforms: number of couplings, whose masks alternate, or of autoregressive layers, whose orders do.
         hidden_dims: widths of the conditioners' hidden layers; None is ``[10 * D, 10 * D]``, at most 128 each.
         count_bins: bins of each spline.
         bound: the splines live on ``[-bound, bound]``; see :meth:`standardize` for raw data.
         tails: "linear" or "circular".
         mixing: layers between couplings: "lu" (a learned matrix and a permutation), "permute" or None; the last layer
-            undoes the permutations.
+            undoes the permutations. Autoregressive layers have orders of their own in the place of permutations.
         base: "normal", "student_t" (learned degrees of freedom), "conditional_normal" (a normal whose location and
             scale, given by the affine map, are functions of the context, which there has to be), or a Pyro distribution
             with event shape ``(D,)``.
-        coupling: True; the only kind there is so far.
+        coupling: couplings, whose density and draws cost the same; or autoregressive layers, in which each dimension is
+            given all those before it. Their density is as fast, in one pass; draws go dimension by dimension, in D
+            small steps a layer. So they are for data and priors, not for guides, which draw at every step.
         activation: of the conditioners; None is ReLU.
-        residual: residual networks as conditioners, instead of multilayer perceptrons.
+        residual: residual networks as conditioners, instead of multilayer perceptrons; for couplings.
         dropout: probability of dropping a hidden unit while training.
-        seed: of the permutations.
+        seed: of the permutations and orders.
 
     Raises:
         ValueError: for settings that make no flow, saying what was expected and what came.
@@ -97,31 +100,31 @@ class SplineFlow(StoreModule):
         seed: int = 0,
     ):
         super().__init__(name="SplineFlow")
-        _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, base, coupling)
+        _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, base)
         self.input_dim = input_dim
         self.context_dim = context_dim
         self.bound, self.tails = bound, tails
         hidden_dims = checked_hidden_dims(hidden_dims, input_dim)
-        make: Callable[..., nn.Module] = spline_coupling
+        settings = {
+            "input_dim": input_dim,
+            "hidden_dims": hidden_dims,
+            "count_bins": count_bins,
+            "bound": bound,
+            "tails": tails,
+            "activation": activation,
+            "dropout": dropout,
+        }
         if context_dim:
-            make = partial(conditional_spline_coupling, context_dim=context_dim)
-        couplings = [
-            make(
-                input_dim,
-                hidden_dims=hidden_dims,
-                count_bins=count_bins,
-                bound=bound,
-                mask=half_mask(input_dim, flip=i % 2 == 1),
-                tails=tails,
-                activation=activation,
-                residual=residual,
-                dropout=dropout,
-            )
-            for i in range(num_transforms)
-        ]
-        for layer in couplings:
-            cast(SplineCoupling | ConditionalSplineCoupling, layer).compresses_context = True
-        self.layers = nn.ModuleList(_mix(couplings, input_dim, mixing, seed))
+            settings["context_dim"] = context_dim
+        if coupling:
+            settings["residual"] = residual
+            couplings = _couplings(num_transforms, settings)
+            layers = _mix(couplings, input_dim, mixing, seed)
+        elif residual:
+            raise ValueError("Expected residual=False with coupling=False, got True.")
+        else:
+            layers = _autoregressive_layers(num_transforms, settings, mixing, seed)
+        self.layers = nn.ModuleList(layers)
         self.affine: ConditionalAffine | None = None
         if context_dim and tails == "linear":  # an affine map does not keep a period
             self.affine = ConditionalAffine(
@@ -214,6 +217,41 @@ class SplineFlow(StoreModule):
         return self
 
 
+def _couplings(count: int, settings: dict[str, Any]) -> list[nn.Module]:
+    make = conditional_spline_coupling if "context_dim" in settings else spline_coupling
+    layers: list[nn.Module] = []
+    for i in range(count):
+        layer = make(**settings, mask=half_mask(settings["input_dim"], flip=i % 2 == 1))
+        layer.compresses_context = True
+        layers.append(layer)
+    return layers
+
+
+def _autoregressive_layers(
+    count: int, settings: dict[str, Any], mixing: str | None, seed: int
+) -> list[nn.Module]:
+    """Inverses of autoregressive transforms, whose density is the fast direction; every second order is the reverse of
+    the one before, and the pairs are random but for the first."""
+    make = conditional_spline_autoregressive if "context_dim" in settings else spline_autoregressive
+    input_dim = settings["input_dim"]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.arange(input_dim)
+    layers: list[nn.Module] = []
+    for i in range(count):
+        if i % 2 == 1:
+            order = order.flip(0)
+        elif i > 0 and mixing is not None:
+            order = torch.randperm(input_dim, generator=generator)
+        elif i > 0:
+            order = torch.arange(input_dim)
+        if i > 0 and mixing == "lu":
+            layers.append(LULinear(input_dim))
+        layer = make(**settings, permutation=order)
+        layer.compresses_context = True
+        layers.append(layer.inv)
+    return layers
+
+
 def _mix(
     couplings: list[nn.Module], input_dim: int, mixing: str | None, seed: int
 ) -> list[nn.Module]:
@@ -266,7 +304,6 @@ def _validate_flow(
     tails: Tails,
     mixing: str | None,
     base: Any,
-    coupling: bool,
 ) -> None:
     sizes = (("input_dim", input_dim, 1), ("context_dim", context_dim, 0))
     for name, value, least in (*sizes, ("num_transforms", num_transforms, 1)):
@@ -285,8 +322,4 @@ def _validate_flow(
     if mixing == "lu" and tails == "circular":
         raise ValueError(
             'Expected mixing "permute" or None with circular tails, got "lu": a linear map does not keep the period.'
-        )
-    if not coupling:
-        raise ValueError(
-            "Expected coupling=True, got False: autoregressive flows are not available."
         )

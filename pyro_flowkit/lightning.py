@@ -1,7 +1,7 @@
-"""Flows, guides and Pyro models in Lightning's `Trainer`, for jobs that already run there (SLURM, loggers, DDP).
+"""Flows, guides and Pyro models in Lightning's ``Trainer``, for jobs that already run there (SLURM, loggers, DDP).
 
-`pyro_flowkit.fit` is the trainer of this package; this adapter is for those who have one. It needs the extra
-`pyro-flowkit[lightning]`, and nothing else of the package imports it.
+``pyro_flowkit.fit`` is the trainer of this package; this adapter is for those who have one. It needs the extra
+``pyro-flowkit[lightning]``, and nothing else of the package imports it.
 
     module = FlowModule(model, guide, example=x[:100], data_size=len(x))
     lightning.Trainer(max_epochs=20).fit(module, RowLoader(x, batch_size=100))
@@ -9,7 +9,7 @@
 Lightning keeps no state of random number generators, so a resumed run is another run. Here the noise of a training
 step is a function of (seed, number of batches done, rank): the same after a restart, and independent between ranks.
 The global generators, which DataLoaders shuffle with, go into the checkpoint. So a run resumed at the end of an epoch
-is bit-equal to the uninterrupted one, and with a `RowLoader` one resumed in the midst of an epoch, too.
+is bit-equal to the uninterrupted one, and with a ``RowLoader`` one resumed in the midst of an epoch, too.
 """
 
 from __future__ import annotations
@@ -69,36 +69,36 @@ TRAINING, VALIDATION = 0, 1
 
 
 class FlowModule(LightningModule):
-    """A flow, or a Pyro model and guide, as a `LightningModule`.
+    """A flow, or a Pyro model and guide, as a ``LightningModule``.
 
-    The objectives are those of `pyro_flowkit.fit`, in nats per datum, and logged as "elbo" (steps) and "validation"
-    (with the same noise every time): `ModelCheckpoint(monitor="validation", mode="max")`. What `fit` does besides
-    (skipping non-finite steps, the Gaussian start of `AutoSplineFlow`, choosing the best state) is left to Lightning's
-    callbacks.
+    The objectives are those of ``pyro_flowkit.fit``, in nats per datum, and logged as "elbo" (steps) and "validation"
+    (with the same noise every time): ``ModelCheckpoint(monitor="validation", mode="max")``. What ``fit`` does besides
+    (skipping non-finite steps, the Gaussian start of ``AutoSplineFlow``, choosing the best state) is left to
+    Lightning's callbacks.
 
     All parameters come into being here, from the example, before Lightning asks for them. Frozen ones stay frozen.
-    Those that plain functions make by `pyro.param` become parameters of this module.
+    Those that plain functions make by ``pyro.param`` become parameters of this module.
 
     Args:
-        model: A flow with `log_prob(*batch, *args)`, or a Pyro model.
+        model: A flow with ``log_prob(*batch, *args)``, or a Pyro model.
         guide: Its guide; None for a flow and for a model without latents.
         example: A batch like those that the loader gives (a tensor, or a tuple of tensors), on the model's device.
-        data_size: Number of training rows; needed for a Pyro model, unless `check_plates` is False.
+        data_size: Number of training rows; needed for a Pyro model, unless ``check_plates`` is False.
         args: Further positional arguments of model and guide.
         kwargs: Keyword arguments.
-        objective: An instance of `pyro.infer.ELBO` with a `differentiable_loss`; default as in `fit`.
+        objective: An instance of ``pyro.infer.ELBO`` with a ``differentiable_loss``; default as in ``fit``.
         num_particles: Particles of the default objective; default the guide's recipe, or 1.
         lr: Initial learning rate; default the guide's recipe, or 3e-3.
-        optimizer: A callable `params -> torch.optim.Optimizer`; `lr` is passed on if given. Default Adam.
+        optimizer: A callable ``params -> torch.optim.Optimizer``; ``lr`` is passed on if given. Default Adam.
         scheduler: "cooldown", "flat_cosine", "cosine", "constant" or "step", over the steps of the trainer, or a
-            callable `optimizer -> LRScheduler`, advanced at every step. Default the guide's recipe, or "constant".
-        check_plates: Compare the plates with `data_size` on the example.
+            callable ``optimizer -> LRScheduler``, advanced at every step. Default the guide's recipe, or "constant".
+        check_plates: Compare the plates with ``data_size`` on the example.
         seed: Of the noise; default drawn from PyTorch's generator.
 
     Raises:
         TypeError: If the example or the objective is of the wrong kind.
-        ValueError: If the plates do not match `data_size`, a latent site has no guide, no parameter is trainable, or a
-            plain function uses `pyro.module` with a network that belongs to no module.
+        ValueError: If the plates do not match ``data_size``, a latent site has no guide, no parameter is trainable, or
+            a plain function uses ``pyro.module`` with a network that belongs to no module.
     """
 
     def __init__(
@@ -153,7 +153,8 @@ class FlowModule(LightningModule):
                     f"got {type(loss.objective).__name__}"
                 )
         loss.set_mode(training=True)
-        loss.prepare(batch, data_size, check_plates)
+        sizes = None if data_size is None else (data_size, data_size)
+        loss.prepare(batch, sizes, check_plates)
         self._loss = loss
         self.programs = nn.ModuleList(loss.modules)
         self.store = nn.ParameterDict()
@@ -241,7 +242,7 @@ class FlowModule(LightningModule):
         self._loss.move_arguments(self.trainer.strategy.root_device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the state of the random numbers and of buffers in no `state_dict`, as plain tensors and numbers."""
+        """Adds the state of the random numbers and of buffers in no ``state_dict``, as plain tensors and numbers."""
         checkpoint[KEY] = {
             "format": FORMAT,
             "seed": self._seed,
@@ -267,7 +268,7 @@ class FlowModule(LightningModule):
             set_random_state(saved["random"])
 
     def _unsaved_buffers(self) -> dict[str, Tensor]:
-        """Buffers that a `state_dict` leaves out, such as what `AutoSplineFlow` measures as it trains."""
+        """Buffers that a ``state_dict`` leaves out, such as what ``AutoSplineFlow`` measures as it trains."""
         return {
             f"{path}.{name}": buffer
             for path, part in self.programs.named_modules()
@@ -285,7 +286,7 @@ class FlowModule(LightningModule):
             yield
 
     def _adopt_store_parameters(self) -> None:
-        """Makes parameters of this module out of what plain functions made by `pyro.param`."""
+        """Makes parameters of this module out of what plain functions made by ``pyro.param``."""
         params, names = pyro.get_param_store()._params, pyro.get_param_store()._param_to_name
         for key, tensor in self._loss.learned.items():
             if not key.startswith(STORE):
@@ -306,13 +307,13 @@ class FlowModule(LightningModule):
 
 
 class RowLoader:
-    """Training batches of rows in memory for Lightning's `Trainer`, which can go on in the midst of an epoch.
+    """Training batches of rows in memory for Lightning's ``Trainer``, which can go on in the midst of an epoch.
 
-    The order of the rows is a function of (seed, epoch), as in `fit`. A remainder of fewer than `batch_size` rows is
-    left out of the epoch.
+    The order of the rows is a function of (seed, epoch), as in ``fit``. A remainder of fewer than ``batch_size`` rows
+    is left out of the epoch.
 
     Args:
-        data: Tensor with `N` rows, or a tuple of such tensors.
+        data: Tensor with ``N`` rows, or a tuple of such tensors.
         batch_size: Rows per batch, over all processes; each takes its part. Default all rows.
         seed: Non-negative seed.
 

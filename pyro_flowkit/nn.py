@@ -128,7 +128,11 @@ class _Network(nn.Module):
 
         They are views of ``packed``: what is written into them, under ``torch.no_grad()``, is written into the network.
         """
-        return self.layout.unpack(self.packed)
+        return self.layout.unpack(self.weights())
+
+    def weights(self) -> Tensor:
+        """All that :meth:`layers` gives, one after the other, as the network computes with it."""
+        return self.packed
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{columns} -> {rows}" for rows, columns in self.layout.shapes)
@@ -155,7 +159,7 @@ class MLP(_Network):
         *hidden, output = self.layers()
         h = _join(inputs if self.input_dim else None, context, self.packed.dtype)
         for layer in hidden:
-            h = _drop(self.activation(F.linear(h, *layer)), self.dropout, self.training)
+            h = drop(self.activation(F.linear(h, *layer)), self.dropout, self.training)
         return F.linear(h, *output)
 
     def is_plain(self) -> bool:
@@ -217,7 +221,7 @@ class ResidualNetwork(_Network):
         h = F.linear(_join(inputs if self.input_dim else None, context, dtype), *first_of_all)
         for i in range(count):
             step = F.linear(self.activation(h), *blocks[i])
-            step = _drop(self.activation(step), self.dropout, self.training)
+            step = drop(self.activation(step), self.dropout, self.training)
             step = F.linear(step, *blocks[count + i])
             if context is not None:
                 step = step * torch.sigmoid(F.linear(context.to(dtype), *blocks[2 * count + i]))
@@ -233,7 +237,7 @@ def _join(inputs: Tensor | None, context: Tensor | None, dtype: torch.dtype) -> 
     return torch.cat([t.expand(*batch_shape, t.shape[-1]) for t in present], dim=-1)
 
 
-def _drop(h: Tensor, probability: float, training: bool) -> Tensor:
+def drop(h: Tensor, probability: float, training: bool) -> Tensor:
     # jit's dropout draws random numbers even for a probability of 0
     return F.dropout(h, probability, training) if probability else h
 

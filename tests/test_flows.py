@@ -21,8 +21,9 @@ from tests.tiny import CONTEXT, TINY, bent, make_flow
 @pytest.mark.parametrize("mixing", ["lu", "permute", None])
 @pytest.mark.parametrize("input_dim", [1, 2, 5])
 @pytest.mark.parametrize("context_dim", [0, 2])
-def test_fresh_flow_is_its_base(mixing, input_dim: int, context_dim: int) -> None:
-    flow = SplineFlow(input_dim, context_dim, num_transforms=3, mixing=mixing)
+@pytest.mark.parametrize("coupling", [True, False])
+def test_fresh_flow_is_its_base(mixing, input_dim: int, context_dim: int, coupling: bool) -> None:
+    flow = SplineFlow(input_dim, context_dim, num_transforms=3, mixing=mixing, coupling=coupling)
     context = CONTEXT[:1] if context_dim else None
     x = 4 * torch.rand(50, input_dim) - 2
     expected = dist.Normal(0.0, 1.0).expand([input_dim]).to_event(1).log_prob(x)
@@ -34,8 +35,9 @@ def test_fresh_flow_is_its_base(mixing, input_dim: int, context_dim: int) -> Non
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
-def test_density_integrates_to_one(context_dim: int) -> None:
-    flow = bent(2, context_dim).double()
+@pytest.mark.parametrize("coupling", [True, False])
+def test_density_integrates_to_one(context_dim: int, coupling: bool) -> None:
+    flow = bent(2, context_dim, coupling=coupling).double()
     axis = torch.linspace(-9.0, 9.0, 301, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     context = CONTEXT[0].double() if context_dim else None
@@ -294,7 +296,7 @@ def test_summaries_come_from_fixed_draws() -> None:
         {"tails": None},
         {"mixing": "random"},
         {"mixing": "lu", "tails": "circular"},
-        {"coupling": False},
+        {"coupling": False, "residual": True},
         {"base": "cauchy"},
         {"base": "conditional_normal"},
         {"base": dist.Normal(torch.zeros(3), 1.0)},

@@ -24,7 +24,8 @@ HOUSE = [
     {"guides", "objectives"},
     {"diagnostics", "testing"},
     {"training"},
-    {"lightning", "command_line"},
+    {"lightning", "tables"},
+    {"command_line"},
     {"__main__"},
 ]
 FLOORS = {room: number for number, rooms in enumerate(HOUSE, 1) for room in rooms}

@@ -26,6 +26,8 @@ KINDS = {
     "student_t": {"base": "student_t"},
     "context": {"context_dim": 2},
     "conditional_normal": {"context_dim": 2, "base": "conditional_normal"},
+    "autoregressive": {"coupling": False},
+    "autoregressive, context": {"coupling": False, "context_dim": 2},
 }
 
 

@@ -52,7 +52,7 @@ class Outcome:
 
     Attributes:
         job: the model.
-        scores: of the test rows, from `heldout_log_prob` or `pointwise_bounds`.
+        scores: of the test rows, from ``heldout_log_prob`` or ``pointwise_bounds``.
         samples: draws, for a VAE the means of the data given the codes that were drawn, shape ``(n, D)``.
         seconds: CPU time of the training.
         history: objective and learning rate per step, empty for a closed form.
@@ -208,8 +208,8 @@ def reasons_of(
 
     Returns:
         In nats: ``prior_gain`` over ``obs_id``, what the ELBO gains by a flow prior that is fitted to the codes of the
-        trained VAE, which stays as it is; and from `inference_gaps`, of test rows over ``gap_id`` and of training rows
-        over ``train_id``, ``approximation_gap``, ``amortization_gap`` and these with the prefix ``train_``.
+        trained VAE, which stays as it is; and from ``inference_gaps``, of test rows over ``gap_id`` and of training
+        rows over ``train_id``, ``approximation_gap``, ``amortization_gap`` and these with the prefix ``train_``.
     """
     start_from(flow_prior, vae)
     train_prior(

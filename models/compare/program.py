@@ -34,7 +34,7 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `run` returns.
+    """What ``run`` returns.
 
     Attributes:
         table: the printed table, one row a model.

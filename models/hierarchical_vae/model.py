@@ -35,7 +35,7 @@ class HierarchicalVAE(PyroModule):
         flow_hidden_dims: widths of the flows' conditioners.
         count_bins: bins of the flows' splines.
         context_dim: size of the contexts of conditional flows, linear maps of features and messages.
-        path_gradient: have the posterior's flows take the path gradient (see `FlowDistribution`).
+        path_gradient: have the posterior's flows take the path gradient (see ``FlowDistribution``).
         dropout: probability of dropping a hidden unit of the networks while training.
         prior_dropout: that of the conditioners of the prior's flows.
         name: prefix of the parameters in Pyro's store; two VAEs alive at once need two names.

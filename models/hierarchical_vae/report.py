@@ -29,7 +29,7 @@ class Found:
 
     Attributes:
         elbo: of all test rows (nats), shape ``(n,)``.
-        bounds: `pointwise_bounds` of the first of them.
+        bounds: ``pointwise_bounds`` of the first of them.
     """
 
     elbo: Tensor

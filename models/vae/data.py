@@ -40,7 +40,7 @@ class Prepared:
         likelihood: the one that was asked for, or that fits the data.
         levels: number of integer levels of the rows as presented, None for continuous ones.
         image_shape: height and width, None where a row is no image.
-        standardization: kind of `VAE.standardize` that fits.
+        standardization: kind of ``VAE.standardize`` that fits.
         unit: what a nat is a nat of.
         why: in words, what was chosen by the data.
     """

@@ -37,13 +37,13 @@ class VAE(PyroModule):
         likelihood: "bernoulli" for data in {0, 1}; "logistic", a discretised logistic with one learned scale for every
             dimension, for integers 0 to ``levels - 1``; or "normal", likewise with one scale for every dimension.
         levels: number of levels of the "logistic" likelihood.
-        min_scale: smallest scale of the last two, in units of the data's scale (see `standardize`). Without it the
+        min_scale: smallest scale of the last two, in units of the data's scale (see ``standardize``). Without it the
             normal density of a constant dimension has no bound.
         num_transforms: couplings of each flow.
         flow_hidden_dims: widths of the flows' conditioners.
         count_bins: bins of the flows' splines.
         context_dim: size of the context of a flow posterior, a linear map of the encoder's features.
-        path_gradient: train the posterior, normal or flow, by the path gradient (see `FlowDistribution`).
+        path_gradient: train the posterior, normal or flow, by the path gradient (see ``FlowDistribution``).
         networks: "mlp" or "conv".
         image_shape: height and width, for "conv".
         channels: of the first stage of "conv".

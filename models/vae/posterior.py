@@ -55,7 +55,7 @@ class NormalPosterior(nn.Module):
 
     Args:
         latent_dim: size L of the code.
-        path_gradient: see `FlowDistribution`.
+        path_gradient: see ``FlowDistribution``.
     """
 
     def __init__(self, latent_dim: int, *, path_gradient: bool):
@@ -79,8 +79,8 @@ class FlowPosterior(nn.Module):
         latent_dim: size L of the code.
         feature_dim: size H of the features.
         context_dim: size of the flow's context.
-        path_gradient: see `FlowDistribution`.
-        flow: further arguments of the `SplineFlow`.
+        path_gradient: see ``FlowDistribution``.
+        flow: further arguments of the ``SplineFlow``.
     """
 
     def __init__(

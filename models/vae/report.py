@@ -106,7 +106,7 @@ def gaps(vae: VAE, prepared: Prepared, args: argparse.Namespace) -> None:
 
 
 def parts_of_gap(vae: HasBounds, prepared: Prepared, *, num_rows: int, **options: Any) -> None:
-    """Prints what the gap of test rows is made of; the options are those of `inference_gaps`."""
+    """Prints what the gap of test rows is made of; the options are those of ``inference_gaps``."""
     rows, known = prepared.test[:num_rows], prepared.reference[:num_rows]
     print(
         f"Of {len(rows)} test rows and as many training rows, whose posteriors are optimised one by one:"

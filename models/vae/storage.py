@@ -22,7 +22,7 @@ class Stored:
     Attributes:
         settings: arguments of the VAE, ``input_dim`` and ``data_size`` among them.
         data: how its data were presented: name, key, binarisation.
-        state: its `state_dict`.
+        state: its ``state_dict``.
     """
 
     settings: dict[str, Any]

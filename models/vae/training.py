@@ -67,7 +67,7 @@ def train(
         average: decay of an exponential moving average of the parameters, which is then what is validated and kept.
         seed: of all random numbers.
         progress: show a bar.
-        options: further arguments of `fit`: max_seconds, checkpoint_dir, resume, callbacks, ...
+        options: further arguments of ``fit``: max_seconds, checkpoint_dir, resume, callbacks, ...
     """
     if isinstance(data, Tensor):
         options["batch_size"] = min(batch_size, len(data))
@@ -184,8 +184,8 @@ class FreeBitsELBO(Trace_ELBO):
     .. math:: E_q[\log p(x \mid z)] - \sum_l \max(\lambda, \mathrm{KL}_l)
 
     with KL_l, of each level of latents where there are several, as the mean over the batch of log q - log p, over all
-    latents of the level together: for a flow there is no KL of each dimension. Its `loss`, which validates, is that of
-    the plain ELBO.
+    latents of the level together: for a flow there is no KL of each dimension. Its ``loss``, which validates, is that
+    of the plain ELBO.
 
     Args:
         floor: lambda, in nats per datum.

@@ -1,10 +1,8 @@
-"""Densities of tables from the command line: `python -m pyro_flowkit --help`.
+"""Densities of tables from the command line: ``python -m pyro_flowkit --help``. What they are is in tables/.
 
-tables.py       reading a file, choosing and checking columns, splitting rows
-preparation.py  between the rows as they came and what a flow sees, with the log-det
-flow.py         the flow for tables
-density.py      the recipe: train it, and keep it only if it beats the Gaussian that it started from
-runs.py         the run folder: plain files, written whole or not at all
-report.py       results in words
-commands.py     fit, score, sample, compare, diagnose
+reading.py   from a file or a pipe to a frame; dialect.py: how a text holds its table
+runs.py      the run folder: plain files, written whole or not at all
+places.py    where files go, and what they may replace
+report.py    results in words
+commands.py  fit, score, sample, compare, diagnose
 """

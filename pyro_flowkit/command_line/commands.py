@@ -7,93 +7,64 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from pyro_flowkit.command_line import report
-from pyro_flowkit.command_line.density import Trained, TrainOptions, train
+from pyro_flowkit.command_line.dialect import ReadOptions
 from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import FlowSettings
-from pyro_flowkit.command_line.runs import Run, check_free, new_file, read_run, write_run
-from pyro_flowkit.command_line.tables import (
-    Split,
-    Table,
-    check_table,
-    choose_columns,
-    read_table,
-    split_rows,
-)
+from pyro_flowkit.command_line.places import new_file, reserved
+from pyro_flowkit.command_line.reading import Source, read_table
+from pyro_flowkit.command_line.runs import Run, read_run, write_run
+from pyro_flowkit.tables import FlowSettings, TableDensity
 
 
 def fit(args: argparse.Namespace) -> None:
     """Train the density of a table and write its run folder."""
-    path, folder = Path(args.data), Path(args.output)
-    check_free(folder, overwrite=args.overwrite)
-    frame = read_table(path, key=args.key)
-    values, columns = choose_columns(frame, args.columns, where=path.name)
-    table = check_table(values, columns, discrete=args.discrete, where=path.name)
-    split = split_rows(len(table.values), len(table.columns), args.seed)
-    settings = FlowSettings(
-        layers=args.layers,
-        width=args.width,
-        bins=args.bins,
-        dropout=args.dropout,
-    )
-    options = TrainOptions(
-        steps=args.steps,
-        seconds=args.seconds,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-    )
-    discrete = [name for name, flag in zip(table.columns, table.discrete, strict=True) if flag]
-    print(
-        f"{path.name}: {len(table.values)} rows, {len(table.columns)} columns; {len(split.train)} rows to train, "
-        f"{len(split.validation)} to validate, {len(split.test)} to test"
-    )
-    if discrete:
-        print(f"integers, trained with noise: {', '.join(discrete)}")
-    if table.dropped:
-        print(f"left out as discrete: {', '.join(table.dropped)}")
-    sys.stdout.flush()
-    trained = train(table, split, settings, options, progress=sys.stderr.isatty())
-    run = _run(path, table, split, options, trained)
-    write_run(folder, run, overwrite=args.overwrite)
-    print(*report.summary(run.metrics, discrete), f"written to {folder}", sep="\n")
+    with reserved(Path(args.output), overwrite=args.overwrite) as target:
+        source = read_table(args.data, read_options(args))
+        density = TableDensity(
+            source.frame,
+            columns=args.columns,
+            exclude=args.exclude,
+            discrete=args.discrete,
+            settings=FlowSettings(
+                layers=args.layers, width=args.width, bins=args.bins, dropout=args.dropout
+            ),
+            seed=args.seed,
+            name=source.name,
+        )
+        options = {name: getattr(args, name) for name in ("steps", "seconds", "batch_size", "lr")}
+        print(*report.opening(density, source), sep="\n", flush=True)
+        density.fit(**options, progress=sys.stderr.isatty())
+        run = _run(source.name, density, {**options, "seed": args.seed})
+        write_run(target, run, overwrite=args.overwrite)
+    print(*report.summary(density), f"written to {args.output}", sep="\n")
 
 
 def score(args: argparse.Namespace) -> None:
     """Write the log density of every row."""
-    run, path = read_run(Path(args.run)), Path(args.data)
-    columns = run.density.preparation.columns
-    frame = read_table(path, key=args.key)
-    values, _ = choose_columns(frame, columns, where=path.name)
-    _check_integers(values, run, where=path.name)
-    log_prob = report.score(run, torch.from_numpy(values))
-    _write_table(pd.DataFrame({"log_prob": log_prob}), args)
+    density = read_run(Path(args.run)).density
+    source = read_table(args.data, read_options(args), density.preparation.columns)
+    log_prob = density.log_prob_of(source.frame, where=source.name)
+    _write_table(pd.DataFrame({"row": np.arange(len(log_prob)), "log_prob": log_prob}), args)
     error = (
         f" (s.e. {log_prob.std(ddof=1) / len(log_prob) ** 0.5:.4f})" if len(log_prob) > 1 else ""
     )
     print(
-        f"{len(log_prob)} rows: mean log density {log_prob.mean():.4f} nats{error}", file=sys.stderr
+        f"{len(log_prob)} rows{_read_as(source)}: mean log density {log_prob.mean():.4f} nats{error}",
+        file=sys.stderr,
     )
 
 
 def sample(args: argparse.Namespace) -> None:
     """Write rows drawn from the density."""
     density = read_run(Path(args.run)).density
-    draws = density.sample(args.count, seed=args.seed).numpy()
-    preparation = density.preparation
-    table = pd.DataFrame(draws, columns=list(preparation.columns))
-    for name, flag in zip(preparation.columns, preparation.discrete, strict=True):
-        if flag:
-            table[name] = table[name].astype(np.int64)
-    _write_table(table, args)
+    _write_table(density.sample_frame(args.count, seed=args.seed), args)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Print runs side by side."""
     if len(set(args.runs)) < len(args.runs):
-        raise CommandError(f"expected every run once, got {' '.join(args.runs)}")
+        raise CommandError(f"Expected every run once, got {' '.join(args.runs)}")
     print(*report.comparison({name: read_run(Path(name)) for name in args.runs}), sep="\n")
 
 
@@ -102,50 +73,54 @@ def diagnose(args: argparse.Namespace) -> None:
     print(*report.diagnosis(read_run(Path(args.run))), sep="\n")
 
 
-def _run(
-    path: Path,
-    table: Table,
-    split: Split,
-    options: TrainOptions,
-    trained: Trained,
-) -> Run:
-    result = trained.result
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    """What the arguments say of the file with the table."""
+    yes_or_no = {None: None, "yes": True, "no": False}
+    return ReadOptions(
+        key=args.key,
+        encoding=args.encoding,
+        separator=args.sep,
+        decimal=args.decimal,
+        thousands=args.thousands,
+        comment=args.comment,
+        header=yes_or_no[args.header],
+        index=yes_or_no[args.index],
+        missing=tuple(args.na),
+    )
+
+
+def _read_as(source: Source) -> str:
+    return f" ({source.notes})" if source.notes else ""
+
+
+def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
+    table, trained = density.table, density.trained
     info: dict[str, Any] = {
         "data": {
-            "file": path.name,
+            "file": file,
             "rows": len(table.values),
             "columns": list(table.columns),
             "dropped": list(table.dropped),
             "fingerprint": table.fingerprint(),
-            "split_seed": options.seed,
+            "split_seed": options["seed"],
         },
         "settings": trained.settings.to_json(),
-        "options": vars(options).copy(),
-        "versions": result.versions,
+        "options": options,
+        "versions": trained.result.versions,
     }
     test = {
-        "row": split.test,
+        "row": density.split.test,
         "log_prob": trained.log_prob["test"].numpy(),
         "gaussian": trained.gaussian_log_prob["test"].numpy(),
     }
-    tables = {"history": result.history, "validation": result.validation, "test": test}
-    return Run(info, report.metrics_of(trained), trained.density, tables)
-
-
-def _check_integers(values: np.ndarray, run: Run, *, where: str) -> None:
-    preparation = run.density.preparation
-    flags = np.array(preparation.discrete)
-    broken = (values != np.round(values)).any(0) & flags
-    if broken.any():
-        names = [name for name, bad in zip(preparation.columns, broken, strict=True) if bad]
-        raise CommandError(
-            f"expected integers in {where}, as in training, got other values in {', '.join(names)}"
-        )
+    history = {"history": trained.result.history, "validation": trained.result.validation}
+    return Run(info, density.metrics, trained.density, {**history, "test": test})
 
 
 def _write_table(table: pd.DataFrame, args: argparse.Namespace) -> None:
     if args.output is None:
         table.to_csv(sys.stdout, index=False)
         return
-    with new_file(Path(args.output), overwrite=args.overwrite) as path:
+    inputs = (Path(args.data),) if "data" in args else ()
+    with new_file(Path(args.output), overwrite=args.overwrite, inputs=inputs) as path:
         table.to_csv(path, index=False)

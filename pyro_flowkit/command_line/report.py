@@ -1,49 +1,34 @@
-"""Results in words: what `fit` prints, and what `diagnose` makes of it."""
-
-import math
-from collections.abc import Sequence
-from typing import Any
+"""Results in words: what ``fit`` prints, and what ``diagnose`` makes of it."""
 
 import numpy as np
 import xarray as xr
-from torch import Tensor
 
-from pyro_flowkit.command_line.density import Trained
 from pyro_flowkit.command_line.errors import CommandError
+from pyro_flowkit.command_line.reading import Source
 from pyro_flowkit.command_line.runs import Run
-from pyro_flowkit.diagnostics import Verdict, compare_densities, heldout_log_prob
-
-PARTS = ("train", "validation", "test")
-_SMALL_GAP = 0.1  # nats
-_MANY_SKIPPED = 0.01  # of all steps
+from pyro_flowkit.diagnostics import compare_densities
+from pyro_flowkit.tables import TableDensity
+from pyro_flowkit.tables.metrics import PARTS, SMALL_GAP, gap_of, has_failed, table_verdict
 
 
-def metrics_of(trained: Trained) -> dict[str, Any]:
-    """Means and standard errors in nats per row, and how training ended."""
-    result = trained.result
-    history, seconds = result.history, result.history["seconds"]
-    metrics: dict[str, Any] = {
-        "kept": "gaussian" if trained.density.flow is None else "flow",
-        "log_scale": trained.density.preparation.log_scale,
-        "steps": len(history["step"]),
-        "best_step": int(result.best_step),
-        "skipped_steps": int(result.skipped_steps),
-        "stop_reason": result.stop_reason,
-        "seconds": float(seconds[-1]) if len(seconds) else 0.0,
-    }
-    for part in PARTS:
-        own, gaussian = trained.log_prob[part], trained.gaussian_log_prob[part]
-        metrics[part] = {
-            "rows": len(own),
-            "log_prob": _mean_and_error(own),
-            "gaussian": _mean_and_error(gaussian),
-            "difference": _mean_and_error(own - gaussian),
-        }
-    return metrics
+def opening(density: TableDensity, source: Source) -> list[str]:
+    """The lines that ``fit`` prints at its beginning."""
+    table, split = density.table, density.split
+    lines = [f"read {source.name}: {source.notes}"] if source.notes else []
+    lines.append(
+        f"{source.name}: {len(table.values)} rows, {len(table.columns)} columns; {len(split.train)} rows to train, "
+        f"{len(split.validation)} to validate, {len(split.test)} to test"
+    )
+    if table.noisy:
+        lines.append(f"integers, trained with noise: {', '.join(table.noisy)}")
+    if table.dropped:
+        lines.append(f"left out as discrete: {', '.join(table.dropped)}")
+    return lines
 
 
-def summary(metrics: dict[str, Any], discrete: Sequence[str]) -> list[str]:
-    """The lines that `fit` prints at its end."""
+def summary(density: TableDensity) -> list[str]:
+    """The lines that ``fit`` prints at its end."""
+    metrics, discrete = density.metrics, density.table.noisy
     test, scale = metrics["test"], metrics["log_scale"]
     is_flow = metrics["kept"] == "flow"
     outcome = (
@@ -71,55 +56,12 @@ def summary(metrics: dict[str, Any], discrete: Sequence[str]) -> list[str]:
     return lines
 
 
-def verdict_of(run: Run) -> Verdict:
-    """A judgement of a run by its held-out rows.
-
-    ====================================================  ======
-    below the Gaussian, or many or persistent bad steps    bad
-    the Gaussian itself, a large gap, or interrupted       usable
-    otherwise                                              good
-    ====================================================  ======
-
-    A gap is large if the gain over the Gaussian is greater on training rows than on test rows by more than 0.1 nats, a
-    tenth of the gain, and three standard errors.
-    """
-    metrics = run.metrics
-    gain, error = metrics["test"]["difference"]
-    if metrics["kept"] == "gaussian":
-        reason = "the flow gained nothing on the validation rows, so the density is the full-covariance Gaussian"
-        return Verdict(
-            "usable", reason, "More rows, or fewer columns, give a flow more to learn from."
-        )
-    reason = f"it is {abs(gain):.3f} nats per test row (s.e. {error:.3f}) "
-    reason += "above" if gain >= 0 else "below"
-    reason += " the full-covariance Gaussian"
-    gap, gap_error = _gap(metrics)
-    if not math.isfinite(gain) or gain < -2 * error:
-        return Verdict(
-            "bad", reason, "Look for rows unlike the others; try more rows or --dropout 0.2."
-        )
-    if _failed(metrics):
-        return Verdict(
-            "bad",
-            f"{reason}, but its training broke down",
-            "Try a smaller --lr; look for outliers.",
-        )
-    if gap > max(_SMALL_GAP, 0.1 * gain, 3 * gap_error):
-        advice = "Validation rows stopped it in time; --dropout 0.2, a smaller --width or more rows may gain more."
-        return Verdict(
-            "usable", f"{reason}, and {gap:.3f} more on the rows that it was trained on", advice
-        )
-    if metrics["stop_reason"] in ("interrupted", "terminated"):
-        return Verdict("usable", f"{reason}, but it was interrupted", "Train it to the end.")
-    return Verdict("good", reason, "It holds on rows that training never saw.")
-
-
 def diagnosis(run: Run) -> list[str]:
-    """What `diagnose` prints."""
+    """What ``diagnose`` prints."""
     metrics = run.metrics
     kept = "flow" if metrics["kept"] == "flow" else "full-covariance Gaussian"
     lines = [
-        str(verdict_of(run)),
+        str(table_verdict(metrics)),
         "",
         f"density: {kept} of {len(run.density.preparation.columns)} columns, nats per row in the units of the file",
         f"  {'rows':<12}{'number':>8}{'log p':>12}{'Gaussian':>12}{'difference':>12}{'s.e.':>9}",
@@ -130,7 +72,7 @@ def diagnosis(run: Run) -> list[str]:
             f"  {part:<12}{entry['rows']:>8}{entry['log_prob'][0]:>12.4f}{entry['gaussian'][0]:>12.4f}"
             f"{entry['difference'][0]:>+12.4f}{entry['difference'][1]:>9.4f}"
         )
-    gap, error = _gap(metrics)
+    gap, error = gap_of(metrics)
     early = metrics["best_step"] < 0.8 * metrics["steps"]
     lines += [
         f"overfitting: the gain over the Gaussian is {gap:+.4f} nats (s.e. {error:.4f}) greater on training rows than "
@@ -140,7 +82,7 @@ def diagnosis(run: Run) -> list[str]:
         + (": later steps overfitted" if early and metrics["kept"] == "flow" else ""),
         f"skipped steps (loss or gradient not finite): {metrics['skipped_steps']}",
     ]
-    if metrics["kept"] == "flow" and not early and gap < _SMALL_GAP and not _failed(metrics):
+    if metrics["kept"] == "flow" and not early and gap < SMALL_GAP and not has_failed(metrics):
         lines.append("hint: no sign of overfitting, so --seconds beyond its default may gain more")
     return lines
 
@@ -163,11 +105,11 @@ def comparison(runs: dict[str, Run]) -> list[str]:
             if not same:
                 detail = f": {mine} and {theirs}" if key != "fingerprint" else ""
                 raise CommandError(
-                    f"expected runs with the same {what}, got {first_name} and {name} with different ones{detail}"
+                    f"Expected runs with the same {what}, got {first_name} and {name} with different ones{detail}"
                 )
         if not np.array_equal(first.tables["test"]["row"], other.tables["test"]["row"]):
             raise CommandError(
-                f"expected the same test rows in {first_name} and {name}, got others"
+                f"Expected the same test rows in {first_name} and {name}, got others"
             )
     scores = {name: _dataset(run, "log_prob") for name, run in runs.items()}
     scores["full-covariance Gaussian"] = _dataset(first, "gaussian")
@@ -185,27 +127,6 @@ def comparison(runs: dict[str, Run]) -> list[str]:
     return [*lines, "difference: to the best, paired over the rows"]
 
 
-def score(run: Run, rows: Tensor) -> np.ndarray:
-    """Log density (nats) of rows of shape ``(N, D)``, shape ``(N,)``."""
-    return heldout_log_prob(run.density, rows)["log_prob"].to_numpy()
-
-
 def _dataset(run: Run, column: str) -> xr.Dataset:
     test = run.tables["test"]
     return xr.Dataset({"log_prob": ("obs_id", test[column])}, {"obs_id": test["row"]})
-
-
-def _gap(metrics: dict[str, Any]) -> tuple[float, float]:
-    """How much more the flow gains on training rows than on test rows, and the standard error of that."""
-    (train, train_error), (test, test_error) = (metrics[p]["difference"] for p in ("train", "test"))
-    return train - test, math.hypot(train_error, test_error)
-
-
-def _failed(metrics: dict[str, Any]) -> bool:
-    skipped = metrics["skipped_steps"] > _MANY_SKIPPED * max(metrics["steps"], 1)
-    return skipped or metrics["stop_reason"].startswith("non-finite")
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    values = values.double()
-    return float(values.mean()), float(values.std()) / math.sqrt(len(values))

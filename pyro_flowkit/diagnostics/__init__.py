@@ -1,9 +1,9 @@
 """How loose is the bound, how good is the guide: numbers with standard errors, as ArviZ data.
 
-ArviZ's own pictures and tables are one line each. With ``tree`` from `from_svi`, ``data =
+ArviZ's own pictures and tables are one line each. With ``tree`` from ``from_svi``, ``data =
 to_arviz(tree)``, ``corrected = to_arviz(reweight(tree))``, ``elpds`` the results of
-`loo_approximate_posterior` by the name of the model, and ``sbc`` from
-`simulation_based_calibration`; at the end of a line the ArviZ that has the function::
+``loo_approximate_posterior`` by the name of the model, and ``sbc`` from
+``simulation_based_calibration``; at the end of a line the ArviZ that has the function::
 
     az.summary(data, kind="stats")  # 0.23 and 1: means and intervals; R-hat and ESS judge no guide
     az.plot_forest(data)  # 0.23 and 1: intervals of all latents

@@ -11,7 +11,7 @@ of ``K`` draws, an unbiased estimate of the bound. Its standard error is that of
 independent blocks. Fewer than 10 blocks say too little about their own spread: then it is the
 larger one of that and of the delta method inside the blocks, ``sqrt((K / (K - 1) (K sum_k p_k^2 -
 1)) / (K B))`` with ``p_k = w_k / sum_j w_j`` averaged over the ``B`` blocks. Both are optimistic
-where pareto k is above 0.7: the largest weights have then not been seen. `diagnose` widens the range
+where pareto k is above 0.7: the largest weights have then not been seen. ``diagnose`` widens the range
 of the gap by what may be there.
 """
 
@@ -95,7 +95,7 @@ def evidence_bounds(
         num_samples: draws of the guide; all numbers come from one pool.
         num_particles: the K of IWAE-K. The default leaves out what exceeds ``num_samples``.
         exact_log_evidence: the true log evidence in nats, where it is known.
-        max_samples: where the verdict of `diagnose` hangs on noise, draws are added to the pool, up to so many: 16
+        max_samples: where the verdict of ``diagnose`` hangs on noise, draws are added to the pool, up to so many: 16
             times ``num_samples`` by default, or what fits into 20 million numbers and 30 seconds, and none for a model
             that runs one particle at a time. ``num_samples`` adds none.
         chunk_size: draws that pass through the model at once; memory grows with it.
@@ -116,11 +116,14 @@ def evidence_bounds(
         ``pareto_k_sd`` is NaN below 200 draws. Weights are smoothed for all of these, but where pareto k is above 1
         for the estimate of the evidence alone. The attribute ``kind`` of each variable, and ``kind_NAME`` of the
         Dataset, say whether it is exact, a lower bound, an estimate, a standard error or a
-        diagnostic.
+        diagnostic. Where some of the latents are points, as with an ``AutoDelta`` in an
+        ``AutoGuideList``, the attribute ``point_estimates`` names them, and the numbers are those
+        of log p(x, point) in the place of log p(x).
 
     Raises:
         ValueError: if model and guide differ in their latents, a plate is subsampled, a log
-            weight is NaN, or ``num_particles`` exceeds ``num_samples``.
+            weight is NaN, ``num_particles`` exceeds ``num_samples``, or all latents are points
+            (``AutoDelta``): there is no bound then.
     """
     counts, options = check_particles(num_particles, num_samples), kwargs or {}
     pool = Pool(max_samples, num_samples)
@@ -148,7 +151,7 @@ class Pool:
     """Draws of a guide for one verdict, and more of them while that hangs on noise.
 
     Args:
-        max_samples: as for `evidence_bounds`.
+        max_samples: as for ``evidence_bounds``.
         num_samples: draws that a caller asks for.
     """
 
@@ -164,8 +167,9 @@ class Pool:
 
     def add(self, particles: Particles) -> None:
         self._like = particles
-        self._log_weights.append(particles.log_joint() - particles.log_guide())
-        self._columns.add(particles.latents())
+        self._log_weights.append(particles.log_weights())
+        latents = particles.latents()
+        self._columns.add({n: value for n, value in latents.items() if n not in particles.points})
 
     def settled(
         self,
@@ -178,8 +182,14 @@ class Pool:
         Args:
             draw: gives so many more particles like given ones.
             num_particles: the K of IWAE-K.
-            exact_log_evidence: as for `evidence_bounds`.
+            exact_log_evidence: as for ``evidence_bounds``.
         """
+        points = ", ".join(self._like.points) if self._like else ""
+        if points and exact_log_evidence is not None:
+            raise ValueError(
+                f"Expected no exact_log_evidence for a guide with point estimates (Delta) of {points}: its numbers are "
+                "those of the joint density of the data and that point"
+            )
         bounds, limit = self._bounds(num_particles, exact_log_evidence), self._limit()
         while numbers_of(bounds).hangs_on_noise:
             size = int(bounds["num_draws"])
@@ -190,7 +200,7 @@ class Pool:
             for particles in draw(more, self._like):
                 self.add(particles)
             bounds = self._bounds(num_particles, exact_log_evidence)
-        return bounds
+        return bounds.assign_attrs(point_estimates=points) if points else bounds
 
     def _limit(self) -> int:
         if self._given is not None:
@@ -235,7 +245,7 @@ def bounds_dataset(
     columns: Columns | None = None,
     **attrs: Any,
 ) -> xr.Dataset:
-    """All numbers of `evidence_bounds` from log weights ``(S,)``, or per datum from ``(N, S)``.
+    """All numbers of ``evidence_bounds`` from log weights ``(S,)``, or per datum from ``(N, S)``.
 
     Those along ``latent`` are there with ``columns``, the latents of the draws.
     """

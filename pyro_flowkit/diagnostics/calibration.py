@@ -11,7 +11,7 @@ If ``q(theta | x)`` is the posterior, then truth and draws have one distribution
 narrow at both ends. ``v`` spreads ties (discrete latents) and the grid of S + 1 ranks.
 
 What it cannot see: a guide that ignores the data and draws from the prior is calibrated, too, and
-so is one whose errors are in the dependence between latents only. `evidence_bounds` sees both.
+so is one whose errors are in the dependence between latents only. ``evidence_bounds`` sees both.
 
 References:
     Sean Talts, Michael Betancourt, Daniel Simpson, Aki Vehtari, Andrew Gelman. Validating Bayesian
@@ -56,7 +56,7 @@ def simulation_based_calibration(
 ) -> xr.DataTree:
     """Simulates data from the model and compares the guide's draws with the latents behind them.
 
-    Either the guide is amortised (an `AmortizedSplineFlow`, the guide of a VAE, any function of the
+    Either the guide is amortised (an ``AmortizedSplineFlow``, the guide of a VAE, any function of the
     data) and is called with each simulated data set::
 
         tree = simulation_based_calibration(model, guide, args=(data,))
@@ -88,8 +88,8 @@ def simulation_based_calibration(
         num_samples: draws of the guide for each. The test holds for any number; 100 spare time where
             the model cannot be vectorised.
         chunk_size: draws that pass through the model at once; memory grows with it.
-        vectorize: as in `evidence_bounds`.
-        level: the false alarm rate of the verdict, see `calibration_tests`.
+        vectorize: as in ``evidence_bounds``.
+        level: the false alarm rate of the verdict, see ``calibration_tests``.
         seed: seed of the simulations, the training and the draws, without effect on the generator
             of the caller.
 
@@ -97,7 +97,7 @@ def simulation_based_calibration(
         A tree with the groups ``prior_sbc`` (the PIT values ``u`` of every latent, with dims chain
         of length 1, draw = simulation, plates and event dimensions: what
         ``arviz_plots.plot_ecdf_pit`` of ArviZ 1 plots by default), ``prior`` (the simulated latents)
-        and ``vi_calibration`` (the result of `calibration_tests`; `diagnose` reads the verdict).
+        and ``vi_calibration`` (the result of ``calibration_tests``; ``diagnose`` reads the verdict).
 
     Raises:
         ValueError: if there is not one of ``guide`` and ``make_guide``, if the model has no

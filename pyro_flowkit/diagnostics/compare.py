@@ -31,12 +31,17 @@ _DIFF_KINDS = {
     (LOWER_BOUND, LOWER_BOUND): "between bounds",
 }
 
+_COLUMNS = (
+    *("elbo", "elbo_se", "iwae", "iwae_se", "iwae_particles", "log_evidence", "log_evidence_se"),
+    *("gap", "gap_se", "pareto_k", "ess", "seconds", "verdict"),
+)
+
 
 def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """Exact log densities and lower bounds of several models on the same data, in one table.
 
     Args:
-        datasets: results of `heldout_log_prob` (exact) and `pointwise_bounds` (lower bounds) by
+        datasets: results of ``heldout_log_prob`` (exact) and ``pointwise_bounds`` (lower bounds) by
             the name of the model, all for the same ``obs_id``.
 
     Returns:
@@ -107,15 +112,16 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """Several guides of the same model and data, best evidence lower bound first.
 
     Args:
-        trees: results of `from_svi` by the name of the guide.
+        trees: results of ``from_svi`` by the name of the guide.
 
     Returns:
         A table with the index ``name`` and the columns ``elbo``, ``elbo_se``, ``iwae`` (of the
         largest K, which is ``iwae_particles``), ``iwae_se``, ``log_evidence``,
         ``log_evidence_se``, ``gap`` (the exact log evidence where it is known, else the PSIS
-        estimate of this guide, minus its ELBO), ``gap_se`` (as in `diagnose`), ``pareto_k``,
+        estimate of this guide, minus its ELBO), ``gap_se`` (as in ``diagnose``), ``pareto_k``,
         ``ess`` of the weights in draws, ``seconds`` of training (NaN without history) and
-        ``verdict``: "good", "usable" or "bad". In nats up to ``gap_se``.
+        ``verdict``: "good", "usable" or "bad". In nats up to ``gap_se``. A guide with latents at a point
+        (``AutoDelta``) has no bound on the evidence, and NaN in all columns but the verdict's.
 
     Raises:
         ValueError: if there is no tree, one has no ``vi_diagnostics``, or their observed data
@@ -129,6 +135,9 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     for name, tree in trees.items():
         _, checks = diagnose(tree, return_diagnostics=True)
         bounds = tree["vi_diagnostics"].to_dataset()
+        if "point_estimates" in bounds.attrs:  # its numbers are none of the evidence
+            rows.append({"name": name, "verdict": checks["verdict"]["level"]})
+            continue
         if "chain" in bounds.dims:
             raise ValueError(
                 f"Expected one training per tree, got the {bounds.sizes['chain']} joined restarts of '{name}': "
@@ -154,7 +163,8 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
                 "verdict": checks["verdict"]["level"],
             }
         )
-    return pd.DataFrame(rows).set_index("name").sort_values("elbo", ascending=False)
+    table = pd.DataFrame(rows, columns=["name", *_COLUMNS]).set_index("name")
+    return table.sort_values("elbo", ascending=False)
 
 
 def _check_same_data(trees: Mapping[str, xr.DataTree]) -> None:

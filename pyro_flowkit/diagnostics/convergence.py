@@ -63,7 +63,7 @@ def iterate_convergence(
         Variables along ``parameter``: ``mean`` (the averaged iterate), ``rhat``, ``ess``, ``mcse``
         (in the units of the parameter). A parameter that does not move has R-hat 1, MCSE 0 and an
         ESS that is NaN.
-        `diagnose` reads the verdict from the attributes.
+        ``diagnose`` reads the verdict from the attributes.
 
     Raises:
         ValueError: if the shapes or settings do not fit, fewer than 8 iterates are left, or they are
@@ -118,7 +118,7 @@ def compare_restarts(
     ===================================================================  ======
 
     Args:
-        restarts: for each restart the result of `from_svi` or `evidence_bounds`, or its ELBO in
+        restarts: for each restart the result of ``from_svi`` or ``evidence_bounds``, or its ELBO in
             nats; by name, or in a sequence.
         tolerance: the difference of ELBOs in nats that does not matter; what lies within two
             standard errors of zero does not, either.
@@ -130,7 +130,7 @@ def compare_restarts(
         below the best restart) and, if all are trees with draws, ``max_shift`` (the largest
         distance of the means of a latent from those of the best restart, in its standard
         deviations).
-        `diagnose` reads the verdict from the attributes.
+        ``diagnose`` reads the verdict from the attributes.
 
     Raises:
         ValueError: for fewer than two restarts, no finite ELBO, or trees of different latents.

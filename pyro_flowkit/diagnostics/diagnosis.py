@@ -1,4 +1,4 @@
-"""`diagnose`: which results there are to judge, and one verdict for each."""
+"""``diagnose``: which results there are to judge, and one verdict for each."""
 
 from collections import Counter
 from typing import Any, Literal, overload
@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_flowkit.diagnostics.bounds import bounds_dataset
+from pyro_flowkit.diagnostics.point_estimates import with_points
 from pyro_flowkit.diagnostics.reading import numbers_of
 from pyro_flowkit.diagnostics.reweight import guide_weights
 from pyro_flowkit.diagnostics.rule import Numbers, Probe, judge
@@ -71,16 +72,20 @@ def diagnose(
     half the log of draws over ESS; a heavy tail makes the ESS less. Means and standard deviations are those of normal
     scores.
 
+    A guide that puts all latents at a point (``AutoDelta``) has no bound and is "bad"; one that does so with some of
+    them, as in an ``AutoGuideList``, is judged by its other latents, given those, and is "usable" at best.
+
     Importance weights do not see what the guide never visits. A "good" guide has a sentence on that in ``limits``,
     unless the exact evidence excludes it or ``probe`` says that it was looked for; and one on tails where pareto k is
     above 0.7 although the large weights carry little.
 
     Args:
-        tree: a result of `from_svi` or `evidence_bounds`, which draw more where this verdict hangs on noise; of
-            `join_restarts`, judged by its worst restart; of `pointwise_bounds`, judged datum by datum: at most 5 % of
-            the data may be worse than the verdict says; or of `calibration_tests`, `simulation_based_calibration`,
-            `symmetry_tests`, `iterate_convergence` or `compare_restarts`, which carry their verdict.
-        probe: the result of `probe_modes` for the same model and guide.
+        tree: a result of ``from_svi`` or ``evidence_bounds``, which draw more where this verdict hangs on noise; of
+            ``join_restarts``, judged by its worst restart; of ``pointwise_bounds``, judged datum by datum: at most 5 %
+            of the data may be worse than the verdict says; or of ``calibration_tests``,
+            ``simulation_based_calibration``, ``symmetry_tests``, ``iterate_convergence`` or ``compare_restarts``, which
+            carry their verdict.
+        probe: the result of ``probe_modes`` for the same model and guide.
         show_diagnostics: whether to print the verdict.
         return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
             is "bad", and a dict of the checks.
@@ -104,7 +109,7 @@ def diagnose(
             raise ValueError(
                 "Expected a probe together with the result of from_svi, got another result"
             )
-        verdict = verdict_of(found)
+        verdict = verdict_of(found["vi_diagnostics"].to_dataset() if _is_point(found) else found)
     else:
         verdict, checks = _judged(_bounds(found), _probe(probe))
     if show_diagnostics:
@@ -118,7 +123,16 @@ def diagnose(
 def _carries_verdict(found: xr.DataTree | xr.Dataset) -> bool:
     if isinstance(found, xr.DataTree) and "vi_calibration" in found.children:
         return True
-    return "verdict" in found.attrs
+    return "verdict" in found.attrs or _is_point(found)
+
+
+def _is_point(found: xr.DataTree | xr.Dataset) -> bool:
+    """Whether it is the tree of a guide that is a point, which has a verdict in the place of bounds."""
+    return (
+        isinstance(found, xr.DataTree)
+        and "vi_diagnostics" in found.children
+        and "verdict" in found["vi_diagnostics"].attrs
+    )
 
 
 def _bounds(found: xr.DataTree | xr.Dataset) -> xr.Dataset:
@@ -161,7 +175,8 @@ def _judged(bounds: xr.Dataset, probe: Probe | None) -> tuple[Verdict, Checks]:
         return _by_datum(bounds), {}
     if dims == ():
         numbers = numbers_of(bounds)
-        return judge(numbers, probe), _checks(numbers)
+        verdict, points = judge(numbers, probe), bounds.attrs.get("point_estimates")
+        return with_points(verdict, points) if points else verdict, _checks(numbers)
     restarts = [numbers_of(bounds.isel(chain=i)) for i in range(bounds.sizes["chain"])]
     verdicts = [judge(numbers, probe) for numbers in restarts]
     worst = max(

@@ -80,7 +80,7 @@ def inference_gaps(
     missing; ``late_gain`` says what the last sixth of the steps still found (0 where it found
     nothing better).
 
-    Memory: as `pointwise_bounds`, beside ``batch_size * num_particles`` rows with their gradients.
+    Memory: as ``pointwise_bounds``, beside ``batch_size * num_particles`` rows with their gradients.
     250 binary images of 784 pixels take about a minute on one core (``python -m
     benchmarks.diagnostics``).
 
@@ -104,7 +104,7 @@ def inference_gaps(
         batch_size: data per batch, 256 by default.
         plate: the name of the plate of the data, where another has the same size.
         exact_log_evidence: exact ``log p(x_i)`` of shape ``(N,)``, where it is known.
-        vectorize: as in `evidence_bounds`.
+        vectorize: as in ``evidence_bounds``.
         seed: seed of all draws, without effect on the generator of the caller.
 
     Returns:
@@ -118,7 +118,7 @@ def inference_gaps(
         ``message`` says it in a sentence, and what to do.
 
     Raises:
-        ValueError: as `pointwise_bounds`; if a site cannot be reparametrised or freed, if the
+        ValueError: as ``pointwise_bounds``; if a site cannot be reparametrised or freed, if the
             encoder is random, or if a log weight is NaN.
     """
     _check_settings(num_samples, num_steps, num_particles, lr)

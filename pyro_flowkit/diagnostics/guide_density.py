@@ -29,7 +29,7 @@ def log_guide(
 
     Args:
         like: particles of the model and this guide.
-        guide: an `AutoSplineFlow`, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
+        guide: an ``AutoSplineFlow``, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
             samples the latents themselves.
         latents: values of all latents, ``(n, *batch, *event)``.
         args: of the guide.

@@ -15,7 +15,7 @@ and for one latent z_d, a coordinate, by itself
     KL                   E_x KL(q(z_d | x) || p(z_d))              nats
 
 Collapse is judged by directions: a decoder may turn the latents, and then two directions that vary make
-every coordinate vary (see `directions`). Where the prior is that of the posteriors in the mean,
+every coordinate vary (see ``directions``). Where the prior is that of the posteriors in the mean,
 B + W is its covariance and both thresholds are that of Burda, Grosse and Salakhutdinov (2016), whose
 prior has variance 1. The information is the mutual information of x and z where both are Gaussian,
 otherwise an estimate of it.
@@ -85,7 +85,7 @@ def latent_usage(
         num_samples: draws per datum.
         batch_size: data per batch, 256 by default.
         plate: the name of the plate of the data, where another has the same size.
-        vectorize: as in `evidence_bounds`.
+        vectorize: as in ``evidence_bounds``.
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:
@@ -98,11 +98,11 @@ def latent_usage(
         where the dimensions of posterior or prior depend on each other), ``mean_variance`` and
         ``prior_variance`` in squared units of the latent, ``variance_explained``, ``information`` in
         nats, ``active``. Over ``obs_id``: the KL of all latents, ``kl_total``. The attribute
-        ``message`` is the `latent_verdict`, ``active_threshold`` the share of the variance from which
+        ``message`` is the ``latent_verdict``, ``active_threshold`` the share of the variance from which
         on a direction is active.
 
     Raises:
-        ValueError: as `pointwise_bounds`, for less than two data or draws, for so few of both that
+        ValueError: as ``pointwise_bounds``, for less than two data or draws, for so few of both that
             the covariance of draws is singular, and for a guide of point estimates alone
             (``Delta``), which has no KL.
     """
@@ -156,7 +156,7 @@ def latent_verdict(usage: xr.Dataset) -> Verdict:
     """Names posterior collapse in words.
 
     Args:
-        usage: the result of `latent_usage`.
+        usage: the result of ``latent_usage``.
 
     Returns:
         "good" where every direction of every site is active, "bad" where none is, otherwise

@@ -34,7 +34,7 @@ from pyro_flowkit.programs.sites import innermost, is_point_mass, scored_sites
 from pyro_flowkit.transforms.conditional import ConditionedTransform
 
 ENCODER = "encoder"
-"""Where a trace has the encoder's own distribution of a site with a `Conditional` posterior."""
+"""Where a trace has the encoder's own distribution of a site with a ``Conditional`` posterior."""
 
 _SAME = 1e-3  # nats, and relative
 _LEAST_SPREAD = 0.1
@@ -49,7 +49,7 @@ class Family:
     Attributes:
         zeros: the offsets of the encoder's own posterior.
         axes: the dimension of the data in each of them, negative.
-        build: the distribution for offsets of these shapes, or the `Conditional` one.
+        build: the distribution for offsets of these shapes, or the ``Conditional`` one.
         units: of the contexts of a flow: how far an offset of 1 moves them.
     """
 
@@ -185,7 +185,7 @@ def _agree(fn: Any, other: Any, value: Tensor) -> bool:
 
 
 def family_of(fn: Any, name: str, dim: int, units: tuple[Tensor, ...] = ()) -> Family:
-    """The family of a distribution, or of a `Conditional` one.
+    """The family of a distribution, or of a ``Conditional`` one.
 
     Args:
         fn: has a batch dimension for the data.

@@ -16,7 +16,7 @@ draws, so their errors do not average out: with ``v_is = r_is / sum_t r_it``,
 
     mcse^2 = sum_s (sum_i c_i v_is (p(y_i | z_s) / p(y_i | y_-i) - 1))^2,
 
-where ``c_i >= 1`` makes up for weights of infinite variance (`psis.error_factor`).
+where ``c_i >= 1`` makes up for weights of infinite variance (``psis.error_factor``).
 """
 
 import math
@@ -44,7 +44,7 @@ def loo_approximate_posterior(
     The name is that of ArviZ 1 and of R's loo; ``az.compare`` and ``az.plot_khat`` take the result.
 
     Args:
-        tree: the result of `from_svi`, with the groups ``sample_stats`` and ``log_likelihood``. The
+        tree: the result of ``from_svi``, with the groups ``sample_stats`` and ``log_likelihood``. The
             draws of all of its chains are one pool.
         var_name: the observed site, where there is more than one.
         pointwise: whether to keep the values per datum, which ``az.compare`` of ArviZ 0.23 and

@@ -22,6 +22,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from pyro_flowkit.diagnostics.point_estimates import no_bound, point_estimates
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.sites import (
     PARTICLES,
@@ -43,7 +44,8 @@ class Particles:
 
     ``nesting`` is the number of the model's own batch dimensions; the particles are in the
     dimension to the left of them, and ``program`` is the model for many of them, or there is one
-    particle and no such dimension (``program`` is None).
+    particle and no such dimension (``program`` is None). ``points`` are the latents that the guide
+    puts at a point, ``all_points`` whether there are no others.
     """
 
     model_trace: Any
@@ -51,6 +53,8 @@ class Particles:
     size: int
     nesting: int
     program: Vectorized | None = None
+    points: tuple[str, ...] = ()
+    all_points: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -87,6 +91,12 @@ class Particles:
     def log_joint(self) -> Tensor:
         """log p(x, z) in nats, with shape ``(size,)``."""
         return self._total(self.model_trace)
+
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z) in nats, with shape ``(size,)``; ValueError if all latents are points."""
+        if self.all_points:
+            raise no_bound(self.points)
+        return self.log_joint() - self.log_guide()
 
     def log_guide(self) -> Tensor:
         """log q(z) in nats, with shape ``(size,)``."""
@@ -214,11 +224,15 @@ def draw_again(
     if like.program is not None:
         with pyro.plate(PARTICLES, size, dim=-like.nesting - 1):
             guide_trace, model_trace = _run(like.program, guide, args, kwargs)
-        return [Particles(model_trace, guide_trace, size, like.nesting, like.program)]
+        return [
+            dataclasses.replace(like, model_trace=model_trace, guide_trace=guide_trace, size=size)
+        ]
     drawn = []
     for _ in range(size):
         guide_trace, model_trace = _run(model, guide, args, kwargs)
-        drawn.append(Particles(model_trace, guide_trace, 1, like.nesting))
+        drawn.append(
+            dataclasses.replace(like, model_trace=model_trace, guide_trace=guide_trace, size=1)
+        )
     return drawn
 
 
@@ -295,7 +309,18 @@ def _prototype(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, 
             f"{sorted(latents - guided)} in the model only and {sorted(guided - latents)} in the "
             "guide only (a latent that is enumerated, not guided, must be summed out in the model)"
         )
-    return Particles(model_trace, guide_trace, 1, nesting_of(model_trace, guide_trace))
+    points = point_estimates(model_trace, guide_trace, _another_run(guide, args, kwargs))
+    nesting = nesting_of(model_trace, guide_trace)
+    return Particles(
+        model_trace, guide_trace, 1, nesting, points=points, all_points=latents == set(points)
+    )
+
+
+def _another_run(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
+    """A run with other random numbers, without effect on those of the caller."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.rand(1)
+        return poutine.trace(guide).get_trace(*args, **kwargs)
 
 
 def _refuse_subsampling(model_trace: Any) -> None:

@@ -2,7 +2,7 @@
 
 A lower triangle of panels: marginal densities on the diagonal, below it the regions that hold 50 %
 and 90 % of the draws of every pair of latents. The reference (draws of NUTS, of the exact posterior,
-or of `reweight`) is a grey area, every guide a line of its own colour, style and marker, so that the
+or of ``reweight``) is a grey area, every guide a line of its own colour, style and marker, so that the
 picture can be read in grey and by colour-blind readers.
 """
 
@@ -42,7 +42,7 @@ def plot_guides(
 
     Args:
         guides: draws by the name of the guide: a tree with a ``posterior`` (the result of
-            `from_svi` or `reweight`), a Dataset with any of the dimensions chain, draw and sample,
+            ``from_svi`` or ``reweight``), a Dataset with any of the dimensions chain, draw and sample,
             or a mapping of names to arrays of shape ``(draws, *event)``.
         reference: draws of the posterior, in any of these forms.
         var_names: latents to show, or single elements of them, such as ``"theta[2]"`` (or

@@ -31,7 +31,7 @@ def plot_elbo(
     """The ELBO over the steps of the training: raw in light grey, smoothed on top.
 
     Args:
-        history: a `FitResult`, its ``history`` dict, or a tree of `from_svi` with ``vi_trace``.
+        history: a ``FitResult``, its ``history`` dict, or a tree of ``from_svi`` with ``vi_trace``.
         ax: where to draw; a new figure by default.
         label: the name of the run, for several in one picture.
         smooth: the width of the running mean as a part of the whole run.
@@ -76,7 +76,7 @@ def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) ->
     lines are the exact values of *other* models on the same data.
 
     Args:
-        datasets: as for `compare_densities`.
+        datasets: as for ``compare_densities``.
         ax: where to draw; a new figure by default.
 
     Returns:
@@ -137,7 +137,7 @@ def plot_pareto_k(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
     """Pareto k of every datum with the thresholds 0.5, 0.7 and 1 and that of the draws.
 
     Args:
-        dataset: the result of `pointwise_bounds`, or of `evidence_bounds` for a single point.
+        dataset: the result of ``pointwise_bounds``, or of ``evidence_bounds`` for a single point.
         ax: where to draw; a new figure by default.
 
     Returns:
@@ -169,7 +169,7 @@ def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
     """What the gap of every datum is made of: histograms of its two parts, with their means.
 
     Args:
-        dataset: the result of `inference_gaps`.
+        dataset: the result of ``inference_gaps``.
         ax: where to draw; a new figure by default.
 
     Returns:

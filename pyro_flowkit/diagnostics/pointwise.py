@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.point_estimates import no_bound
 from pyro_flowkit.diagnostics.schema import EXACT, schema_attrs
 from pyro_flowkit.programs.sites import plates_of, scored_sites, unscaled_log_prob
 
@@ -65,15 +66,16 @@ def pointwise_bounds(
         chunk_size: draws that pass through the model at once.
         plate: the name of the plate of the data, where another has the same size.
         exact_log_evidence: exact ``log p(x_i)`` of shape ``(N,)``, where it is known.
-        vectorize: as in `evidence_bounds`.
+        vectorize: as in ``evidence_bounds``.
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:
-        The variables of `evidence_bounds`, each with the dimension ``obs_id``, in nats per datum.
+        The variables of ``evidence_bounds``, each with the dimension ``obs_id``, in nats per datum.
         The attribute ``event_size`` is the number of observed values per datum.
 
     Raises:
-        ValueError: if the data are empty, of unequal length or not finite, if a site is outside
+        ValueError: if the data are empty, of unequal length or not finite, if all latents are
+            points (``AutoDelta``), if a site is outside
             of the plate of the data (named), or if no plate or several could be that plate.
     """
     counts = check_particles(num_particles, num_samples)
@@ -174,7 +176,7 @@ def draw_pool(
     vectorize: bool | None = None,
     like: Particles | None = None,
 ) -> DatumPool:
-    """Log weights of the data of one batch; see `pointwise_bounds` for arguments and errors."""
+    """Log weights of the data of one batch; see ``pointwise_bounds`` for arguments and errors."""
     size, chunks = len(batch[0]), []
     for particles in draw_particles(
         model,
@@ -187,6 +189,8 @@ def draw_pool(
         vectorize=vectorize,
         like=like,
     ):
+        if particles.all_points:
+            raise no_bound(particles.points)
         plate, dim = data_plate(particles, size, plate)
         chunks.append(datum_log_weights(particles, dim, size))
     event_size = sum(

@@ -67,7 +67,7 @@ def probe_modes(
 
     Args:
         model: a Pyro model whose latents are all in the guide and have a support that real numbers can be mapped onto.
-        guide: an `AutoSplineFlow`, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
+        guide: an ``AutoSplineFlow``, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
             samples the latents themselves.
         args: positional arguments of both: all data.
         kwargs: keyword arguments of both.
@@ -81,10 +81,10 @@ def probe_modes(
         A Dataset along ``place``, one for each place where searches ended: ``count`` (of these searches), ``elbo`` of
         the Gaussian in nats, a lower bound on the evidence, ``missed`` (the share of the posterior, at least, that is
         around there and where the guide hardly is) and ``where`` (values of the first latents, in words). The
-        attribute ``num_starts`` is the number of searches. `diagnose` reads it.
+        attribute ``num_starts`` is the number of searches. ``diagnose`` reads it.
 
     Raises:
-        ValueError: as `evidence_bounds`, for latents that real numbers cannot be mapped onto, and for a guide whose
+        ValueError: as ``evidence_bounds``, for latents that real numbers cannot be mapped onto, and for a guide whose
             density cannot be had at given values.
     """
     if num_starts < 1 or num_samples < 100:
@@ -159,7 +159,7 @@ class _Region:
             )
         )
         self.like: Particles = chunks[0]
-        log_weights = torch.cat([chunk.log_joint() - chunk.log_guide() for chunk in chunks])
+        log_weights = torch.cat([chunk.log_weights() for chunk in chunks])
         smoothed, _ = psis(log_weights)
         self.log_evidence = float(smoothed.logsumexp(-1)) - math.log(num_samples)
         latents = {

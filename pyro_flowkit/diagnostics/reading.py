@@ -1,4 +1,4 @@
-"""From the variables of `evidence_bounds` to the numbers that a guide is judged by."""
+"""From the variables of ``evidence_bounds`` to the numbers that a guide is judged by."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ def numbers_of(bounds: xr.Dataset) -> Numbers:
     """The numbers of one guide.
 
     Args:
-        bounds: the variables of `evidence_bounds`, or of `pointwise_bounds` for one datum.
+        bounds: the variables of ``evidence_bounds``, or of ``pointwise_bounds`` for one datum.
 
     Raises:
         ValueError: if the exact log evidence is not finite.

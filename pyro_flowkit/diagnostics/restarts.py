@@ -18,12 +18,12 @@ def join_restarts(trees: Sequence[xr.DataTree]) -> xr.DataTree:
     """Joins the trees of several restarts, whose chains follow one another.
 
     Args:
-        trees: results of `from_svi` for one model and its data, of equally many draws.
+        trees: results of ``from_svi`` for one model and its data, of equally many draws.
 
     Returns:
         A tree with the groups that all have: those with draws or steps are joined along ``chain``
         (a shorter training ends in NaN), ``vi_diagnostics`` and ``vi_pointwise`` get that dimension,
-        the data are those of the first. `diagnose` judges it by its worst restart.
+        the data are those of the first. ``diagnose`` judges it by its worst restart.
 
     Raises:
         ValueError: if there are no trees, or they differ in draws or data.

@@ -40,7 +40,7 @@ def reweight(
     posterior, not for the guide. ESS and MCSE of its draws see that a draw is there many times.
 
     Args:
-        tree: the result of `from_svi`. The draws of all of its chains are one pool.
+        tree: the result of ``from_svi``. The draws of all of its chains are one pool.
         num_samples: draws of the result; as many as in ``tree`` by default.
         seed: seed of the resampling, without effect on the generator of the caller.
 
@@ -55,7 +55,7 @@ def reweight(
         ``vi_diagnostics``: it judges the guide, whose draws these are no longer.
 
     Warns:
-        UserWarning: if pareto k is not surely below the threshold (`tails.Tail.is_light`). The
+        UserWarning: if pareto k is not surely below the threshold (``tails.Tail.is_light``). The
             result may then be the posterior only as far as the guide reaches.
 
     Raises:
@@ -120,12 +120,14 @@ def reweight(
 
 
 def guide_weights(tree: xr.DataTree) -> Tensor:
-    """The log weights of the draws of a tree of `from_svi`, (chain, draw), float64, in nats."""
+    """The log weights of the draws of a tree of ``from_svi``, (chain, draw), float64, in nats."""
     stats = tree["sample_stats"].to_dataset() if "sample_stats" in tree.children else xr.Dataset()
     if "log_weight" not in stats:
         hint = ""
         if "resampling" in stats.attrs:
             hint = ": these draws were reweighted before and have equal weights"
+        elif "lp" in stats:
+            hint = ": a point estimate (Delta) of all latents has no weights"
         raise ValueError(
             "Expected log_weight in the group sample_stats, as from_svi leaves it, got "
             f"{sorted(map(str, stats.data_vars)) or sorted(tree.children)}{hint}"

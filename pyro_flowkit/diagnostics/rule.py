@@ -65,7 +65,7 @@ class Check:
 
     @property
     def level(self) -> int:
-        """An index into `LEVELS`: that of the value, or the middle one where all three are left."""
+        """An index into ``LEVELS``: that of the value, or the middle one where all three are left."""
         return 1 if self.cannot_tell else self._level(self.value)
 
     @property
@@ -194,7 +194,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Probe:
-    """What `probe_modes` found, as far as a verdict needs it.
+    """What ``probe_modes`` found, as far as a verdict needs it.
 
     Attributes:
         num_starts: of the optimisations.
@@ -217,7 +217,7 @@ class _Words:
 
 
 def judge(numbers: Numbers, probe: Probe | None = None) -> Verdict:
-    """The verdict on a guide, by its worst check; `diagnose` has the table."""
+    """The verdict on a guide, by its worst check; ``diagnose`` has the table."""
     if not math.isfinite(numbers.elbo):
         return Verdict(
             "bad",

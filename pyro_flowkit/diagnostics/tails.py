@@ -1,6 +1,6 @@
 """How well pareto k is known, and what it is trusted for.
 
-Pareto k is fitted to the M largest weights (see `pyro_flowkit.ops.psis`), with a standard
+Pareto k is fitted to the M largest weights (see ``pyro_flowkit.ops.psis``), with a standard
 error of about ``(1 + k) / sqrt(M)``, that of the maximum likelihood: 0.1 at 4,000 draws. A guide may
 thus pass the threshold by luck, and the more so the farther it is from the posterior.
 

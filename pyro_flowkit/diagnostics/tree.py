@@ -1,7 +1,7 @@
 """A variational fit as ArviZ data: an ``xarray.DataTree`` with the groups of ArviZ's schema.
 
 xarray alone builds the tree, so it can be made, saved and opened without ArviZ, or with either of
-its two generations; `to_arviz` is the only place that knows which one is installed. The groups are
+its two generations; ``to_arviz`` is the only place that knows which one is installed. The groups are
 flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for begin with ``vi_``.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, Pool, check_particles
 from pyro_flowkit.diagnostics.naming import Namer, constants, latent_sites, observed_sites
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.point_estimates import of_a_point
 from pyro_flowkit.diagnostics.predictive import (
     MAX_NUMBERS,
     count_predictions,
@@ -57,12 +58,12 @@ def from_svi(
         guide: its trained guide.
         args: positional arguments of both: all data.
         kwargs: keyword arguments of both.
-        history: a `FitResult`, or its ``history``: a dict of arrays of one length with ``step``
+        history: a ``FitResult``, or its ``history``: a dict of arrays of one length with ``step``
             and any of ``elbo``, ``learning_rate``, ``grad_norm``, ``seconds``.
         num_samples: draws of the guide.
-        num_particles: the K of IWAE-K, see `evidence_bounds`.
+        num_particles: the K of IWAE-K, see ``evidence_bounds``.
         exact_log_evidence: the true log evidence in nats, where it is known.
-        max_samples: draws for ``vi_diagnostics`` at most, see `evidence_bounds`. The other groups have
+        max_samples: draws for ``vi_diagnostics`` at most, see ``evidence_bounds``. The other groups have
             ``num_samples``.
         coords: coordinate values by dimension name. Plates are dimensions of their own name.
         dims: names of the event dimensions by site; ``SITE_dim_0``, ... by default.
@@ -70,9 +71,9 @@ def from_svi(
         predictions: whether to draw the observed sites from every draw of the guide. None does so
             unless that is more than 100 million numbers, and says it where it is.
         num_prior_samples: draws of the prior, and of the observed sites from it; 0 for none.
-        pointwise: the result of `pointwise_bounds` or `inference_gaps`, to be kept in the tree.
+        pointwise: the result of ``pointwise_bounds`` or ``inference_gaps``, to be kept in the tree.
         chunk_size: draws that pass through the model at once; memory grows with it.
-        vectorize: as in `evidence_bounds`.
+        vectorize: as in ``evidence_bounds``.
         seed: seed of the draws, without effect on the generator of the caller.
 
     Returns:
@@ -81,16 +82,20 @@ def from_svi(
         nats, not normalised), ``log_likelihood``, ``log_prior`` (of every latent, in nats),
         ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data`` (tensors among the arguments that are not observed), ``vi_trace`` (chain,
-        step), ``vi_diagnostics`` (the variables of `evidence_bounds`, from these draws, and more of them where the
-        verdict of `diagnose` hangs on noise) and
+        step), ``vi_diagnostics`` (the variables of ``evidence_bounds``, from these draws, and more of them where the
+        verdict of ``diagnose`` hangs on noise) and
         ``vi_pointwise`` (obs_id). Groups without content are left out.
 
         The draws are those of the **guide**, as they are: ``log_weight_psis`` says what the
         posterior would make of them, and R-hat or ESS of independent draws say nothing about the
         guide.
 
+        A guide that puts all latents at a point (``AutoDelta``) has no weights and no bounds:
+        ``sample_stats`` then has ``lp`` alone, and ``vi_diagnostics`` that ``log_joint`` of the
+        point with the verdict of `diagnose`.
+
     Raises:
-        ValueError: as `evidence_bounds`, and if ``dims`` or ``coords`` do not fit the sites.
+        ValueError: as ``evidence_bounds``, and if ``dims`` or ``coords`` do not fit the sites.
 
     Warns:
         UserWarning: if predictions or the prior are left out.
@@ -116,7 +121,8 @@ def from_svi(
 
     with evaluation(model, guide, seed=seed):
         for chunk, particles in enumerate(draw(num_samples)):
-            pool.add(particles)
+            if not particles.all_points:
+                pool.add(particles)
             own_seed = None if seed is None else seed + 1 + chunk
             stats["lp"].append(particles.log_joint())
             stats["log_q"].append(particles.log_guide())
@@ -136,12 +142,19 @@ def from_svi(
             if num_prior_samples
             else ({}, {})
         )
-        bounds = pool.settled(draw, counts, exact_log_evidence)
+        bounds = (
+            of_a_point(particles)
+            if particles.all_points
+            else pool.settled(draw, counts, exact_log_evidence)
+        )
 
     namer = Namer(particles, dims or {}, coords or {})
     sample_stats = {name: torch.cat(parts) for name, parts in stats.items()}
-    log_weight = sample_stats["lp"] - sample_stats["log_q"]
-    sample_stats |= {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
+    if particles.all_points:
+        del sample_stats["log_q"]
+    else:
+        log_weight = sample_stats["lp"] - sample_stats["log_q"]
+        sample_stats |= {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
     observed = dict(observed_sites(particles))
     groups = {
         "posterior": namer.dataset(draws.joined()),
@@ -164,7 +177,7 @@ def to_arviz(tree: xr.DataTree) -> Any:
     """The tree as the installed ArviZ wants it: itself on ArviZ 1, ``InferenceData`` on 0.23.
 
     Args:
-        tree: the result of `from_svi`, or any DataTree with flat groups.
+        tree: the result of ``from_svi``, or any DataTree with flat groups.
 
     Returns:
         ``tree`` unchanged, or an ``arviz.InferenceData`` with the same groups.
@@ -184,7 +197,7 @@ class _Parts:
         self._parts: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, part: Tensor) -> None:
-        self._parts.setdefault(name, []).append(part.cpu())
+        self._parts.setdefault(name, []).append(part.detach().cpu())
 
     def joined(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self._parts.items()}

@@ -45,7 +45,7 @@ def calibration_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_L
     ==========================================  ======
 
     Args:
-        sbc: the result of `simulation_based_calibration`, or its group ``prior_sbc``: PIT values in
+        sbc: the result of ``simulation_based_calibration``, or its group ``prior_sbc``: PIT values in
             (0, 1) with the dims chain and draw.
         level: the probability of an alarm at a calibrated guide, over all latents together
             (Bonferroni); it is met from below.
@@ -56,7 +56,7 @@ def calibration_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_L
         right one), ``p_location``, ``p_spread``, ``p_shape``, and ``p_value``, which combines the
         three and is corrected for the number of latents. ``shift`` and ``scale_ratio`` are normal
         approximations.
-        `diagnose` reads the verdict from the attributes.
+        ``diagnose`` reads the verdict from the attributes.
 
     Raises:
         ValueError: if there are no PIT values in [0, 1], fewer than two, or ``level`` is no
@@ -100,17 +100,17 @@ def symmetry_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVE
     which finds a shift of 0.3 at 200 simulations of one latent with probability 0.94.
 
     Args:
-        sbc: as for `calibration_tests`.
-        level: as for `calibration_tests`.
+        sbc: as for ``calibration_tests``.
+        level: as for ``calibration_tests``.
 
     Returns:
-        Variables along ``latent``: ``shift`` (as in `calibration_tests`), ``asymmetry`` (the
+        Variables along ``latent``: ``shift`` (as in ``calibration_tests``), ``asymmetry`` (the
         Kolmogorov-Smirnov distance of ``u`` and ``1 - u``) and ``p_value``, corrected for the
         number of latents.
-        `diagnose` reads the verdict from the attributes: "good" or "bad".
+        ``diagnose`` reads the verdict from the attributes: "good" or "bad".
 
     Raises:
-        ValueError: as `calibration_tests`.
+        ValueError: as ``calibration_tests``.
     """
     import scipy.stats  # changes the filters of warnings
 

@@ -9,7 +9,7 @@ LEVELS = ("good", "usable", "bad")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `diagnose` says of a guide, a training or its restarts. It is true if it is "good".
+    """What ``diagnose`` says of a guide, a training or its restarts. It is true if it is "good".
 
     Attributes:
         level: "good" (use the draws), "usable" (use them with their weights) or "bad".
@@ -31,18 +31,18 @@ class Verdict:
 
 
 def with_verdict(dataset: xr.Dataset, verdict: Verdict) -> xr.Dataset:
-    """The dataset with the verdict in its attributes, where `verdict_of` finds it."""
+    """The dataset with the verdict in its attributes, where ``verdict_of`` finds it."""
     return dataset.assign_attrs(
         verdict=verdict.level, reason=verdict.reason, advice=verdict.advice, limits=verdict.limits
     )
 
 
 def verdict_of(result: xr.DataTree | xr.Dataset) -> Verdict:
-    """The verdict that a result of this package carries in its attributes; `diagnose` reads it, too.
+    """The verdict that a result of this package carries in its attributes; ``diagnose`` reads it, too.
 
     Args:
-        result: of `calibration_tests`, `symmetry_tests`, `iterate_convergence` or
-            `compare_restarts`, or a tree with a group ``vi_calibration``.
+        result: of ``calibration_tests``, ``symmetry_tests``, ``iterate_convergence`` or
+            ``compare_restarts``, or a tree with a group ``vi_calibration``.
 
     Returns:
         The verdict; ``str`` of it is one line.

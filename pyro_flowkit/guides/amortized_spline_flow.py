@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides.amortized_draws import AmortizedDraws
 from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
 from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE
@@ -60,7 +61,7 @@ from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 
-class AmortizedSplineFlow(LazyGuide, AmortizedSummaries, DataRows, StoreModule):
+class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRows, StoreModule):
     """Guide for a model with a latent for every datum::
 
         def model(x):

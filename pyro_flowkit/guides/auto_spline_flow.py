@@ -316,7 +316,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             args: its arguments, with all of the data.
             kwargs: its keyword arguments.
             max_seconds: of the search for that Gaussian.
-            found: the `tensors` of an earlier start, to go on from there without a search; the guide is left alone.
+            found: the ``tensors`` of an earlier start, to go on from there without a search; the guide is left alone.
 
         Returns:
             What to call after the training, so that it does not end below that Gaussian; None, with nothing done, where

@@ -49,7 +49,7 @@ class GaussianStart:
 
     Attributes:
         room: what the guide has left to gain.
-        tensors: the guide's `state_dict` at that Gaussian.
+        tensors: the guide's ``state_dict`` at that Gaussian.
     """
 
     def __init__(

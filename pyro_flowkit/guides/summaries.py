@@ -130,17 +130,7 @@ class Summaries(ConstrainedLatents):
         """
         with self._seeded(seed):
             _, log_weights = self._weigh(args, kwargs, num_samples)
-        smoothed, pareto_k = psis(log_weights)
-        log_evidence = smoothed.logsumexp(-1) - math.log(num_samples)
-        return Evidence(
-            log_evidence=float(log_evidence),
-            standard_error=float(log_mean_error(smoothed, log_evidence)),
-            elbo=float(log_weights.mean()),
-            elbo_standard_error=float(log_weights.std()) / math.sqrt(num_samples),
-            pareto_k=float(pareto_k),
-            pareto_k_threshold=pareto_k_threshold(num_samples),
-            num_samples=num_samples,
-        )
+        return evidence_of(log_weights)
 
     def resample(
         self,
@@ -170,16 +160,7 @@ class Summaries(ConstrainedLatents):
         proposals = 10 * num_samples if num_proposals is None else num_proposals
         with self._seeded(seed):
             latent, log_weights = self._weigh(args, kwargs, proposals)
-            smoothed, pareto_k = psis(log_weights)
-            threshold = pareto_k_threshold(proposals)
-            if not float(pareto_k) <= threshold:
-                warnings.warn(
-                    f"The importance weights of {type(self).__name__} have pareto k {float(pareto_k):.2f}, above "
-                    f"{threshold:.2f}: resampled draws cannot be trusted to follow the posterior. Train longer, or run "
-                    "NUTS in the coordinates of the guide (NeuTraReparam).",
-                    stacklevel=2,
-                )
-            chosen = torch.multinomial(smoothed.softmax(-1), num_samples, replacement=True)
+            chosen = chosen_by(log_weights, num_samples, type(self).__name__)
         return unpack(self, latent[chosen.to(latent.device)])[0]
 
     @torch.no_grad()
@@ -219,6 +200,42 @@ class Summaries(ConstrainedLatents):
     def _synchronise(self) -> None:
         self._require_setup()
         self.sync_with_store(lend=False)
+
+
+def evidence_of(log_weights: Tensor) -> Evidence:
+    """The evidence from log weights ``(S,)``, or of independent data ``(N, S)``: sums, and the largest pareto k."""
+    num_samples = log_weights.shape[-1]
+    smoothed, pareto_k = psis(log_weights)
+    log_evidence = smoothed.logsumexp(-1) - math.log(num_samples)
+    return Evidence(
+        log_evidence=float(log_evidence.sum()),
+        standard_error=float(log_mean_error(smoothed, log_evidence).square().sum().sqrt()),
+        elbo=float(log_weights.mean(-1).sum()),
+        elbo_standard_error=float((log_weights.var(-1).sum() / num_samples).sqrt()),
+        pareto_k=float(pareto_k.max()),
+        pareto_k_threshold=pareto_k_threshold(num_samples),
+        num_samples=num_samples,
+    )
+
+
+def chosen_by(log_weights: Tensor, num_samples: int, guide: str) -> Tensor:
+    """Indices of draws by their smoothed weights ``(S,)`` or ``(N, S)``: ``(num_samples,)`` or ``(N, num_samples)``.
+
+    Args:
+        log_weights: log weights of draws.
+        num_samples: number of indices.
+        guide: what to call it in the warning of a pareto k above its threshold.
+    """
+    smoothed, pareto_k = psis(log_weights)
+    threshold = pareto_k_threshold(log_weights.shape[-1])
+    if not float(pareto_k.max()) <= threshold:
+        warnings.warn(
+            f"The importance weights of {guide} have pareto k {float(pareto_k.max()):.2f}, above {threshold:.2f}: "
+            "resampled draws cannot be trusted to follow the posterior. Train longer, or run NUTS in the coordinates "
+            "of the guide (NeuTraReparam).",
+            stacklevel=3,
+        )
+    return torch.multinomial(smoothed.softmax(-1), num_samples, replacement=True)
 
 
 def _quantile(ordered: Tensor, level: float) -> Tensor:

@@ -14,7 +14,9 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 
 from pyro_flowkit.objectives.draws import Detached, Gated
+from pyro_flowkit.objectives.scales import ScaleRecorder
 from pyro_flowkit.objectives.weights import LogWeights, Run, log_weights
+from pyro_flowkit.programs.sites import scored_sites
 
 
 class WeightedObjective(ELBO):
@@ -27,6 +29,7 @@ class WeightedObjective(ELBO):
 
     own_gradient = True
     takes_draws_as_given = False
+    _remedy_without_inverse = ""
     _least_particles = 1
 
     def __init__(
@@ -91,28 +94,43 @@ class WeightedObjective(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Run:
         handler = self._handler() if torch.is_grad_enabled() else Messenger()
+        model_scales, guide_scales = ScaleRecorder(), ScaleRecorder()
         unwrapped = poutine.unwrap(guide)
         if isinstance(unwrapped, Messenger):  # a GuideMessenger runs the model by itself
-            with handler:
+            with guide_scales, handler:
                 guide(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()
+            model_scales = guide_scales
         else:
-            with handler:
+            with guide_scales, handler:
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            with model_scales:
+                model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             if self.strict_enumeration_warning:
                 check_if_enumerated(guide_trace)
         guide_trace = prune_subsample_sites(guide_trace)
         model_trace = prune_subsample_sites(model_trace)
+        try:
+            guide_trace.compute_log_prob()
+        except (KeyError, NotImplementedError) as error:  # a draw that is found in no cache
+            raise self._without_inverse(guide_trace) from error
+        model_trace.compute_log_prob()
         for trace in (model_trace, guide_trace):
-            trace.compute_log_prob()
             for site in trace.nodes.values() if is_validation_enabled() else ():
                 if site["type"] == "sample":
                     check_site_shape(site, self.max_plate_nesting)
-        return Run(model_trace, guide_trace, handler)
+        return Run(model_trace, guide_trace, handler, model_scales.around, guide_scales.around)
+
+    def _without_inverse(self, guide_trace: poutine.Trace) -> ValueError:
+        name, site = next((n, s) for n, s in scored_sites(guide_trace) if "log_prob" not in s)
+        return ValueError(
+            f"Expected guide sites with a log-density at any value, got {type(site['fn']).__name__} at {name!r} with a "
+            f"transform that has no inverse (planar, radial, block-autoregressive flows and the like): "
+            f"{type(self).__name__} {self._remedy_without_inverse}"
+        )
 
     def _log_weights(self, runs: list[Run]) -> LogWeights:
         stacked = self.vectorize_particles and self.num_particles > 1

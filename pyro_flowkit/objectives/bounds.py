@@ -85,8 +85,17 @@ class AlphaDivergence(WeightedObjective):
         TypeError: if num_particles is no int, or plate is no name.
         ValueError: for num_particles < 1 or alpha < 0; when it is used, for a guide site without ``rsample``, a
             latent without guide site, a plate that is not around all sites, and a subsampled plate that is not around
-            all sites (unless alpha or num_particles is 1).
+            all sites (unless alpha or num_particles is 1), and for guides whose transforms have no inverse (planar,
+            radial, block-autoregressive) unless ``doubly_reparameterized=False``.
+
+    Warns:
+        UserWarning: where a plate that could hold the data is sequential (``for i in pyro.plate(...)``).
     """
+
+    _remedy_without_inverse = (
+        "cuts the way back to a draw, and needs one. doubly_reparameterized=False takes the ordinary gradient, "
+        "which does not."
+    )
 
     def __init__(
         self,
@@ -181,6 +190,9 @@ class ImportanceWeightedELBO(AlphaDivergence):
     draws: mode-seeking at K = 1, wider with more particles, as a proposal that misses mass costs more than one that
     wastes draws. For a model with parameters the bound is what counts, for a guide by itself more than some tens of
     particles bring little.
+
+    Start from an ELBO fit. Far from the posterior one particle carries all of the weight, and the gradient, that of a
+    single best draw, may leave a guide where it is: worse than the ELBO's, however many steps follow.
 
     Args:
         num_particles: number K of draws per datum.

@@ -1,9 +1,9 @@
 """Draws of a guide with a cut behind each of them: what a gradient estimator may see of the way to a draw.
 
 A program computes draws one after another, ``z_i = T_i(noise, phi, z_<i)``. An estimator in which a draw has another
-weight on the way back than the parameters beside it needs to stop at the draw: `Gated` puts a gate behind every
+weight on the way back than the parameters beside it needs to stop at the draw: ``Gated`` puts a gate behind every
 reparameterised draw, open at first, so that ``d log w / d z_i`` comes with all that follows from z_i, and shut later,
-so that only the direct way from a draw to its own distribution is left. `Detached` takes the draws as given values.
+so that only the direct way from a draw to its own distribution is left. ``Detached`` takes the draws as given values.
 
 Both are handlers around the guide, so that whatever the guide computes from a draw, a later distribution for one, is
 behind the cut as well. The draw that leaves the cut is another tensor: its density is then computed from the value,

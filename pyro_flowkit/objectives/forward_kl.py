@@ -54,10 +54,18 @@ class ForwardKL(WeightedObjective):
         TypeError: if num_particles is no int, or plate is no name.
         ValueError: for num_particles < 2; when it is used, for a guide site that is a parameter (a Delta has no
             density to fit), a latent without guide site, a plate that is not around all sites, and a subsampled plate
-            that is not around all sites.
+            that is not around all sites, and for guides whose transforms have no inverse (planar, radial,
+            block-autoregressive).
+
+    Warns:
+        UserWarning: as :class:`AlphaDivergence`.
     """
 
     takes_draws_as_given = True
+    _remedy_without_inverse = (
+        "takes draws as given, and needs one. Train by Trace_ELBO, or by ImportanceWeightedELBO with "
+        "doubly_reparameterized=False."
+    )
     _least_particles = 2
 
     def __init__(

@@ -4,16 +4,18 @@ r"""Log weights of particles, one per datum where the program allows it.
 
 The data are the plates around *all* sites of model and guide; inside of them everything is summed, and outside of them
 is nothing. Without such a plate there is one weight per particle. What all sites have as a common scale, the N / B of
-a subsampled plate and a ``poutine.scale`` around model and guide, multiplies the bound of a datum and not its log
-weight: N / B data like this one have N / B times its bound, whereas the power ``w^(N / B)`` is no weight of anything.
-What only some sites have as a scale, as in annealing, stays inside of the weight.
+a subsampled plate and a ``poutine.scale`` around model and guide (a number, or one for each datum: weighted data),
+multiplies the bound of a datum and not its log weight: N / B data like this one have N / B times its bound, whereas the
+power ``w^(N / B)`` is no weight of anything. What only some sites have as a scale, as in annealing, stays inside of the
+weight (see :mod:`pyro_flowkit.objectives.scales`).
 
 A plate with local latents and a latent outside of it has one weight per particle. If it is subsampled, that weight is
 an estimate, and a bound through its logarithm is no bound: that is refused.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +24,34 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flowkit.objectives.draws import Draw, Gated
+from pyro_flowkit.objectives.scales import (
+    Scale,
+    are_same,
+    is_per_datum,
+    quotient,
+    shared_by_all,
+)
 from pyro_flowkit.programs.sites import PARTICLES, Site, is_scored
 
 Plate = tuple[str, int]  # name and dimension
 
 
 class Run(NamedTuple):
-    """Traces of one particle, or of all of them in one plate, and the handler that was around the guide."""
+    """Traces of one particle, or of all of them in one plate.
+
+    Attributes:
+        model_trace: of the model, with log-densities.
+        guide_trace: of the guide.
+        handler: what was around the guide.
+        model_scales: ``poutine.scale`` around each site of the model.
+        guide_scales: the same of the guide.
+    """
 
     model_trace: Any
     guide_trace: Any
     handler: Messenger
+    model_scales: Mapping[str, Sequence[Scale]]
+    guide_scales: Mapping[str, Sequence[Scale]]
 
     @property
     def draws(self) -> Sequence[Draw]:
@@ -74,12 +93,12 @@ class LogWeights(NamedTuple):
 
     def counts_once(self, site: Site) -> bool:
         """Whether a site's log-density is in the log weight as it is."""
-        return _same(site["scale"], self.scale)
+        return are_same(site["scale"], self.scale)
 
     def share_of_log_q(self, run: Run, draw: Draw) -> Tensor | float:
         """How much of a draw's log q is in the log weight: 1, unless it is scaled or masked."""
         site = run.guide_trace.nodes[draw.name]
-        scale, mask = _quotient(site["scale"], self.scale), site["mask"]
+        scale, mask = quotient(site["scale"], self.scale), site["mask"]
         share = scale if mask is None else scale * mask
         return share[(..., *(None,) * draw.event_dim)] if isinstance(share, Tensor) else share
 
@@ -100,7 +119,7 @@ def log_weights(
         linear: whether the objective is linear in the log weights, so that estimates of them do no harm.
 
     Raises:
-        ValueError: if the model has no site, a latent has no site in the guide, `plate` is not around all sites, or a
+        ValueError: if the model has no site, a latent has no site in the guide, ``plate`` is not around all sites, or a
             plate inside of the weights is subsampled.
     """
     first = runs[0]
@@ -108,14 +127,15 @@ def log_weights(
     data = _data_plates(first, plate)
     if not linear:
         _check_subsampling(first, data)
-    scale = _common_scale(first, data)
+        _warn_of_sequential_plates(first, data)
+    scale = _common_scale(first, data, linear)
     keep = {dim for _, dim in data} | (set() if particle_dim is None else {particle_dim})
     sums: dict[str, list[Tensor | float]] = {"model": [], "gated": [], "guide": []}
     for run in runs:
         gated = {draw.name for draw in run.draws}
         total: dict[str, Tensor | float] = dict.fromkeys(sums, 0.0)
         for program, name, site in _sites(run):
-            inside = _quotient(site["scale"], scale)
+            inside = quotient(site["scale"], scale)
             log_prob = scale_and_mask(site["unscaled_log_prob"], inside, site["mask"])
             part = "gated" if program == "guide" and name in gated else program
             total[part] = total[part] + _sum_to(keep, log_prob)
@@ -182,24 +202,43 @@ def _check_subsampling(run: Run, data: set[Plate]) -> None:
             )
 
 
-def _common_scale(run: Run, data: set[Plate]) -> Tensor | float:
-    """What multiplies the bound: the scale of all sites, or else that of the subsampled data plates."""
-    sites = [site for _, _, site in _sites(run)]
-    scales = [site["scale"] for site in sites]
-    if scales and all(_same(scale, scales[0]) for scale in scales):
-        return scales[0]
-    frames = sites[0]["cond_indep_stack"] if sites else ()
-    return math.prod((f.full_size or f.size) / f.size for f in frames if (f.name, f.dim) in data)
+def _warn_of_sequential_plates(run: Run, data: set[Plate]) -> None:
+    """In a loop over data that nothing else is around, the data share the weight of a particle."""
+    sites = [site["cond_indep_stack"] for _, _, site in _sites(run)]
+    loops = [{frame.name for frame in frames if not frame.vectorized} for frames in sites]
+    common = set.intersection(*loops) if loops else set()
+    if common and not data:
+        warnings.warn(
+            f"The plate {min(common)!r} is sequential (a for loop), so that all of its data have one weight per "
+            "particle in common, and the bound is looser than with one for each datum. A vectorised plate, "
+            f"with pyro.plate({min(common)!r}, size):, gives each its own.",
+            stacklevel=5,
+        )
 
 
-def _same(one: Tensor | float, other: Tensor | float) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    return math.isclose(one, other)
-
-
-def _quotient(scale: Tensor | float, outer: Tensor | float) -> Tensor | float:
-    return 1.0 if _same(scale, outer) else scale / outer
+def _common_scale(run: Run, data: set[Plate], linear: bool) -> Scale:
+    """What multiplies the bound: what the scales of all sites have in common, and the subsampled data plates."""
+    sites = list(_sites(run))
+    if not sites:
+        return 1.0
+    _, first_name, first = sites[0]
+    dims = {dim for _, dim in data}
+    if all(are_same(site["scale"], first["scale"]) for _, _, site in sites):
+        if is_per_datum(first["scale"], dims):
+            return first["scale"]
+        if not linear:
+            raise ValueError(
+                f"Expected a scale around model and guide that is a number, or one for each datum, got shape "
+                f"{tuple(first['scale'].shape)} at {first_name!r}, which varies inside of a weight: as a power of "
+                "model and guide it leaves no importance weight. Put all sites into the plate of the data, or scale "
+                "the likelihood alone."
+            )
+    own = {"model": run.model_scales, "guide": run.guide_scales}
+    common = shared_by_all([own[program].get(name, ()) for program, name, _ in sites])
+    by_hand = math.prod((scale for scale in common if is_per_datum(scale, dims)), start=1.0)
+    frames = first["cond_indep_stack"]
+    plates = ((f.full_size or f.size) / f.size for f in frames if (f.name, f.dim) in data)
+    return by_hand * math.prod(plates)
 
 
 def _sum_to(keep: Collection[int], log_prob: Tensor) -> Tensor:

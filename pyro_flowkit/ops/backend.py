@@ -35,10 +35,12 @@ def backend() -> Literal["fused", "reference"]:
 
 @contextmanager
 def use_reference() -> Iterator[None]:
-    """Take the PyTorch reference for a while, in the whole process::
+    """Take the PyTorch reference for a while, in the whole process.
 
-    with use_reference():
-        flow.log_prob(x)
+    To find out whether a result depends on the kernel::
+
+        with use_reference():
+            flow.log_prob(x)
     """
     global _reference_wanted
     before, _reference_wanted = _reference_wanted, True

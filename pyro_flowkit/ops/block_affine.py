@@ -4,7 +4,11 @@ With b the number of a block, o the output of a small perceptron with ReLU plus 
 
 .. math::
 
-    (m_b, r_b) = o_b(y_{<b}), \qquad s_b = 15 \tanh(r_b / 15), \qquad y_b = m_b + \exp(s_b) \odot x_b
+    (m_b, r_b) = o_b(v(y_{<b})), \qquad s_b = 15 \tanh(r_b / 15), \qquad y_b = m_b + \exp(s_b) \odot x_b
+
+with v(y) = y up to \|y\| = 5 and sign(y) (5 + log(\|y\| - 4)) from there on. A block whose scale is the exponential of
+a line in another has tails as heavy as a log-normal's; one that follows this block in turn would have the exponential
+of those, and one draw in ten thousand would decide an ELBO. By the logarithm, tails of tails grow as powers do.
 
 Blocks follow one another, and each takes twenty small operations, whose bookkeeping costs PyTorch more than their
 arithmetic. Here they run without a graph, and the derivatives are written out.
@@ -24,6 +28,8 @@ from pyro_flowkit.ops.layout import Layout
 
 # a scale that follows a line would overflow far outside
 MAX_LOG_SCALE = 15.0
+# in standard deviations of a block at the start; from here on the blocks after it see its logarithm
+LINEAR_UNTIL = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def block_affine(x: Tensor, blocks: Blocks, parameters: Parameters) -> tuple[Ten
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y, ladj = cast(tuple[Tensor, Tensor], _BlockAffine.apply(blocks, rows, *parameters))
     else:
-        y, ladj, _ = _forward(blocks, rows, parameters)
+        y, ladj, *_ = _forward(blocks, rows, parameters)
     return (y, ladj) if x.dim() == 2 else (y.view(x.shape), ladj.view(x.shape[:-1]))
 
 
@@ -75,6 +81,7 @@ def location_and_log_scale(
     before: Tensor, block: Block, packed: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """m and s of a block, in PyTorch's own operations."""
+    before, _ = _seen(before)
     h = before
     *hidden, output = block.layout.unpack(packed)
     for layer in hidden:
@@ -103,10 +110,10 @@ def pushed_derivative(y: Tensor, derivative: Tensor) -> Tensor | None:
     made_here = isinstance(node, cast(Any, _BlockAffine)._backward_cls)
     if not made_here or derivative.dtype != y.dtype:
         return None
-    x, own, *rest = node.saved_tensors
+    x, seen, slope, *rest = node.saved_tensors
     parameters, kept = _split(rest, node.num_parameters)
     given = derivative.reshape(x.shape)
-    pushed = given.clone()
+    pushed, of_seen = given.clone(), torch.zeros_like(seen)
     for b, block in enumerate(node.blocks):
         columns = slice(block.start, block.start + block.size)
         *hidden, t, scale = kept[b]
@@ -115,7 +122,8 @@ def pushed_derivative(y: Tensor, derivative: Tensor) -> Tensor | None:
         of_log_scale = torch.addcmul(of_block.new_tensor(-1.0), of_block, x[:, columns], value=-1.0)
         of_output = torch.cat([of_loc, torch.ops.aten.tanh_backward(of_log_scale, t)], dim=-1)
         packed, weight = parameters[2 * b : 2 * b + 2]
-        _backward_through(block, of_output, own, hidden, packed, weight, pushed, None)
+        _backward_through(block, of_output, seen, hidden, packed, weight, of_seen, None)
+    pushed[:, : seen.shape[-1]].addcmul_(of_seen, slope)
     return pushed.view(y.shape)
 
 
@@ -124,15 +132,16 @@ class _BlockAffine(torch.autograd.Function):
     def forward(
         ctx: Any, blocks: Blocks, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        y, ladj, kept = _forward(blocks, x, parameters)
+        y, ladj, (seen, slope), kept = _forward(blocks, x, parameters)
         ctx.set_materialize_grads(False)
         ctx.blocks, ctx.num_parameters = blocks, len(parameters)
-        ctx.save_for_backward(x, y, *parameters, *(t for of_block in kept for t in of_block))
+        activations = (t for of_block in kept for t in of_block)
+        ctx.save_for_backward(x, seen, slope, *parameters, *activations)
         return y, ladj
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, y, *rest = ctx.saved_tensors
+        x, seen, slope, *rest = ctx.saved_tensors
         parameters, kept = _split(rest, ctx.num_parameters)
         if torch.is_grad_enabled():
 
@@ -142,6 +151,7 @@ class _BlockAffine(torch.autograd.Function):
             return (None, *differentiate(again, (x, *parameters), grads))
         grad_y, grad_ladj = grads
         grad_x = torch.zeros_like(x) if grad_y is None else grad_y.clone()
+        of_seen = torch.zeros_like(seen)
         found: list[Tensor | None] = []
         for b, block in reversed(list(enumerate(ctx.blocks))):
             columns = slice(block.start, block.start + block.size)
@@ -154,23 +164,31 @@ class _BlockAffine(torch.autograd.Function):
             of_output = torch.cat([of_loc, torch.ops.aten.tanh_backward(of_log_scale, t)], dim=-1)
             packed, weight = parameters[2 * b : 2 * b + 2]
             of_packed = torch.empty_like(packed)
-            _backward_through(block, of_output, y, hidden, packed, weight, grad_x, of_packed)
+            _backward_through(block, of_output, seen, hidden, packed, weight, of_seen, of_packed)
             of_weight = None
             if weight is not None:
-                of_weight = (block.of_line * of_output).mT @ y[:, : block.start]
+                of_weight = (block.of_line * of_output).mT @ seen[:, : block.start]
             found = [of_packed, of_weight, *found]
+            # whatever reads the block before it is through
+            previous = slice(ctx.blocks[b - 1].start if b else 0, block.start)
+            grad_x[:, previous].addcmul_(of_seen[:, previous], slope[:, previous])
         return (None, grad_x, *found)
 
 
 def _forward(
     blocks: Blocks, x: Tensor, parameters: Parameters
-) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Values and log-dets of rows, and of every block the activations, tanh(r / 15) and exp(s)."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], list[list[Tensor]]]:
+    """Values and log-dets of rows; v of all blocks but the last, with its derivative; and of every block but the first
+    the activations, tanh(r / 15) and exp(s)."""
     y, ladj = x.clone(), x.new_zeros(len(x))
+    seen, slope = x.new_empty(2, len(x), blocks[-1].start)
+    begin = 0
     kept: list[list[Tensor]] = []
     for block, packed, weight in zip(blocks, parameters[::2], parameters[1::2], strict=True):
         own = y[:, block.start : block.start + block.size]
-        before = y[:, : block.start]
+        previous = slice(begin, begin := block.start)
+        seen[:, previous], slope[:, previous] = _seen(y[:, previous])
+        before = seen[:, : block.start]
         *hidden, (rows, bias) = block.layout.unpack(cast(Tensor, packed))
         activations, h = [], before
         for layer in hidden:
@@ -188,22 +206,29 @@ def _forward(
         own.mul_(scale).add_(loc)
         ladj.add_(t.sum(-1), alpha=MAX_LOG_SCALE)
         kept.append([*activations, t, scale])
-    return y, ladj, kept
+    return y, ladj, (seen, slope), kept
+
+
+def _seen(y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the blocks after it see of a block, v(y), and its derivative."""
+    near = y.clamp(-LINEAR_UNTIL, LINEAR_UNTIL)
+    slope = (1 + (y - near).abs()).reciprocal()
+    return near - y.sign() * slope.log(), slope
 
 
 def _backward_through(
     block: Block,
     of_output: Tensor,
-    y: Tensor,
+    seen: Tensor,
     hidden: list[Tensor],
     packed: Tensor,
     weight: Tensor | None,
-    of_before: Tensor,
+    of_seen: Tensor,
     of_packed: Tensor | None,
 ) -> None:
-    """Add to ``of_before[:, :start]`` the derivative through the maps of a block; write that of the perceptron's
+    """Add to ``of_seen[:, :start]`` the derivative through the maps of a block; write that of the perceptron's
     parameters into ``of_packed``, where it is given."""
-    before, target = y[:, : block.start], of_before[:, : block.start]
+    before, target = seen[:, : block.start], of_seen[:, : block.start]
     layers = block.layout.unpack(packed)
     found = layers if of_packed is None else block.layout.unpack(of_packed)
     grad = block.of_network * of_output

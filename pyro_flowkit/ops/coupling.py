@@ -51,6 +51,14 @@ def applies(
     return all(t is None or (t.is_cpu and t.dtype == dtype) for t in tensors)
 
 
+def for_every_row(context: Tensor | None, x: Tensor) -> Tensor | None:
+    """The context, widened to the rows of x where one context is for several draws."""
+    if context is not None and context.dim() < x.dim():
+        if torch.broadcast_shapes(context.shape[:-1], x.shape[:-1]) == x.shape[:-1]:
+            return context.expand(*x.shape[:-1], -1)
+    return context
+
+
 def spline_coupling(
     x: Tensor,
     context: Tensor | None,

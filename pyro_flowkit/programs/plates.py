@@ -5,22 +5,28 @@ log-probabilities by N / B:
 
     with pyro.plate("data", N, subsample_size=len(batch)): ...
 
-With `pyro.plate("data", len(batch))` the likelihood weighs B / N of what it should against the
-prior of global latents: wrong, and silent.
+With ``pyro.plate("data", len(batch))`` the likelihood weighs B / N of what it should against the
+prior of global latents: wrong, and silent. With local latents alone it is merely counted per datum.
 """
 
 import math
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 
-from pyro_flowkit.programs.sites import scored_sites
+from pyro_flowkit.programs.sites import (
+    enumerated_names,
+    guided_names,
+    latent_names,
+    scored_sites,
+)
 
 
 def effective_size(model_trace: Any, batch_size: int) -> float:
     """Number of data that the observed log-probability stands for: scale times batch size.
 
-    Falls back to `batch_size` where no observed site lies in a plate of the batch's length.
+    Falls back to ``batch_size`` where no observed site lies in a plate of the batch's length.
     """
     for _, site in scored_sites(model_trace):
         if site["is_observed"] and any(
@@ -32,20 +38,28 @@ def effective_size(model_trace: Any, batch_size: int) -> float:
     return float(batch_size)
 
 
-def check_plates(model_trace: Any, guide_trace: Any, batch_size: int, data_size: int) -> None:
-    """Raises unless the plates scale a batch up to the data.
+def check_plates(
+    model_trace: Any, guide_trace: Any, batch_size: int, data_size: int, whole_size: int
+) -> None:
+    """Raises unless the plates scale a batch up to the data, or a scale does not matter.
+
+    It does not where all sites of model and guide are in one plate, as in a VAE: another size then multiplies the
+    objective by a number, and per datum it is the same.
 
     Args:
         model_trace: Trace of the model on one batch.
         guide_trace: Trace of the guide on the same batch.
         batch_size: Rows in the batch.
         data_size: Rows in the training data.
+        whole_size: The same with what ``val_fraction`` took off.
 
     Raises:
         ValueError: If an observed site (or a site of the guide in a plate of the same name) lies in
-            a plate of the batch's length whose full size is not that of the data, or no observed
+            a plate of the batch's length whose full size is neither that of the data nor the whole, or no observed
             site lies in such a plate though the data are minibatched.
     """
+    if _all_in_one_plate(model_trace, guide_trace, batch_size):
+        return
     advice = "; check_plates=False leaves this check out"
     plates: set[str] = set()
     for trace, program in ((model_trace, "model"), (guide_trace, "guide")):
@@ -58,23 +72,78 @@ def check_plates(model_trace: Any, guide_trace: Any, batch_size: int, data_size:
             if not frames:
                 continue
             if not _scaled(site["scale"], batch_size, data_size) and all(
-                (frame.full_size or frame.size) != data_size for frame in frames
+                (frame.full_size or frame.size) not in (data_size, whole_size) for frame in frames
             ):
                 frame = frames[0]
                 raise ValueError(
                     f"expected plate {frame.name!r} of the {program} (site {name!r}) to have size "
-                    f"{data_size} = len(data), got {frame.full_size or frame.size} with batches of "
+                    f"{whole_size} = len(data), got {frame.full_size or frame.size} with batches of "
                     f"{batch_size}: the ELBO would be wrongly scaled. Write "
-                    f"pyro.plate({frame.name!r}, {data_size}, subsample_size=len(batch)). "
-                    f"len(data) counts the training rows, val_fraction taken off{advice}"
+                    f"pyro.plate({frame.name!r}, {whole_size}, subsample_size=len(batch)){advice}"
                 )
             plates.update(frame.name for frame in frames)
     if batch_size < data_size and not plates:
         raise ValueError(
-            f"expected an observed site inside a plate of size {data_size} = len(data) that is "
+            f"expected an observed site inside a plate of size {whole_size} = len(data) that is "
             f"subsampled to batches of {batch_size}, got none: the ELBO would be wrongly scaled"
             f"{advice}"
         )
+
+
+def check_guided(model_trace: Any, guide_trace: Any) -> None:
+    """Raises unless the guide has a site for each latent of the model, and no other.
+
+    Raises:
+        ValueError: With the names. A latent without one would be drawn from its prior in every step.
+    """
+    latents = latent_names(model_trace)
+    missing = [name for name in latents if name not in guide_trace.nodes]
+    if missing:
+        raise ValueError(
+            f"expected a site in the guide for every latent of the model, got none for {missing}"
+        )
+    of_model = set(latents) | set(enumerated_names(model_trace))
+    others = [name for name in guided_names(guide_trace) if name not in of_model]
+    if others:
+        raise ValueError(
+            f"expected the guide's sites to be latents of the model, got {others} besides; auxiliary ones say so "
+            "with infer={'is_auxiliary': True}"
+        )
+
+
+class TrainingRows(Messenger):
+    """Lets plates of all rows stand for those that are trained on.
+
+    Args:
+        data_size: Rows in the training data.
+        whole_size: The same with what ``val_fraction`` took off.
+    """
+
+    def __init__(self, data_size: int, whole_size: int) -> None:
+        super().__init__()
+        self._whole, self.share = whole_size, data_size / whole_size
+
+    def change(self, trace: Any) -> bool:
+        """Whether a program has such plates."""
+        return self.share < 1 and any(self._is_in(site) for _, site in scored_sites(trace))
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self._is_in(msg):
+            msg["scale"] = msg["scale"] * self.share
+
+    def _is_in(self, site: Any) -> bool:
+        return any(
+            f.full_size == self._whole and f.size < self._whole for f in site["cond_indep_stack"]
+        )
+
+
+def _all_in_one_plate(model_trace: Any, guide_trace: Any, batch_size: int) -> bool:
+    plates = [
+        {(f.name, f.full_size or f.size) for f in site["cond_indep_stack"] if f.size == batch_size}
+        for trace in (model_trace, guide_trace)
+        for _, site in scored_sites(trace)
+    ]
+    return bool(plates) and bool(set.intersection(*plates))
 
 
 def _scaled(scale: Any, batch_size: int, data_size: int) -> bool:

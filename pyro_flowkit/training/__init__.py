@@ -1,4 +1,4 @@
-"""Training: one `fit` for densities, variational guides, VAEs and plain Pyro models."""
+"""Training: one ``fit`` for densities, variational guides, VAEs and plain Pyro models."""
 
 from pyro_flowkit.training.callbacks import Callback, FitState
 from pyro_flowkit.training.files import DamagedFileError

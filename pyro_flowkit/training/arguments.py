@@ -1,4 +1,4 @@
-"""What people pass to `fit`: data in whatever holds them, and words for what cannot be meant.
+"""What people pass to ``fit``: data in whatever holds them, and words for what cannot be meant.
 
 numpy arrays and pandas' frames become tensors of their own dtype. A dict of arrays becomes a tuple in the order of the
 model's parameters, so that its keys say what is what.
@@ -103,7 +103,7 @@ def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
     """Data with tensors in the place of arrays and frames, and a tuple in the place of a dict.
 
     Args:
-        data: Any data of `fit`; what is no array, frame or dict, or a tuple of some, is given back as it is.
+        data: Any data of ``fit``; what is no array, frame or dict, or a tuple of some, is given back as it is.
         model: The flow or model, whose parameters the keys of a dict name.
         name: What to call them in error messages.
 

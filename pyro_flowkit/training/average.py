@@ -38,7 +38,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, learned: Mapping[str, Tensor], used: float) -> None:
-        """Takes in the parameters after a step, by name; `used` is the share of the budget that is gone."""
+        """Takes in the parameters after a step, by name; ``used`` is the share of the budget that is gone."""
         if isinstance(self._kind, str):
             if used < TAIL:
                 return

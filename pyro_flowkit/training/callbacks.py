@@ -1,4 +1,4 @@
-"""What a callback sees and may do while `fit` runs."""
+"""What a callback sees and may do while ``fit`` runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FitState:
         learning_rate: Learning rate of the first parameter group.
         validation: The last validation objective (nats per datum), or None.
         gap: The last estimate of log evidence - ELBO of a guide that watches it (nats), or None.
-        stop: Set to a text to end the fit after this step; it becomes the result's `stop_reason`.
+        stop: Set to a text to end the fit after this step; it becomes the result's ``stop_reason``.
     """
 
     model: Any
@@ -47,7 +47,7 @@ class Callback:
         """Called after every step, skipped ones included, and after its validation if there is one."""
 
     def on_validation(self, state: FitState) -> None:
-        """Called after every validation; `state.validation` is fresh."""
+        """Called after every validation; ``state.validation`` is fresh."""
 
     def on_end(self, state: FitState) -> None:
         """Called once at the end, with the returned parameters in place."""

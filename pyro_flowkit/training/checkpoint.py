@@ -27,7 +27,7 @@ class Checkpoints:
         ranks: The processes that share the fit, of which the first writes.
 
     Raises:
-        ValueError: If the folder holds checkpoints and `resume` is False.
+        ValueError: If the folder holds checkpoints and ``resume`` is False.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""`compile=True`: the part of a step that `torch.compile` can take, if it is then faster, and in words what was done.
+"""``compile=True``: the part of a step that ``torch.compile`` can take, if that is faster, and in words what was done.
 
-That part is `log_prob` of a flow with an exact likelihood, and the density of a recorded model with its derivative. The
-draws of a guide and the layers of a flow run in the fused kernel on a CPU, and by PyTorch's operations elsewhere. A
+That part is ``log_prob`` of a flow with an exact likelihood, and the density of a recorded model with its derivative.
+The draws of a guide and the layers of a flow run in the fused kernel on a CPU, and by PyTorch's operations elsewhere. A
 model that is not recorded is Python that handlers look into at every step.
 """
 
@@ -20,7 +20,7 @@ MIN_GAIN = 1.1
 
 
 def compile_where_it_pays(loss: MaximumLikelihood | Variational, batch: Batch) -> str:
-    """Compiles what `torch.compile` makes at least a tenth faster; says what was done, and why."""
+    """Compiles what ``torch.compile`` makes at least a tenth faster; says what was done, and why."""
     if not isinstance(loss, MaximumLikelihood):
         return _compile_density(loss, batch)
     if backend() == "fused" and all(p.device.type == "cpu" for p in loss.parameters()):

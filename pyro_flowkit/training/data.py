@@ -32,7 +32,7 @@ def as_rows(data: Any, name: str = "data", device: Device = None) -> Batch:
     """Checks data and returns it as a tuple of tensors with one common length.
 
     Args:
-        data: A tensor of shape `(N, ...)` or a non-empty tuple or list of such tensors.
+        data: A tensor of shape ``(N, ...)`` or a non-empty tuple or list of such tensors.
         name: What to call it in error messages.
         device: Where to put them; None leaves them.
 
@@ -69,12 +69,12 @@ def split_rows(rows: Batch, fraction: float, seed: int) -> tuple[Batch, Batch]:
     """Splits rows at random into a training part and a validation part.
 
     Args:
-        rows: Tensors with `N` rows each.
+        rows: Tensors with ``N`` rows each.
         fraction: Share of the rows that goes to validation, in (0, 1).
         seed: Seed of the permutation.
 
     Returns:
-        `(training rows, validation rows)`, of `N - round(fraction * N)` and `round(fraction * N)`.
+        ``(training rows, validation rows)``, of ``N - round(fraction * N)`` and ``round(fraction * N)``.
 
     Raises:
         ValueError: If either part would be empty.
@@ -93,14 +93,14 @@ def split_rows(rows: Batch, fraction: float, seed: int) -> tuple[Batch, Batch]:
 class RowBatches:
     """Batches of rows in memory; their order is a function of (seed, epoch).
 
-    Each epoch visits `steps_per_epoch * batch_size` rows in a fresh random order and leaves out the
+    Each epoch visits ``steps_per_epoch * batch_size`` rows in a fresh random order and leaves out the
     remainder, so that every batch has the same shape.
 
     Args:
-        rows: Tensors with `N` rows each; the empty tuple means a model without data.
-        batch_size: Rows per batch; None or `N` gives all rows, in their own order.
+        rows: Tensors with ``N`` rows each; the empty tuple means a model without data.
+        batch_size: Rows per batch; None or ``N`` gives all rows, in their own order.
         seed: Non-negative seed.
-        part: `(number, count)`: the part of every minibatch that this process takes.
+        part: ``(number, count)``: the part of every minibatch that this process takes.
 
     Raises:
         ValueError: If the batch size does not fit the rows or the number of parts.
@@ -293,10 +293,10 @@ def open_batches(
     """The batches to train on, and what is held out: a tuple of tensors, a DataLoader, or nothing.
 
     Args:
-        data, val_data, val_fraction, batch_size: As `fit` has them.
+        data, val_data, val_fraction, batch_size: As ``fit`` has them.
         seed: Of the order of rows, and of the split.
         device: Where to put the batches of a DataLoader or a function; None leaves them.
-        part: `(number, count)`: the part of every minibatch of rows that this process takes.
+        part: ``(number, count)``: the part of every minibatch of rows that this process takes.
 
     Raises:
         TypeError: If data are of the wrong kind.

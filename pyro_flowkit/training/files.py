@@ -1,7 +1,7 @@
 """Files of plain tensors: written whole or not at all, and known to be what was written when they are read.
 
-A file is what `torch.save` makes of nested dicts and lists of tensors, numbers and text, so that
-`torch.load(path, weights_only=True)` opens it, and nothing in it can be executed. It goes to a temporary file first,
+A file is what ``torch.save`` makes of nested dicts and lists of tensors, numbers and text, so that
+``torch.load(path, weights_only=True)`` opens it, and nothing in it can be executed. It goes to a temporary file first,
 which takes the name only once it is on the disk. PyTorch's archives have no check of their contents that reading would
 look at, so a digest over all of them travels inside.
 """

@@ -1,4 +1,4 @@
-"""`fit`: one call from a model, a guide and data to trained parameters and an honest history."""
+"""``fit``: one call from a model, a guide and data to trained parameters and an honest history."""
 
 from __future__ import annotations
 
@@ -95,47 +95,48 @@ def fit(
 ) -> FitResult:
     """Trains a flow by maximum likelihood, or a Pyro model and guide by variational inference.
 
-    `fit(flow, data=x)` with a module that has `log_prob` (a `SplineFlow`) maximises the mean of
-    `flow.log_prob(x)`. `fit(model, guide, ...)` maximises the ELBO; a Pyro model without latents
+    ``fit(flow, data=x)`` with a module that has ``log_prob`` (a ``SplineFlow``) maximises the mean of
+    ``flow.log_prob(x)``. ``fit(model, guide, ...)`` maximises the ELBO; a Pyro model without latents
     needs no guide. With data the objective is counted per datum: the estimate of the full-data
     ELBO divided by the number of data, so that learning rate and clipping do not depend on it.
-    Without data (`args` only) it is the plain ELBO.
+    Without data (``args`` only) it is the plain ELBO.
 
     A minibatch stands for all rows only if the model says so:
-    `pyro.plate("data", len(data), subsample_size=len(batch))`.
+    ``pyro.plate("data", len(data), subsample_size=len(batch))``. With all sites of model and guide in that plate, as
+    in a VAE, ``pyro.plate("data", len(batch))`` does as well.
 
-    With neither `max_steps` nor `max_epochs` the guide's `recipe()` decides if it has one. The fit then stops by
-    itself, as soon as the gap between log evidence and ELBO is surely below `tolerance`; the rate begins to fall, and
+    With neither ``max_steps`` nor ``max_epochs`` the guide's ``recipe()`` decides if it has one. The fit then stops by
+    itself, as soon as the gap between log evidence and ELBO is surely below ``tolerance``; the rate begins to fall, and
     the end comes nearer, when a constant one brings the gap no lower (:mod:`pyro_flowkit.training.tolerance`). Without
     a recipe the rate is constant until the objective stops improving (5 windows of 100 steps, or 5
     validations), drops tenfold, twice, and the fit ends at the third such plateau, or after 20,000
     steps.
 
     An objective that falls far below its best (by validation or, without it, by the medians of windows) is said
-    in a RuntimeWarning and in the result's `divergence`: by more than 1 nat and a multiple of all that it had
+    in a RuntimeWarning and in the result's ``divergence``: by more than 1 nat and a multiple of all that it had
     fluctuated before, twice in a row or at the end.
 
-    Under `torchrun` the same call is data-parallel: parameters are those of the first process, noise is independent,
-    gradients are averaged. `batch_size` counts the rows of all processes together; without minibatches each sees all
+    Under ``torchrun`` the same call is data-parallel: parameters are those of the first process, noise is independent,
+    gradients are averaged. ``batch_size`` counts the rows of all processes together; without minibatches each sees all
     data, and adds its own particles. A DataLoader or a function gives each process its own batches. The first process
     alone writes files and shows the bar.
 
     Args:
-        model: A flow with `log_prob(*batch, *args)`, or a Pyro model.
-        guide: Its guide. Options that are None are read from the fields of `guide.recipe()` where
-            there is one: max_steps, lr, num_particles, scheduler, clip_norm. An `AutoSplineFlow` that
+        model: A flow with ``log_prob(*batch, *args)``, or a Pyro model.
+        guide: Its guide. Options that are None are read from the fields of ``guide.recipe()`` where
+            there is one: max_steps, lr, num_particles, scheduler, clip_norm. An ``AutoSplineFlow`` that
             sees all of the data at every step starts at the best Gaussian found without noise, whose
             location and log scale at each site follow those before it in a line; up to a quarter of
             max_seconds is used for that. It ends there, too, with best_step = 0, if the flow gains
             less than 0.02 nats on it.
-        data: Tensor with `N` rows, or a tuple of such tensors, or numpy arrays or pandas' frames of numbers in their
+        data: Tensor with ``N`` rows, or a tuple of such tensors, or numpy arrays or pandas' frames of numbers in their
             place. Its batches are the leading positional arguments of model and guide; of a dict of arrays its keys
             say which (they are the model's first parameters, the guide's have the same order). Rows are reshuffled
-            every epoch as a function of (seed, epoch); a remainder of fewer than `batch_size` rows is left out of
-            that epoch. Or a `DataLoader` of such batches, or a function from the step (from 0) to a batch.
+            every epoch as a function of (seed, epoch); a remainder of fewer than ``batch_size`` rows is left out of
+            that epoch. Or a ``DataLoader`` of such batches, or a function from the step (from 0) to a batch.
         args: Further positional arguments.
         kwargs: Keyword arguments.
-        objective: An instance of `pyro.infer.ELBO`; default `Trace_ELBO(num_particles)`. Its particles run at once,
+        objective: An instance of ``pyro.infer.ELBO``; default ``Trace_ELBO(num_particles)``. Its particles run at once,
             whatever the style of the model: as a recording of its tensor operations, or in a plate, where that
             gives the log-densities of plain runs (:mod:`pyro_flowkit.programs.vectorized`).
         num_particles: Particles of the default objective; default 1. Where they cannot run at once they run one
@@ -144,14 +145,14 @@ def fit(
         max_epochs: Number of passes over data.
         max_seconds: Wall-clock limit; the schedule ends with it. What a fit took before it was resumed counts.
         batch_size: Rows per step; default all.
-        val_data: Held-out rows: a tensor, a tuple of tensors, or a `DataLoader`.
-        val_fraction: Share of data to hold out instead; the plate's size is then that of the rest.
-        optimizer: A callable `params -> torch.optim.Optimizer`; `lr` is passed on if given. Default
+        val_data: Held-out rows: a tensor, a tuple of tensors, or a ``DataLoader``.
+        val_fraction: Share of data to hold out instead. A plate of the size of all data then stands for the rest.
+        optimizer: A callable ``params -> torch.optim.Optimizer``; ``lr`` is passed on if given. Default
             Adam. Parameters that first appear later join its first group.
         lr: Initial learning rate; default 3e-3.
         scheduler: "cooldown" (constant, over the last 10 % to zero), "flat_cosine" (constant, from
             40 % on to zero), "cosine" (to zero), "constant", "step" (a tenth at 50 %, again at
-            80 %), "plateau", or a callable `optimizer -> LRScheduler`, advanced at every step.
+            80 %), "plateau", or a callable ``optimizer -> LRScheduler``, advanced at every step.
             Default "cooldown" with a limit on steps, epochs or seconds, otherwise "plateau".
         clip_norm: Largest norm of the gradient; default no clipping.
         patience: Stop after so many judgements without improvement by 1e-4 nats. A judgement is a
@@ -168,19 +169,19 @@ def fit(
             best state after 10 in a row; "raise" raises FloatingPointError at the first. Both name
             the parameter, site or row where the numbers stop being finite.
         kl_schedule: Weight of the log-probabilities of latent sites, log p(z) - log q(z), in the
-            objective: a function from the step (from 0) to the weight, or `(w, share)`, from w in
+            objective: a function from the step (from 0) to the weight, or ``(w, share)``, from w in
             a line to 1 over that share of the budget, then 1. Until it is 1 the recorded "elbo" is
             the weighted objective, and no state is taken for the best.
-        seed: If given, `pyro.set_rng_seed(seed)` is called at the start; also orders the rows.
+        seed: If given, ``pyro.set_rng_seed(seed)`` is called at the start; also orders the rows.
         device: Where to compute: a device, or "auto" for the GPU if there is one. Model, guide, data
             and the tensors among args and kwargs are moved there. None leaves all where they are.
-        compile: Compile the `log_prob` of a flow with an exact likelihood, or for an AutoSplineFlow
-            the model's density with its derivative, by `torch.compile`, if a trial shows that it
+        compile: Compile the ``log_prob`` of a flow with an exact likelihood, or for an AutoSplineFlow
+            the model's density with its derivative, by ``torch.compile``, if a trial shows that it
             gains a tenth or more; that takes half a minute or so, less from its cache. The
-            result's `notes` say what was done; without a C++ compiler fit goes on as it is.
+            result's ``notes`` say what was done; without a C++ compiler fit goes on as it is.
         check_plates: Compare the plates with the data on the first batch.
-        trackers: Where the history goes while the fit runs: `CsvTracker`, `TensorBoardTracker`,
-            `MLflowTracker`, or anything with their three methods.
+        trackers: Where the history goes while the fit runs: ``CsvTracker``, ``TensorBoardTracker``,
+            ``MLflowTracker``, or anything with their three methods.
         checkpoint_dir: A folder for checkpoints: of the state between two steps, of which the two
             newest are kept. They hold plain tensors, are written whole or not at all, and are
             written at the end and at an interruption, too.
@@ -192,26 +193,26 @@ def fit(
             an error that says what differs. Free are max_steps, max_epochs, max_seconds, patience, tolerance,
             trackers, callbacks, progress, device, compile, check_plates and checkpoint_every. A DataLoader is run
             through up to the batch where the fit had been.
-        callbacks: `Callback` objects.
+        callbacks: ``Callback`` objects.
         progress: Show a bar; False is silent.
-        tolerance: Nats of KL that may be left to gain when the fit of an `AutoSplineFlow` stops by itself: the gap is
+        tolerance: Nats of KL that may be left to gain when the fit of an ``AutoSplineFlow`` stops by itself: the gap is
             estimated by importance sampling after every window of steps. None is 0.01 where none of
             max_steps, max_epochs and average is given, and no such stop where one is. 0 goes on to the recipe's end.
-        restarts: Number of starts of an `AutoSplineFlow`: its own, then draws of the prior. The best is kept, and the
-            result's `restarts` have ELBO and log evidence of all: separate modes share the posterior's mass in
+        restarts: Number of starts of an ``AutoSplineFlow``: its own, then draws of the prior. The best is kept, and the
+            result's ``restarts`` have ELBO and log evidence of all: separate modes share the posterior's mass in
             proportion to these. max_seconds is shared among them; checkpoints have a folder each.
 
     Returns:
-        A `FitResult`. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
-        `stop_reason="interrupted"`, once a step is done (at once if pressed again).
+        A ``FitResult``. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
+        ``stop_reason="interrupted"``, once a step is done (at once if pressed again).
 
     Raises:
         TypeError: If model, guide, data, args, objective, optimizer, callbacks or the scheduler's result are of the
             wrong kind, or a count is no integer.
-        ValueError: If numbers are out of range, plates do not match the data, a latent site has no
-            guide, no parameter is trainable, `TraceMeanField_ELBO` meets an `AutoContinuous`, or a
+        ValueError: If numbers are out of range, plates do not match the data, guide and model differ in their latent
+            sites, no parameter is trainable, ``TraceMeanField_ELBO`` meets an ``AutoContinuous``, or a
             checkpoint does not fit the call or is damaged.
-        FloatingPointError: With `non_finite="raise"`.
+        FloatingPointError: With ``non_finite="raise"``.
         LostRankError: If another process of a distributed fit has ended.
     """
     check_programs(model, guide)
@@ -304,7 +305,11 @@ def fit(
             "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
         )
     loss.set_mode(training=True)
-    loss.prepare(first, batches.size, check_plates)
+    sizes = None
+    if batches.size is not None:
+        taken_off = len(held_out[0]) if val_fraction else 0
+        sizes = batches.size, batches.size + taken_off
+    loss.prepare(first, sizes, check_plates)
     if kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
         raise ValueError(
             f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"

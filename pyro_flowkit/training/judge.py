@@ -51,7 +51,7 @@ class Judge:
         return self._window.full
 
     def add(self, elbo: float, used: float) -> None:
-        """Takes in a step that was done; `used` is the share of the budget that was gone before it."""
+        """Takes in a step that was done; ``used`` is the share of the budget that was gone before it."""
         if self._first_elbo != self._first_elbo:
             self._first_elbo = elbo
         if self._average is not None:

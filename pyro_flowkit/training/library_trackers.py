@@ -1,7 +1,7 @@
 """Trackers for TensorBoard and MLflow, which are loaded when a tracker is made.
 
-Both cost time by the point, some 0.1 milliseconds and more. Where more rows than `max_points` have come together since
-they were last written, evenly spaced ones are taken, and rows with a validation always; slow fits are complete.
+Both cost time by the point, some 0.1 milliseconds and more. Where more rows than ``max_points`` have come together
+since they were last written, evenly spaced ones are taken, and rows with a validation always; slow fits are complete.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class MLflowTracker(BufferedTracker):
 
     Requests run in a thread of their own, so that a slow server does not hold up the training; one that has not
     answered after a minute, at the start or at the end, is given up. A resumed fit continues the latest run of the same
-    name, where `run_name` is given; MLflow cannot forget metrics, so it keeps both values of a step that was done
+    name, where ``run_name`` is given; MLflow cannot forget metrics, so it keeps both values of a step that was done
     twice. MLflow's own active run is left alone.
 
     Args:
@@ -231,7 +231,7 @@ def _table(values: Settings) -> str:
 
 
 def _thin(rows: list[Row], limit: int) -> list[Row]:
-    """At most `limit` evenly spaced rows, the last among them, and all rows with a validation."""
+    """At most ``limit`` evenly spaced rows, the last among them, and all rows with a validation."""
     stride = -(-len(rows) // limit)
     if stride <= 1:
         return rows

@@ -60,7 +60,7 @@ class Limits:
 
 
 class Loop:
-    """One fit; `run` returns its result. The arguments are those of `fit`, resolved."""
+    """One fit; ``run`` returns its result. The arguments are those of ``fit``, resolved."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The two objectives of `fit`, each in nats per datum, with one backward pass per step.
+"""The two objectives of ``fit``, each in nats per datum, with one backward pass per step.
 
     maximum likelihood     -(1/B) sum_b log p(x_b)                   x_b: the rows of the batch
     variational            -ELBO(batch) / N                          N: see plates.effective_size
@@ -24,7 +24,12 @@ from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.programs.derivative import Graph
 from pyro_flowkit.programs.pairs import trace_pair
-from pyro_flowkit.programs.plates import check_plates, effective_size
+from pyro_flowkit.programs.plates import (
+    TrainingRows,
+    check_guided,
+    check_plates,
+    effective_size,
+)
 from pyro_flowkit.programs.sites import enumerated_names, latent_names
 from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.training.device import moved
@@ -45,7 +50,7 @@ class Loss:
 
     Attributes:
         modules: The modules that are trained.
-        registered: Those that plain functions register by `pyro.module`, by name.
+        registered: Those that plain functions register by ``pyro.module``, by name.
         learned: The trainable parameters found so far, by name.
         fresh: Those of them that nobody has taken note of yet.
         param_names: Entries of the param store that the programs touched.
@@ -94,7 +99,7 @@ class Loss:
         return self._parameters
 
     def names(self) -> dict[int, str]:
-        """Name of every trainable parameter, by `id`."""
+        """Name of every trainable parameter, by ``id``."""
         return {id(parameter): name for name, parameter in self.learned.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -169,17 +174,17 @@ class Loss:
 
 
 class MaximumLikelihood(Loss):
-    """-mean log p(batch) of a flow with an exact `log_prob`."""
+    """-mean log p(batch) of a flow with an exact ``log_prob``."""
 
     def __init__(self, flow: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         super().__init__(args, kwargs, flow)
         self.log_prob: Callable[..., torch.Tensor] = flow.log_prob
 
-    def prepare(self, batch: Batch, data_size: int | None, check: bool) -> None:
+    def prepare(self, batch: Batch, sizes: tuple[int, int] | None, check: bool) -> None:
         """Lists the parameters, after a first evaluation that may create some.
 
         Raises:
-            ValueError: If the first batch holds NaN, or `log_prob` is not one value per row.
+            ValueError: If the first batch holds NaN, or ``log_prob`` is not one value per row.
         """
         for tensor in batch:
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
@@ -202,7 +207,7 @@ class MaximumLikelihood(Loss):
         return log_prob
 
     def row_log_probs(self, batch: Batch) -> torch.Tensor:
-        """log p of every row, shape `(B,)`."""
+        """log p of every row, shape ``(B,)``."""
         return self.log_prob(*batch, *self._args, **self._kwargs)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -227,7 +232,7 @@ class Variational(Loss):
         super().__init__(args, kwargs, model, guide)
         self._model, self._guide = model, guide
         self._programs = (model, guide)  # as the objective runs them
-        self._vectorized: Vectorized | None = None
+        self._vectorized: Callable[..., Any] | None = None
         self._weight: KLWeight | None = None
         self._has_guide = has_guide
         self._normalizer = 1.0
@@ -269,16 +274,16 @@ class Variational(Loss):
             self._programs = self._weight(model), self._weight(guide)
         self._weight.weight = weight
 
-    def prepare(self, batch: Batch, data_size: int | None, check: bool) -> None:
+    def prepare(self, batch: Batch, sizes: tuple[int, int] | None, check: bool) -> None:
         """Runs model and guide once: creates lazy parameters, checks plates, finds N.
 
         Args:
             batch: The first batch.
-            data_size: Number of data; None where unknown.
-            check: Whether to compare the plates with it.
+            sizes: Number of data, and of data with what `val_fraction` took off; None where unknown.
+            check: Whether to compare the plates with them.
 
         Raises:
-            ValueError: If there is no guide but a latent site, or the plates are wrong.
+            ValueError: If a latent site has no guide, or the plates are wrong.
         """
         model_trace, guide_trace = self.touch(batch)
         if isinstance(self._objective, TraceEnum_ELBO):
@@ -288,10 +293,30 @@ class Variational(Loss):
             raise ValueError(
                 f"expected a guide for the latent sites of the model, got guide=None and {latent}"
             )
+        if self._has_guide:
+            check_guided(model_trace, guide_trace)
         if batch:
-            if check and data_size is not None:
-                check_plates(model_trace, guide_trace, len(batch[0]), data_size)
+            if check and sizes is not None:
+                check_plates(model_trace, guide_trace, len(batch[0]), *sizes)
             self._normalizer = effective_size(model_trace, len(batch[0]))
+            if sizes is not None:
+                self._count_rows(TrainingRows(*sizes), model_trace)
+
+    def _count_rows(self, rows: TrainingRows, model_trace: Any) -> None:
+        """Let plates of all rows, where there are any, stand for the training rows."""
+        if not rows.change(model_trace):
+            return
+        self._normalizer *= rows.share
+        if isinstance(self._objective, LatentELBO):  # which runs the model without handlers
+            count, nesting = self._objective.num_particles, self._objective.max_plate_nesting
+            self.objective = Trace_ELBO(
+                count, max_plate_nesting=nesting, vectorize_particles=count > 1
+            )
+        self._model, self._guide = rows(self._model), rows(self._guide)
+        model, guide = self._programs
+        self._programs = rows(model), rows(guide)
+        if self._vectorized is not None:
+            self._vectorized = self._programs[0]
 
     def touch(self, batch: Batch) -> tuple[Any, Any]:
         with ParamCapture(self.param_names, self.awaited) as capture:

@@ -1,6 +1,6 @@
 """Modules that would share entries of the param store without meaning to: the second one gets a name of its own.
 
-Pyro names the parameters of a `PyroModule` after its name, and all `AutoNormal` have the same. The second one of a
+Pyro names the parameters of a ``PyroModule`` after its name, and all ``AutoNormal`` have the same. The second one of a
 program would train the parameters of the first, whose posterior then changes with it, silently; and one that is built
 when the first is gone, in a loop over folds or in a cell that is run again, would begin where that ended.
 """

@@ -1,4 +1,4 @@
-"""Which objective a model and guide are trained by, in `fit` and under Lightning.
+"""Which objective a model and guide are trained by, in ``fit`` and under Lightning.
 
 Likelihood where it is exact, else the ELBO: its particles in one plate where the model allows it, and no combination
 that is wrong.
@@ -35,7 +35,7 @@ def chosen_loss(
     objective: ELBO | None,
     num_particles: int | None,
 ) -> MaximumLikelihood | Variational:
-    """Maximum likelihood of a module with `log_prob` that has no guide, else the ELBO of a Pyro model.
+    """Maximum likelihood of a module with ``log_prob`` that has no guide, else the ELBO of a Pyro model.
 
     Args:
         model: The module, or the model.
@@ -46,7 +46,7 @@ def chosen_loss(
         num_particles: Its particles, or None: those of the guide's recipe, where there is one.
 
     Raises:
-        TypeError: If the objective is no `pyro.infer.ELBO`.
+        TypeError: If the objective is no ``pyro.infer.ELBO``.
         ValueError: If it has another number of particles, would be wrong for the guide, or is not asked for.
     """
     if guide is None and isinstance(model, torch.nn.Module) and hasattr(model, "log_prob"):
@@ -127,7 +127,7 @@ def checked_objective(objective: ELBO, particles: int | None, guide: Program) ->
     """The caller's objective.
 
     Raises:
-        TypeError: If it is no instance of `pyro.infer.ELBO`.
+        TypeError: If it is no instance of ``pyro.infer.ELBO``.
         ValueError: If it has another number of particles, or would be wrong for the guide.
     """
     if not isinstance(objective, ELBO):

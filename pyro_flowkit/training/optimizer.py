@@ -86,7 +86,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 
     Args:
         optimizer: The optimizer.
-        names: Name of every parameter, by `id`.
+        names: Name of every parameter, by ``id``.
     """
     return {
         "class": type(optimizer).__name__,

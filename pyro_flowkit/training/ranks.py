@@ -1,4 +1,4 @@
-"""The processes that share a fit, as `torchrun` starts them: same parameters, other noise, averaged gradients.
+"""The processes that share a fit, as ``torchrun`` starts them: same parameters, other noise, averaged gradients.
 
 Every process ("rank") holds the whole model and takes its part of each minibatch; without minibatches all see the same
 data, and each adds its own particles. With g_r the gradient of rank r, all take the step of
@@ -39,7 +39,7 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device | None) -> Ranks:
-        """The ranks of this job: those of the process group, or of the environment that `torchrun` sets."""
+        """The ranks of this job: those of the process group, or of the environment that ``torchrun`` sets."""
         ranks = cls()
         if not distributed.is_available():
             return ranks

@@ -1,4 +1,4 @@
-"""Modules that plain functions register by `pyro.module`.
+"""Modules that plain functions register by ``pyro.module``.
 
 The param store knows their parameters, but neither their buffers (the running statistics of batch normalisation) nor
 their mode (dropout in training, none in validation). Both belong to a fit. The modules are found among what the

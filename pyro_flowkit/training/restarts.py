@@ -25,7 +25,7 @@ def best_of(count: int, run: Run, call: Mapping[str, Any]) -> FitResult:
 
     Args:
         count: Number of starts: the guide's own, then draws of the prior.
-        run: `fit`.
+        run: ``fit``.
         call: Its arguments by name.
 
     Raises:

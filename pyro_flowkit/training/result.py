@@ -21,7 +21,7 @@ HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation"
 
 
 def history_columns(records: list[list[float]]) -> dict[str, np.ndarray]:
-    """The columns of a history, from its rows in the order of `HISTORY`."""
+    """The columns of a history, from its rows in the order of ``HISTORY``."""
     table = np.array(records, dtype=np.float64).reshape(-1, len(HISTORY)).T
     columns = {name: np.ascontiguousarray(row) for name, row in zip(HISTORY, table, strict=True)}
     return {**columns, "step": columns["step"].astype(np.int64)}
@@ -80,9 +80,9 @@ class FitResult:
         skipped_steps: Number of steps skipped because of a non-finite loss or gradient.
         notes: What was decided on the way, in words.
         divergence: By how much the objective has fallen below its best, and what to do, where that is far; else "".
-        gap: What is left between log evidence and ELBO, an estimate by importance sampling, of an `AutoSplineFlow`
+        gap: What is left between log evidence and ELBO, an estimate by importance sampling, of an ``AutoSplineFlow``
             whose model can be run for many draws at a time (nats); else None.
-        restarts: How each of several fits ended, where there were several (`restarts=`).
+        restarts: How each of several fits ended, where there were several (``restarts=``).
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
     """
 
@@ -142,7 +142,7 @@ class FitResult:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes parameters, buffers and history as plain tensors.
 
-        The file holds tensors, numbers and text only, so `torch.load(path, weights_only=True)`
+        The file holds tensors, numbers and text only, so ``torch.load(path, weights_only=True)``
         reads it.
         """
         content = {
@@ -165,11 +165,11 @@ class FitResult:
     def load(cls, path: str | os.PathLike[str], model: Any, guide: Any = None) -> FitResult:
         """Reads a saved result into a model and guide of the same structure.
 
-        Parameters that come into being at the first call must exist: call `guide(*args)` (or
-        `guide.setup(*args)` where there is one) before loading into a fresh lazy guide.
+        Parameters that come into being at the first call must exist: call ``guide(*args)`` (or
+        ``guide.setup(*args)`` where there is one) before loading into a fresh lazy guide.
 
         Args:
-            path: A file written by `save`.
+            path: A file written by ``save``.
             model: A model built like the saved one; its parameters are overwritten.
             guide: Likewise, or None.
 

@@ -13,7 +13,7 @@ A schedule multiplies every group's initial learning rate by f(u), with u in [0,
 
 A rate that falls pays once training is held up by the noise of its steps. A long training is, a short one is not yet:
 "cooldown" is as good as any for the first and loses little on the second (Alexander Hägele et al. Scaling Laws and
-Compute-Optimal Training Beyond Fixed Training Durations. NeurIPS 2024; here `python -m benchmarks.pyro_examples`).
+Compute-Optimal Training Beyond Fixed Training Durations. NeurIPS 2024; here ``python -m benchmarks.pyro_examples``).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Schedule:
     Args:
         optimizer: The optimizer, with its initial learning rates.
         scheduler: "constant", "cosine", "flat_cosine", "cooldown", "step", "plateau", or a callable that takes the
-            optimizer and returns a `torch.optim.lr_scheduler.LRScheduler`, stepped once per optimizer step.
+            optimizer and returns a ``torch.optim.lr_scheduler.LRScheduler``, stepped once per optimizer step.
 
     Raises:
         ValueError: If the name is unknown.
-        TypeError: If the callable returns something else than an `LRScheduler`, or one that needs
-            a metric (`ReduceLROnPlateau`).
+        TypeError: If the callable returns something else than an ``LRScheduler``, or one that needs
+            a metric (``ReduceLROnPlateau``).
     """
 
     drops = 2
@@ -87,7 +87,7 @@ class Schedule:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def before_step(self, used: float) -> None:
-        """Sets the rate for the next step; `used` is the share of the budget that is gone."""
+        """Sets the rate for the next step; ``used`` is the share of the budget that is gone."""
         if self._factor is not None:
             factor = self._factor(min(used, 1.0))
             for group, initial in zip(self._optimizer.param_groups, self._initial, strict=True):
@@ -125,7 +125,7 @@ def kl_weight(
     """The weight of a KL schedule, as a function of the step and of the share of the budget that is gone.
 
     Args:
-        schedule: A function of the step, or `(w, share)`: from w in a line to 1 over that share, then 1.
+        schedule: A function of the step, or ``(w, share)``: from w in a line to 1 over that share, then 1.
 
     Raises:
         ValueError: If the numbers are out of range.

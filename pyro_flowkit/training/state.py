@@ -23,7 +23,7 @@ def modules_of(*functions: Any) -> list[nn.Module]:
 
 
 def module_tensors(modules: list[nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers, those that are in no `state_dict` included, as `"<module>.<path>"`."""
+    """Parameters and buffers, those that are in no ``state_dict`` included, as ``"<module>.<path>"``."""
     return {
         f"{number}.{name}": tensor
         for number, module in enumerate(modules)

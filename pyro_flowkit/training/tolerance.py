@@ -38,7 +38,7 @@ def watch_gap(
         ranks: The processes that share the fit.
         tolerance: The caller's, in nats; None is the default where the plan is the guide's own.
         max_steps: Of the guide's own plan; None where the caller has one.
-        scheduler: As for `Schedule`.
+        scheduler: As for ``Schedule``.
     """
     if room is None:
         return None

@@ -1,9 +1,9 @@
-"""Trackers: where the numbers of a running fit go. CSV files here, TensorBoard and MLflow in `library_trackers`.
+"""Trackers: where the numbers of a running fit go. CSV files here, TensorBoard and MLflow in ``library_trackers``.
 
-A step of a small model takes a millisecond, and writing a row would be a good part of that. So `log` only puts a
+A step of a small model takes a millisecond, and writing a row would be a good part of that. So ``log`` only puts a
 row aside, and the rows are written together, a few times per second.
 
-The loop talks to trackers through `safely`: a full disk or a server that is gone ends the tracking, with one warning,
+The loop talks to trackers through ``safely``: a full disk or a server that is gone ends the tracking, with one warning,
 and not the training.
 """
 
@@ -24,9 +24,9 @@ COLUMNS = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation"
 
 
 class Tracker(Protocol):
-    """What `fit` calls, on one process only.
+    """What ``fit`` calls, on one process only.
 
-    A tracker may also have a method `flush()`: it is called before a checkpoint is written, so that a
+    A tracker may also have a method ``flush()``: it is called before a checkpoint is written, so that a
     resumed run finds every row up to the step it resumes from.
     """
 
@@ -56,7 +56,7 @@ class Tracker(Protocol):
 
 
 class BufferedTracker:
-    """Puts rows aside and hands them to `_write` in one go, one row per step.
+    """Puts rows aside and hands them to ``_write`` in one go, one row per step.
 
     Args:
         interval: Seconds between writes.
@@ -93,7 +93,7 @@ class CsvTracker(BufferedTracker):
 
     A resumed run continues the file: lines beyond the step that it resumes from, and a last line that was cut
     off, are dropped first. A new run replaces the file of an earlier one. Both happen in one go: there is never
-    half a file. Settings and summary are left to `FitResult`.
+    half a file. Settings and summary are left to ``FitResult``.
 
     Args:
         path: The file; missing folders are made.
@@ -150,7 +150,7 @@ class CsvTracker(BufferedTracker):
         return columns
 
     def _replace(self, columns: list[str], last_step: int) -> None:
-        """Writes the file anew, with the steps up to `last_step` and new columns at the end."""
+        """Writes the file anew, with the steps up to ``last_step`` and new columns at the end."""
         partial = self._path.with_name(self._path.name + ".partial")
         with open(partial, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -215,16 +215,16 @@ class _Safe:
 def safely(trackers: Sequence[Tracker]) -> _Safe:
     """Puts trackers together in one that does not raise: one that fails is left out, with one warning.
 
-    A ValueError or TypeError of `start` is the caller's mistake and is raised.
+    A ValueError or TypeError of ``start`` is the caller's mistake and is raised.
 
     Args:
         trackers: The trackers.
 
     Returns:
-        An object with the methods of `Tracker` and `flush()`; false when no tracker is left.
+        An object with the methods of ``Tracker`` and ``flush()``; false when no tracker is left.
 
     Raises:
-        TypeError: If one of them lacks a method of `Tracker`.
+        TypeError: If one of them lacks a method of ``Tracker``.
     """
     for tracker in trackers:
         missing = [

@@ -35,7 +35,7 @@ class Validator:
     """The objective on held-out rows, in eval mode, with the same noise at every call.
 
     Args:
-        held_out: Tensors with `M` rows each, or a DataLoader.
+        held_out: Tensors with ``M`` rows each, or a DataLoader.
         chunk: Most rows per evaluation, of tensors; the chunks' means are weighted by their rows.
         device: Where to put the batches of a DataLoader; None leaves them.
     """
@@ -118,7 +118,7 @@ class Best:
     """Keeps the best state, and counts how long the objective has not improved.
 
     An estimate counts as an improvement if it exceeds the last one that did by more than the
-    standard error of their difference and by more than `tolerance` nats. The best estimate is that
+    standard error of their difference and by more than ``tolerance`` nats. The best estimate is that
     with the highest (mean - 2 standard errors); the kept state is the latest one that is not worse
     than it by more than the standard error of the difference. For exact values (standard error 0)
     this is the first of the highest.
@@ -139,7 +139,7 @@ class Best:
         self.stalled = 0
 
     def update(self, step: int, mean: float, error: float, tensors: Callable[[], Tensors]) -> None:
-        """Judges the state after `step` steps by an estimate and its standard error.
+        """Judges the state after ``step`` steps by an estimate and its standard error.
 
         Args:
             step: Number of steps.

@@ -5,14 +5,22 @@ nothing else::
 
     import pyro_flowkit.transforms as T
 
-Ours: ``spline``, ``conditional_spline``, ``spline_coupling``, ``conditional_spline_coupling``, ``lu_linear``,
-``permute``, ``iterated`` and their classes. Every other name is Pyro's, unchanged.
+Ours: ``spline``, ``conditional_spline``, ``spline_coupling``, ``conditional_spline_coupling``,
+``spline_autoregressive``, ``conditional_spline_autoregressive``, ``lu_linear``, ``permute``, ``act_norm``, ``iterated``
+and their classes. Every other name is Pyro's, unchanged.
 """
 
 import pyro.distributions.transforms as _pyro_transforms
 from pyro.distributions.transforms import *  # noqa: F403
 
+from pyro_flowkit.transforms.act_norm import ActNorm, act_norm
 from pyro_flowkit.transforms.affine import Affine
+from pyro_flowkit.transforms.autoregressive import (
+    ConditionalSplineAutoregressive,
+    SplineAutoregressive,
+    conditional_spline_autoregressive,
+    spline_autoregressive,
+)
 from pyro_flowkit.transforms.base import (
     Bijection,
     FlowTransformModule,
@@ -40,12 +48,14 @@ from pyro_flowkit.transforms.spline import (
 )
 
 __all__ = [
+    "ActNorm",
     "Affine",
     "Bijection",
     "Compose",
     "ConditionalCompose",
     "ConditionalFlowTransformModule",
     "ConditionalSpline",
+    "ConditionalSplineAutoregressive",
     "ConditionalSplineCoupling",
     "ConditionedTransform",
     "FlowTransformModule",
@@ -54,14 +64,18 @@ __all__ = [
     "LULinear",
     "Permute",
     "Spline",
+    "SplineAutoregressive",
     "SplineCoupling",
     "Standardization",
+    "act_norm",
     "conditional_spline",
+    "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "iterated",
     "lu_linear",
     "permute",
     "spline",
+    "spline_autoregressive",
     "spline_coupling",
 ]
 __all__ += [name for name in _pyro_transforms.__all__ if name not in __all__]

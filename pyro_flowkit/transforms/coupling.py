@@ -96,9 +96,7 @@ class _Coupling(nn.Module):
             and conditioner.is_plain()
         ):
             packed, layout = conditioner.packed, conditioner.layout
-            if context is not None and context.dim() < x.dim():  # one context for several draws
-                if torch.broadcast_shapes(context.shape[:-1], x.shape[:-1]) == x.shape[:-1]:
-                    context = context.expand(*x.shape[:-1], -1)
+            context = coupling.for_every_row(context, x)
             if coupling.applies(x, context, packed, shared_params, layout):
                 return coupling.spline_coupling(
                     x,

@@ -1,12 +1,13 @@
 r"""An affine map of each block of a vector whose location and scale are functions of the blocks before it.
 
-.. math:: y_1 = x_1, \qquad y_b = m_b(y_{<b}) + \exp(s_b(y_{<b})) \odot x_b
+.. math:: y_1 = x_1, \qquad y_b = m_b(v(y_{<b})) + \exp(s_b(v(y_{<b}))) \odot x_b
 
 Hierarchical models have posteriors of this shape: latents whose scale is another latent (funnels), or whose location
 is a curve of others (bananas). With s linear, Neal's funnel is all but exact; splines, which are the identity outside
 of their bounds, stretch a dimension by a factor of hundreds only at great cost. m and s are a linear function plus a
 network, both zero at first; s bends smoothly towards its limits of -15 and 15. Either part is divided by the square
-root of the number of its terms, so that a step of Adam changes a scale by about as much whatever that number is.
+root of the number of its terms, so that a step of Adam changes a scale by about as much whatever that number is. v is
+the identity up to 5 and a logarithm from there on, so that scales that follow scales have tails like powers.
 
 It is a stack of the affine couplings of Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio. Density Estimation Using
 Real NVP. ICLR 2017; the blocks are what a caller knows of the structure.
@@ -28,7 +29,7 @@ MAX_LINEAR_SIZE = 20_000
 
 
 class HierarchicalAffine(FlowTransformModule):
-    """``y_b = m(y_before) + exp(s(y_before)) x_b`` for each block b but the first; the identity at first.
+    """``y_b = m(v(y_before)) + exp(s(v(y_before))) x_b`` for each block b but the first; the identity at first.
 
     Args:
         block_sizes: number of dimensions of each block, in order; at least two blocks.

@@ -22,17 +22,7 @@ class Permute(FlowTransformModule):
     is_affine = True
 
     def __init__(self, permutation: Tensor):
-        permutation = torch.as_tensor(permutation)
-        if permutation.dim() != 1 or permutation.is_floating_point() or permutation.numel() == 0:
-            raise ValueError(
-                f"Expected permutation to be an integer tensor of shape (D,), got dtype {permutation.dtype} and "
-                f"shape {tuple(permutation.shape)}."
-            )
-        permutation = permutation.detach().cpu().long()
-        if permutation.sort().values.tolist() != list(range(len(permutation))):
-            raise ValueError(
-                f"Expected a permutation of 0 to {len(permutation) - 1}, got {permutation.tolist()}."
-            )
+        permutation = checked_permutation(permutation)
         super().__init__(len(permutation))
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", permutation.argsort())
@@ -68,6 +58,30 @@ class Permute(FlowTransformModule):
         return f"input_dim={self.input_dim}"
 
 
+def checked_permutation(permutation: Tensor, input_dim: int | None = None) -> Tensor:
+    """The permutation on the CPU, in int64.
+
+    Raises:
+        ValueError: if it is none, or of another size than ``input_dim``.
+    """
+    permutation = torch.as_tensor(permutation)
+    if permutation.dim() != 1 or permutation.is_floating_point() or permutation.numel() == 0:
+        raise ValueError(
+            f"Expected permutation to be an integer tensor of shape (D,), got dtype {permutation.dtype} and "
+            f"shape {tuple(permutation.shape)}."
+        )
+    if input_dim is not None and len(permutation) != input_dim:
+        raise ValueError(
+            f"Expected a permutation of {input_dim} dimensions, got {len(permutation)} entries."
+        )
+    permutation = permutation.detach().cpu().long()
+    if permutation.sort().values.tolist() != list(range(len(permutation))):
+        raise ValueError(
+            f"Expected a permutation of 0 to {len(permutation) - 1}, got {permutation.tolist()}."
+        )
+    return permutation
+
+
 def permute(input_dim: int, permutation: Tensor | None = None, *, seed: int = 0) -> Permute:
     """A :class:`Permute`; without a permutation, the random one that follows from ``seed``.
 
@@ -81,8 +95,4 @@ def permute(input_dim: int, permutation: Tensor | None = None, *, seed: int = 0)
     """
     if permutation is None:
         permutation = torch.randperm(input_dim, generator=torch.Generator().manual_seed(seed))
-    elif len(permutation) != input_dim:
-        raise ValueError(
-            f"Expected a permutation of {input_dim} dimensions, got {len(permutation)} entries."
-        )
-    return Permute(permutation)
+    return Permute(checked_permutation(permutation, input_dim))

@@ -3,7 +3,7 @@
 import pytest
 
 from pyro_flowkit.__main__ import main
-from tests.command_line.small import small_table
+from tests.tables.small import small_table
 
 
 @pytest.fixture

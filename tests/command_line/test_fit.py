@@ -1,4 +1,4 @@
-"""`fit`: what it prints, writes and keeps, and what of a run may be relied on."""
+"""``fit``: what it prints, writes and keeps, and what of a run may be relied on."""
 
 import json
 import re
@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from pyro_flowkit.__main__ import main
-from pyro_flowkit.command_line import density, runs
-from pyro_flowkit.command_line.flow import FlowSettings, TableFlow
-from pyro_flowkit.command_line.order import order_columns
+from pyro_flowkit.command_line import runs
 from pyro_flowkit.command_line.runs import read_run
-from pyro_flowkit.command_line.tables import split_rows
-from tests.command_line.small import FIT
+from pyro_flowkit.tables.split import split_rows
+from tests.tables.small import FIT
 
 SMALL = ["--width", "16", "--layers", "3"]
 ROOT = Path(__file__).parents[2]
@@ -58,13 +56,6 @@ def test_the_gaussian_is_that_of_maximum_likelihood_in_the_units_of_the_file(tmp
     torch.testing.assert_close(torch.tensor(written["gaussian"].to_numpy()), expected)
 
 
-def test_the_split_is_80_10_10_by_the_seed():
-    split = split_rows(1003, 3, seed=5)
-    assert [len(part) for part in (split.train, split.validation, split.test)] == [802, 100, 101]
-    order = np.random.default_rng(5).permutation(1003)
-    assert np.concatenate([split.train, split.validation, split.test]).tolist() == order.tolist()
-
-
 def test_a_flow_without_a_gain_on_validation_rows_gives_way_to_the_gaussian(tmp_path, capsys):
     rows = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 5)), columns=list("abcde"))
     rows.to_csv(tmp_path / "noise.csv", index=False)
@@ -76,20 +67,6 @@ def test_a_flow_without_a_gain_on_validation_rows_gives_way_to_the_gaussian(tmp_
     assert run.metrics["test"]["difference"] == [0.0, 0.0]
     assert main(["diagnose", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.startswith("usable: the flow gained nothing")
-
-
-@pytest.mark.parametrize(
-    ("gains", "kept"),
-    [
-        ([1.0, 1.2, 0.8], True),
-        ([-1.0, 1.3, -0.2], False),
-        ([1.0, 2.0, 0.0, -1.0, 1.0], False),
-        ([1.0, float("nan")], False),
-        ([5.0], False),
-    ],
-)
-def test_a_gain_must_exceed_two_standard_errors(gains, kept):
-    assert density.is_gain(torch.tensor(gains)) is kept
 
 
 def test_the_same_seed_gives_the_same_run(table, tmp_path):
@@ -140,50 +117,6 @@ def test_one_and_two_columns_train(columns, tmp_path):
     np.savetxt(tmp_path / "rows.csv", rows, delimiter=",")
     assert main(["fit", str(tmp_path / "rows.csv"), "-o", str(tmp_path / "run"), *FIT]) == 0
     assert read_run(tmp_path / "run").density.preparation.columns == ("0", "1")[:columns]
-
-
-@pytest.mark.parametrize(("columns", "layers"), [(1, 1), (2, 1), (5, 3), (9, 9), (4, 11)])
-def test_a_fresh_flow_is_standard_normal_and_a_trained_one_a_density(columns, layers):
-    flow = TableFlow(columns, FlowSettings(layers=layers, width=8))
-    w = torch.randn(50, columns)
-    normal = torch.distributions.Normal(0.0, 1.0).log_prob(w).sum(-1)
-    torch.testing.assert_close(flow.log_prob(w), normal, rtol=1e-5, atol=1e-4)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda x: _base_of(flow, x)))(w[:3])
-    expected = torch.distributions.Normal(0.0, 1.0).log_prob(_base_of(flow, w[:3])).sum(-1)
-    torch.testing.assert_close(
-        flow.log_prob(w[:3]), expected + jacobian.slogdet()[1], rtol=1e-4, atol=1e-4
-    )
-
-
-def test_the_column_that_the_others_explain_is_transformed_next_to_the_data():
-    rng = np.random.default_rng(0)
-    a, b, c = rng.normal(size=(3, 1000))
-    explained = np.sin(2.0 * a) * b + 0.1 * rng.normal(size=1000)
-    order = order_columns(torch.from_numpy(np.column_stack([a, explained, b, c])))
-    assert sorted(order) == [0, 1, 2, 3] and order[-1] == 1
-    flow = TableFlow(4, FlowSettings(order=order, layers=6, width=8))
-    with torch.no_grad():
-        for parameter in flow.layers[
-            -3
-        ].parameters():  # before a permutation and the columns' splines
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    w = torch.randn(20, 4)
-    moved = (_base_of(flow, w) - w).abs().amax(0) > 1e-4
-    assert moved.tolist() == [False, True, False, False]
-
-
-def test_an_order_must_hold_every_column_once():
-    with pytest.raises(ValueError, match="order of 3 columns"):
-        TableFlow(3, FlowSettings(order=(0, 1, 1)))
-
-
-def _base_of(flow, w):
-    for layer in reversed(flow.layers):
-        w = layer.inverse_and_ladj(w)[0]
-    return w
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(table, tmp_path, monkeypatch):
@@ -241,20 +174,6 @@ runpy.run_module("pyro_flowkit", run_name="__main__", alter_sys=True)
     assert "[]" in done.stdout.splitlines()
     for command in ("fit", "score", "sample", "compare", "diagnose"):
         assert f"\n    {command} " in done.stdout
-
-
-def test_steps_follow_the_rows_within_limits():
-    few, some, many = (density.default_steps(rows, 256) for rows in (100, 20_000, 10**6))
-    assert density.LEAST_STEPS == few < some < many == density.MOST_STEPS
-
-
-def test_networks_alone_decay_and_the_less_the_more_rows_there_are():
-    decays = [density.weight_decay(rows) for rows in (100, 16_000, 32_000)]
-    assert decays == pytest.approx([1.0, 0.25, 0.0625])
-    flow = TableFlow(3, FlowSettings(width=8))
-    decaying, other = density._optimizer(flow, 0.5, list(flow.parameters()), lr=0.1).param_groups
-    assert (decaying["weight_decay"], other["weight_decay"]) == (0.5, 0.0)
-    assert len(decaying["params"]) == 3 and len(other["params"]) == 1
 
 
 def test_integers_are_counted_by_their_probability(tmp_path):

@@ -1,4 +1,4 @@
-"""The ELBO without handlers is that of `Trace_ELBO`, with its gradient, with data in batches and a weight of the KL."""
+"""The ELBO without handlers is that of ``Trace_ELBO``, with its gradient, data in batches and a weight of the KL."""
 
 import pyro
 import pyro.distributions as dist

@@ -1,4 +1,4 @@
-"""`python -m models.vae`: what it prints, draws and saves, in its fast mode."""
+"""``python -m models.vae``: what it prints, draws and saves, in its fast mode."""
 
 import numpy as np
 import pytest

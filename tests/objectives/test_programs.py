@@ -1,4 +1,4 @@
-"""The objectives under `SVI`, as modules and under `fit`, with the guides that people have."""
+"""The objectives under ``SVI``, as modules and under ``fit``, with the guides that people have."""
 
 import warnings
 
@@ -6,12 +6,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import (
+    block_autoregressive,
+    neural_autoregressive,
+    planar,
+    radial,
+)
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoNormalizingFlow,
     AutoNormalMessenger,
     AutoStructured,
 )
@@ -279,3 +286,46 @@ def test_sites_marked_for_enumeration_are_warned_about() -> None:
 def test_bad_settings_are_refused(make, error, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("family", [planar, radial, block_autoregressive, neural_autoregressive])
+@pytest.mark.parametrize("name", ["iwae", "alpha", "forward_kl"])
+def test_guides_whose_transforms_have_no_inverse_are_refused_with_a_remedy(family, name) -> None:
+    guide = AutoNormalizingFlow(model, family)
+    with pytest.raises(ValueError, match="_latent'.*no inverse.*doubly_reparameterized=False"):
+        OBJECTIVES[name](2).loss_and_grads(model, guide)
+    loss = OBJECTIVES["plain_iwae"](2).loss_and_grads(model, guide)
+    gradients = [parameter.grad for parameter in guide.parameters()]
+    assert torch.isfinite(torch.tensor(loss)) and any(g.abs().sum() > 0 for g in gradients)
+
+
+def looped_model(vectorized: bool):
+    plate = pyro.plate("data", len(OBSERVED))
+    if vectorized:
+        with plate:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=OBSERVED)
+        return
+    for i in plate:
+        z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=OBSERVED[i])
+
+
+def looped_guide(vectorized: bool):
+    plate = pyro.plate("data", len(OBSERVED))
+    if vectorized:
+        with plate:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        return
+    for i in plate:
+        pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_sequential_plate_over_the_data_is_said_to_share_one_weight(name) -> None:
+    with pytest.warns(UserWarning, match=r"'data' is sequential.*with pyro.plate\('data', size\)"):
+        OBJECTIVES[name](3).loss(looped_model, looped_guide, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OBJECTIVES[name](3).loss(looped_model, looped_guide, True)
+        AlphaDivergence(1.0, 3).loss(looped_model, looped_guide, False)  # the ELBO is the same

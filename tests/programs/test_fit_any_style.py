@@ -1,4 +1,4 @@
-"""What `fit`, its Gaussian start and `evidence` make of models that are not written for a plate of particles."""
+"""What ``fit``, its Gaussian start and ``evidence`` make of models that are not written for a plate of particles."""
 
 import math
 import warnings

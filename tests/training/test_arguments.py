@@ -1,4 +1,4 @@
-"""What people pass to `fit`: understood where it can be meant, refused in words where not."""
+"""What people pass to ``fit``: understood where it can be meant, refused in words where not."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""`fit` says when an objective has fallen far below its best, and nothing while it only fluctuates."""
+"""``fit`` says when an objective has fallen far below its best, and nothing while it only fluctuates."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""`fit` without a guide: exact likelihood, validation, stopping, faults, seeds, files."""
+"""``fit`` without a guide: exact likelihood, validation, stopping, faults, seeds, files."""
 
 import math
 import subprocess

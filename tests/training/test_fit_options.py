@@ -1,4 +1,4 @@
-"""`fit`: sources of batches, KL schedules, averages, faults by name, interruptions, devices, trackers."""
+"""``fit``: sources of batches, KL schedules, averages, faults by name, interruptions, devices, trackers."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""`fit` with a model and guide: the exact answers of conjugate models, minibatches, plates."""
+"""``fit`` with a model and guide: the exact answers of conjugate models, minibatches, plates."""
 
 import math
 
@@ -46,7 +46,7 @@ def sized_model(size: int):
 
 
 def exact(x: torch.Tensor) -> tuple[float, float, float]:
-    """Posterior mean, posterior standard deviation and log evidence of `full_model`."""
+    """Posterior mean, posterior standard deviation and log evidence of ``full_model``."""
     variance = 1.0 / (1.0 + len(x) / SIGMA**2)
     mean = variance * float(x.sum()) / SIGMA**2
     cov = SIGMA**2 * torch.eye(len(x), dtype=torch.float64) + 1.0

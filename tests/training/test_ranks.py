@@ -26,6 +26,7 @@ import math, os, signal, sys, torch, pyro, pyro.distributions as dist
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro_flowkit import SplineFlow, fit
+import pyro_flowkit.transforms as T
 from pyro_flowkit.training import Callback, LostRankError
 
 torch.set_num_threads(1)
@@ -105,6 +106,10 @@ _, result = density(seed=3, callbacks=[Stops()], checkpoint_dir=f"{{folder}}/run
 out["stop"] = [result.stop_reason, len(result.history["step"])]
 flow, result = density(seed=3, checkpoint_dir=f"{{folder}}/run", resume=True)
 out["resumed"] = flow.state_dict()
+
+layer = T.act_norm(2).double()
+layer.inverse_and_ladj(rows[:20] if rank else rows[20:])
+out["act_norm"] = layer.state_dict()
 torch.save(out, f"{{folder}}/{{rank}}.pt")
 """
 
@@ -182,7 +187,7 @@ def one() -> dict:
     return namespace
 
 
-@pytest.mark.parametrize("name", ["density", "guide", "late", "timed", "resumed"])
+@pytest.mark.parametrize("name", ["density", "guide", "late", "timed", "resumed", "act_norm"])
 def test_parameters_are_equal_bit_for_bit_on_both(two, name: str) -> None:
     first, second = (found[name] for found in two[1])
     assert first.keys() == second.keys()
@@ -214,6 +219,12 @@ def test_noise_is_independent(two, one) -> None:
     alone = torch.stack(gradients.found).var()
     assert torch.equal(two[1][0]["gradients"], two[1][1]["gradients"])
     assert two[1][0]["gradients"].var() / alone == pytest.approx(0.5, rel=0.3)
+
+
+def test_act_norm_starts_with_the_rows_of_both(two, one) -> None:
+    rows, state = one["rows"], two[1][0]["act_norm"]
+    torch.testing.assert_close(state["loc"], rows.mean(0))
+    torch.testing.assert_close(state["log_scale"], rows.std(0, correction=0).log())
 
 
 def test_a_stop_on_one_stops_both(two) -> None:

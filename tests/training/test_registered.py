@@ -1,4 +1,4 @@
-"""Modules registered by `pyro.module` in plain functions: their buffers and modes belong to the fit."""
+"""Modules registered by ``pyro.module`` in plain functions: their buffers and modes belong to the fit."""
 
 import functools
 from collections.abc import Callable

@@ -53,6 +53,27 @@ SPLINE_LAYERS = {
         lambda: T.spline_coupling(2, tails=None),
         {"bound": 3.0, "tails": None},
     ),
+    "spline_autoregressive": (
+        lambda: T.spline_autoregressive(3, [8], permutation=torch.tensor([1, 2, 0])),
+        {"bound": 3.0},
+    ),
+    "spline_autoregressive, 1-d": (lambda: T.spline_autoregressive(1), {"bound": 3.0}),
+    "spline_autoregressive, circular": (
+        lambda: T.spline_autoregressive(3, [8], tails="circular"),
+        {"bound": 3.0, "tails": "circular"},
+    ),
+    "spline_autoregressive, no tails": (
+        lambda: T.spline_autoregressive(2, [8], tails=None),
+        {"bound": 3.0, "tails": None},
+    ),
+    "conditional_spline_autoregressive": (
+        lambda: T.conditional_spline_autoregressive(3, 2, [8]),
+        {"bound": 3.0},
+    ),
+    "conditional_spline_autoregressive, 1-d": (
+        lambda: T.conditional_spline_autoregressive(1, 2),
+        {"bound": 3.0},
+    ),
     "conditional_spline_coupling": (  # a wider network makes large noise in its weights larger still
         lambda: T.conditional_spline_coupling(3, 2, hidden_dims=[8]),
         {"bound": 3.0},
@@ -81,6 +102,7 @@ OTHERS = {
         {},
     ),
     "lu_linear": (lambda: T.lu_linear(5), {}),
+    "act_norm": (lambda: T.act_norm(5), {}),
     "permute": (lambda: T.permute(5), {}),
     "Affine, full": (lambda: T.Affine(torch.tensor([1.0, -2.0, 0.5]), 0.7, rate=1.0), {}),
     "Affine, diagonal": (lambda: T.Affine(torch.zeros(2), 1.0, "diagonal", rate=2.0), {}),
@@ -105,8 +127,9 @@ NOT_IDENTITY = {
     "Standardization, full",
 }
 
-# A compilation takes seconds; these three run nearly all the code there is.
+# A compilation takes seconds; these run nearly all the code there is.
 COMPILED = {
+    "conditional_spline_autoregressive",
     "spline, circular",
     "compose, conditional",
     "Affine, full",
@@ -120,8 +143,11 @@ KINDS = {
     "conditional_spline",
     "spline_coupling",
     "conditional_spline_coupling",
+    "spline_autoregressive",
+    "conditional_spline_autoregressive",
     "iterated, conditional",
     "lu_linear",
+    "act_norm",
     "permute",
     "Affine, full",
     "HierarchicalAffine",

@@ -13,11 +13,15 @@ OURS = [
     "spline",
     "conditional_spline",
     "spline_coupling",
+    "spline_autoregressive",
+    "conditional_spline_autoregressive",
     "permute",
     "iterated",
     "Spline",
     "ConditionalSpline",
     "SplineCoupling",
+    "SplineAutoregressive",
+    "ConditionalSplineAutoregressive",
     "Permute",
 ]
 
@@ -35,7 +39,17 @@ def test_ours_take_the_place_of_pyros(name):
     assert getattr(T, name).__module__.startswith("pyro_flowkit.")
 
 
-@pytest.mark.parametrize("name", ["spline", "conditional_spline", "spline_coupling", "permute"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spline",
+        "conditional_spline",
+        "spline_coupling",
+        "spline_autoregressive",
+        "conditional_spline_autoregressive",
+        "permute",
+    ],
+)
 def test_positional_arguments_and_defaults_follow_pyro(name):
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

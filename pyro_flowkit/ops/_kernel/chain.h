@@ -93,7 +93,7 @@ static int N(push_chain)(const chain *c, const REAL *derivative, REAL *kept, int
         if (i == cut) memcpy(at_cut, now, (size_t)size * sizeof(REAL));
         if (i == c->num_layers - 1) memcpy(at_last, now, (size_t)size * sizeof(REAL));
         if (l->kind == COUPLING) failed = N(push_coupling)(c, l, x + size, own, now, next, between, between + size);
-        else if (l->kind == HIERARCHY) failed = N(push_hierarchy)(l, rows, dim, x, own, now, next);
+        else if (l->kind == HIERARCHY) failed = N(push_hierarchy)(l, rows, dim, x, x + size, own, now, next);
         else if (l->kind == PERMUTATION) N(permute)(l, rows, dim, now, next, 0);
         else if (l->kind == DIAGONAL) N(push_diagonal)(l, rows, dim, now, next);
         else failed = N(push_dense)(l, rows, dim, now, next);
@@ -146,7 +146,7 @@ static int N(run_chain_backward)(const chain *c, REAL *kept, const REAL *grad_va
             failed = N(couple_backward)(&p, &l->network, x, l->tensors[1], weights, own, now, grad_ladj, next, NULL,
                                         l->grads[1], l->grads[0]);
         } else if (l->kind == HIERARCHY) {
-            failed = N(run_hierarchy_backward)(l, rows, dim, x, own, now, grad_ladj, next);
+            failed = N(run_hierarchy_backward)(l, rows, dim, x, x + size, own, now, grad_ladj, next);
         } else if (l->kind == PERMUTATION) {
             N(permute)(l, rows, dim, now, next, 1);
         } else if (l->kind == DIAGONAL) {

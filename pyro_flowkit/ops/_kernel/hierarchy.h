@@ -1,11 +1,25 @@
 /* Affine maps of the blocks of a vector given the blocks before them, those of ops/block_affine.py. One instance.
  *
- * With o the output of a perceptron times of_network plus a linear map times of_line, both of y_{<b}, o = (m, r),
- * t = tanh(r / 15):  y_b = m + exp(15 t) x_b. The tensors of a block are the layers of its perceptron, and the weight of
- * the linear map, which may be missing. Of every row and block are kept: activations, with m and t as those of the last
+ * With o the output of a perceptron times of_network plus a linear map times of_line, both of v(y_{<b}), o = (m, r),
+ * t = tanh(r / 15):  y_b = m + exp(15 t) x_b, and v a logarithm beyond LINEAR_UNTIL. The tensors of a block are the
+ * layers of its perceptron, and the weight of the linear map, which may be missing. Of every row and block are kept: activations, with m and t as those of the last
  * layer, and exp(15 t).
  */
 #define MAX_LOG_SCALE R(15.0)
+#define LINEAR_UNTIL R(5.0)
+
+/* what the blocks after it see of a value, and its derivative */
+static inline REAL N(seen)(REAL y) {
+    const REAL size = y < 0 ? -y : y;
+    if (!(size > LINEAR_UNTIL)) return y;
+    const REAL far = R(LINEAR_UNTIL + log1p((double)(size - LINEAR_UNTIL)));
+    return y < 0 ? -far : far;
+}
+
+static inline REAL N(slope_of_seen)(REAL y) {
+    const REAL size = y < 0 ? -y : y;
+    return size > LINEAR_UNTIL ? 1 / (1 + (size - LINEAR_UNTIL)) : 1;
+}
 
 typedef struct {
     N(network) network, line;
@@ -54,7 +68,7 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
             const int64_t stop = start + BLOCK_ROWS < rows ? start + BLOCK_ROWS : rows;
             REAL *features = N(activation)(&c.network, rows, 0, kept, start);
             for (int64_t i = start; i < stop; i++, features += step) {
-                memcpy(features, out + i * dim, (size_t)b->start * sizeof(REAL));
+                for (int64_t j = 0; j < b->start; j++) features[j] = N(seen)(out[i * dim + j]);
                 for (int64_t j = b->start; j < step; j++) features[j] = 0;
             }
             N(run_network)(&c.network, rows, start, stop, kept);
@@ -63,7 +77,8 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
                 N(run_network)(&c.line, rows, start, stop, NULL);
             }
             for (int64_t i = start; i < stop; i++) {
-                REAL *output = N(activation)(&c.network, rows, c.network.num_layers, kept, i), *own = out + i * dim + b->start;
+                REAL *output = N(activation)(&c.network, rows, c.network.num_layers, kept, i);
+                REAL *own = out + i * dim + b->start;
                 const REAL *line = c.has_line ? c.line.activations[1] + (i - start) * c.line.steps[1] : NULL;
                 for (int64_t j = 0; j < 2 * size; j++)
                     output[j] = R(b->of_network) * output[j] + (line ? R(b->of_line) * line[j] : 0);
@@ -83,29 +98,35 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
     return 0;
 }
 
+/* Add to grad what was found for the values in out of the blocks before, as the conditioner sees them. */
+static void N(add_through_seen)(const block *b, int64_t dim, int64_t start, int64_t stop, const REAL *out,
+                                const REAL *found, int64_t step, REAL *grad) {
+    for (int64_t i = start; i < stop; i++, found += step)
+        for (int64_t j = 0; j < b->start; j++) grad[i * dim + j] += N(slope_of_seen)(out[i * dim + j]) * found[j];
+}
+
 /* From derivatives with respect to the outputs of the conditioner, in the grads of its network, those with respect to
- * the blocks before are added to grad; those of the parameters are summed up if they are wanted. */
-static void N(through_conditioner)(N(conditioner) *c, const block *b, int64_t rows, int64_t dim, int64_t start, int64_t stop,
-                                   REAL *kept, int with_layers, REAL *grad) {
+ * the blocks before, whose values are in out, are added to grad; those of the parameters are summed up if wanted. */
+static void N(through_conditioner)(N(conditioner) *c, const block *b, int64_t rows, int64_t dim, int64_t start,
+                                   int64_t stop, const REAL *out, REAL *kept, int with_layers, REAL *grad) {
     REAL *of_output = c->network.grads[0];
-    const int64_t last = c->network.steps[c->network.num_layers], height = stop - start;
+    const int64_t size = (stop - start) * c->network.steps[c->network.num_layers];
+    const REAL *found;
     if (c->has_line) {
-        for (int64_t i = 0; i < height * last; i++) c->line.grads[0][i] = R(b->of_line) * of_output[i];
+        for (int64_t i = 0; i < size; i++) c->line.grads[0][i] = R(b->of_line) * of_output[i];
         c->line.activations[0] = N(activation)(&c->network, rows, 0, kept, start);
-        const REAL *found = N(run_network_backward)(&c->line, rows, start, stop, NULL, with_layers);
-        for (int64_t i = start; i < stop; i++)
-            for (int64_t j = 0; j < b->start; j++) grad[i * dim + j] += found[(i - start) * c->line.steps[0] + j];
+        found = N(run_network_backward)(&c->line, rows, start, stop, NULL, with_layers);
+        N(add_through_seen)(b, dim, start, stop, out, found, c->line.steps[0], grad);
     }
-    for (int64_t i = 0; i < height * last; i++) of_output[i] *= R(b->of_network);
-    const REAL *found = N(run_network_backward)(&c->network, rows, start, stop, kept, with_layers);
-    for (int64_t i = start; i < stop; i++)
-        for (int64_t j = 0; j < b->start; j++) grad[i * dim + j] += found[(i - start) * c->network.steps[0] + j];
+    for (int64_t i = 0; i < size; i++) of_output[i] *= R(b->of_network);
+    found = N(run_network_backward)(&c->network, rows, start, stop, kept, with_layers);
+    N(add_through_seen)(b, dim, start, stop, out, found, c->network.steps[0], grad);
 }
 
 /* The inverse map's: with g of in, g / scale for m, and what is left of the rows' own derivatives for the logarithm of
  * the scale. */
-static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REAL *in, REAL *kept, const REAL *grad,
-                             REAL *pushed) {
+static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REAL *in, const REAL *out, REAL *kept,
+                             const REAL *grad, REAL *pushed) {
     memcpy(pushed, grad, (size_t)(rows * dim) * sizeof(REAL));
     for (int k = 0; k < l->num_blocks; k++) {
         const block *b = &l->blocks[k];
@@ -127,7 +148,7 @@ static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const RE
                 }
                 for (int64_t j = 2 * size; j < last; j++) of_output[j] = 0;
             }
-            N(through_conditioner)(&c, b, rows, dim, start, stop, kept, 0, pushed);
+            N(through_conditioner)(&c, b, rows, dim, start, stop, out, kept, 0, pushed);
         }
         kept += rows * N(kept_of_block)(b);
         N(close_conditioner)(&c);
@@ -135,7 +156,7 @@ static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const RE
     return 0;
 }
 
-static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, const REAL *in, REAL *kept,
+static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, const REAL *in, const REAL *out, REAL *kept,
                                      const REAL *grad_out, const REAL *grad_ladj, REAL *grad) {
     memcpy(grad, grad_out, (size_t)(rows * dim) * sizeof(REAL));
     for (int k = 0; k < l->num_blocks; k++) kept += rows * N(kept_of_block)(&l->blocks[k]);
@@ -160,7 +181,7 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
                 }
                 for (int64_t j = 2 * size; j < last; j++) of_output[j] = 0;
             }
-            N(through_conditioner)(&c, b, rows, dim, start, stop, kept, 1, grad);
+            N(through_conditioner)(&c, b, rows, dim, start, stop, out, kept, 1, grad);
         }
         N(write_layers)(&c.network, l->grads[2 * k]);
         if (c.has_line) /* without its bias, which is none */
@@ -172,3 +193,4 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
     return 0;
 }
 #undef MAX_LOG_SCALE
+#undef LINEAR_UNTIL

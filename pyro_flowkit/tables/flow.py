@@ -71,7 +71,7 @@ class TableFlow(nn.Module):
         super().__init__()
         count = min(input_dim, DEFAULT_LAYERS) if settings.layers is None else settings.layers
         if count < 1:
-            raise ValueError(f"expected at least one layer, got {count}")
+            raise ValueError(f"Expected at least one layer, got {count}")
         groups = _groups(input_dim, count, settings.order)
         self.layers = nn.ModuleList()
         now = identity = torch.arange(input_dim)
@@ -119,6 +119,6 @@ def _groups(input_dim: int, count: int, order: Sequence[int] | None) -> list[Ten
     """Columns dealt into at most ``count`` groups of equal size, at least two where there are two columns."""
     columns = torch.arange(input_dim) if order is None else torch.tensor(order)
     if columns.sort().values.tolist() != list(range(input_dim)):
-        raise ValueError(f"expected an order of {input_dim} columns, got {order}")
+        raise ValueError(f"Expected an order of {input_dim} columns, got {order}")
     groups = columns.tensor_split(min(input_dim, max(count, 2)))
     return [group.sort().values for group in groups]

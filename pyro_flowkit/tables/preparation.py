@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flowkit.command_line.errors import CommandError
+from pyro_flowkit.tables.errors import TableError
 
 CELL_POINTS = 16
 SINGULAR = 1e-12  # of a column's variance, what the columns before it leave unexplained
@@ -51,7 +51,7 @@ class Preparation:
         """Fit it to training rows of shape ``(N, D)``.
 
         Raises:
-            CommandError: if a column is a linear function of others, among the training rows.
+            TableError: if a column is a linear function of others, among the training rows.
         """
         noisy = np.array(discrete)
         loc = rows.mean(0) + 0.5 * noisy
@@ -59,9 +59,9 @@ class Preparation:
         variance = spread**2 + noisy / 12.0
         flat = [name for name, value in zip(columns, variance, strict=True) if not value > 0]
         if flat:
-            raise CommandError(
-                f"expected columns that vary among the training rows, got one value in {', '.join(flat)}: leave them "
-                "out with --columns"
+            raise TableError(
+                f"Expected columns that vary among the training rows, got one value in {', '.join(flat)}: leave them "
+                "out (exclude)"
             )
         scale = np.sqrt(variance)
         scaled = (rows - rows.mean(0)) / scale
@@ -120,7 +120,7 @@ class Preparation:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Preparation":
-        """Undo `to_json`."""
+        """Undo ``to_json``."""
         return cls(
             tuple(content["columns"]),
             tuple(content["discrete"]),
@@ -135,9 +135,9 @@ def _cholesky(correlation: np.ndarray, columns: tuple[str, ...]) -> np.ndarray:
     for j in range(len(correlation)):
         left = correlation[j, j] - factor[j, :j] @ factor[j, :j]
         if not left > SINGULAR:
-            raise CommandError(
-                f"expected columns of which none is a linear function of others, got {columns[j]!r} as one of the "
-                "columns before it: leave it out with --columns"
+            raise TableError(
+                f"Expected columns of which none is a linear function of others, got {columns[j]!r} as one of the "
+                "columns before it: leave it out (exclude)"
             )
         factor[j, j] = np.sqrt(left)
         factor[j + 1 :, j] = (

@@ -15,11 +15,13 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_flowkit.command_line.errors import CommandError
-from pyro_flowkit.command_line.flow import FlowSettings, TableFlow
-from pyro_flowkit.command_line.order import order_columns
-from pyro_flowkit.command_line.preparation import Preparation
-from pyro_flowkit.command_line.tables import Split, Table
+from pyro_flowkit.tables.columns import Table
+from pyro_flowkit.tables.errors import TableError
+from pyro_flowkit.tables.flow import FlowSettings, TableFlow
+from pyro_flowkit.tables.order import order_columns
+from pyro_flowkit.tables.preparation import Preparation
+from pyro_flowkit.tables.rows import RowDensity
+from pyro_flowkit.tables.split import Split
 from pyro_flowkit.training import FitResult, fit
 
 LEARNING_RATE = 5e-3
@@ -29,47 +31,6 @@ DECAY_ROWS = 8000  # up to so many rows the decay of weights is 1; beyond, the r
 DEFAULT_SECONDS = 80.0
 DEFAULT_EPOCHS = 16
 LEAST_STEPS, MOST_STEPS = 500, 2000
-ROWS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class TableDensity:
-    """A density of rows in the units of their file.
-
-    Attributes:
-        preparation: between those units and what the flow sees.
-        flow: a density of what it sees; None is the standard normal: this is the Gaussian of the training rows.
-    """
-
-    preparation: Preparation
-    flow: TableFlow | None = None
-
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """Log density (nats) of rows of shape ``(N, D)`` in float64, shape ``(N,)``; of integers see preparation.py."""
-        points = self.preparation.cell_points()
-        values = torch.stack([self._log_prob(self.preparation.to_flow(rows + p)) for p in points])
-        return values.logsumexp(0) - math.log(len(points)) + self.preparation.log_det
-
-    @torch.no_grad()
-    def _log_prob(self, w: Tensor) -> Tensor:
-        if self.flow is None:
-            return -0.5 * (w.square().sum(-1) + w.shape[-1] * math.log(2.0 * math.pi))
-        parts = [self.flow.log_prob(part.float()).double() for part in w.split(ROWS_AT_ONCE)]
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def sample(self, count: int, *, seed: int) -> Tensor:
-        """Rows of shape ``(count, D)`` in float64."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            size = len(self.preparation.columns)
-            if self.flow is None:
-                w = torch.randn(count, size, dtype=torch.float64)
-            else:
-                law = self.flow.distribution()
-                sizes = [min(ROWS_AT_ONCE, count - i) for i in range(0, count, ROWS_AT_ONCE)]
-                w = torch.cat([law.sample(torch.Size([n])).double() for n in sizes])
-        return self.preparation.from_flow(w)
 
 
 @dataclass(frozen=True)
@@ -95,7 +56,7 @@ class Trained:
             ``(rows,)`` in nats.
     """
 
-    density: TableDensity
+    density: RowDensity
     settings: FlowSettings
     result: FitResult
     log_prob: dict[str, Tensor]
@@ -163,7 +124,7 @@ def train(
         progress: show a bar.
 
     Raises:
-        CommandError: if the settings make no flow.
+        TableError: if the settings make no flow.
     """
     preparation = Preparation.of(table.values[split.train], table.columns, table.discrete)
     rows = {
@@ -178,7 +139,7 @@ def train(
         settings = replace(settings, order=order_columns(seen["train"], seed=options.seed))
         flow = TableFlow(len(table.columns), settings)
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise TableError(str(error)) from error
     noisy = any(table.discrete)
     batch_size = min(options.batch_size, max(1, len(seen["train"]) // 4))
     steps, seconds = options.steps, options.seconds
@@ -199,7 +160,7 @@ def train(
             seed=options.seed,
             progress=progress,
         )
-    gaussian, trained = TableDensity(preparation), TableDensity(preparation, flow)
+    gaussian, trained = RowDensity(preparation), RowDensity(preparation, flow)
     gaussian_log_prob = {name: gaussian.log_prob(part) for name, part in rows.items()}
     held_out = rows["validation"]
     gain = trained.log_prob(held_out) - gaussian_log_prob["validation"]
