@@ -17,10 +17,21 @@ class BuildKernel(build_ext):
 
 kernel = Extension(
     "pyro_flowkit.ops._fused",
-    sources=[f"{SOURCES}/kernel.c", f"{SOURCES}/module.c"],
+    sources=[f"{SOURCES}/{name}.c" for name in ("kernel", "module", "module_chain")],
     depends=[
         f"{SOURCES}/{name}.h"
-        for name in ("kernel", "instance", "vector", "spline", "loops", "perceptron")
+        for name in (
+            "kernel",
+            "module",
+            "instance",
+            "vector",
+            "spline",
+            "loops",
+            "perceptron",
+            "linear",
+            "hierarchy",
+            "chain",
+        )
     ],
     define_macros=[("Py_LIMITED_API", "0x030B0000")],
     py_limited_api=True,

@@ -23,10 +23,12 @@ from pyro.infer.autoguide.initialization import init_to_value
 from models._targets import Target, targets
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training.objective import chosen_loss
+from pyro_flowkit.training.optimizer import build_optimizer
 
 HIDDEN_DIMS = [32, 32]
 NUM_TRANSFORMS = 4
 LR = 1e-3
+SETTLING = 40  # steps after which a fit has made all its graphs
 
 PROBLEMS = {"eight schools": "eight schools, centred", "seeds": "seeds"}
 
@@ -102,14 +104,17 @@ def fit_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], ob
     options: dict[str, Any] = {"objective": None, "num_particles": num_particles}
     loss = chosen_loss(problem.model, guide, (), problem.args, {}, **options)
     loss.prepare((), None, False)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=LR, fused=True)
+    optimizer = build_optimizer(None, loss.parameters(), LR, LR)
     guide.pace.is_resting = True
 
     def step() -> None:
-        optimizer.zero_grad()
+        for parameter in loss.parameters():
+            parameter.grad = None
         loss.backward(())
         optimizer.step()
 
+    for _ in range(SETTLING):
+        step()
     return step
 
 

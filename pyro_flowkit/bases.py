@@ -46,6 +46,9 @@ class _StandardNormal(dist.Normal):
 class NormalBase(nn.Module):
     """Standard normal; follows the device and dtype of the module."""
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, input_dim: int):
         super().__init__()
         self.register_buffer("loc", torch.zeros(input_dim), persistent=False)

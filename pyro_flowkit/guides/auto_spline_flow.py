@@ -41,6 +41,7 @@ from pyro_flowkit.guides.component import (
 )
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
+from pyro_flowkit.guides.kernel_draw import kernel_draw
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
@@ -123,6 +124,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     _warns_of_other_name = True
     _sees_to_its_pace = True
+    _runs_in_the_kernel = True
     latent_dim: int
     _init_loc: Callable[[], Tensor]
     _create_plates: Callable[..., Any]
@@ -368,6 +370,21 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             the gradient of the ELBO goes through, both ``(num_samples,)``, and their weights in the mean, None where
             these are equal: every component has as many draws.
         """
+        self._require_setup()
+        if self._runs_in_the_kernel and self.num_components == 1:
+            self._look()
+            found = kernel_draw(
+                self.flow.base,
+                self._layers(),
+                self._gradient_noise(),
+                self._say_undefined,
+                num_samples=num_samples,
+                path_gradient=self.path_gradient,
+            )
+            if found is not None:
+                if torch.is_grad_enabled():
+                    self._drew(num_samples)
+                return *found, None
         posterior = self.get_posterior()
         if torch.is_grad_enabled():
             self._drew(num_samples)
@@ -390,12 +407,14 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         if self._said_undefined:
             return
         self._said_undefined = True
+        is_defined = gradient.isfinite().reshape(-1, gradient.shape[-1])
+        marks = torch.where(is_defined.all(0), gradient.new_zeros(()), torch.nan)
         sites = [
             site["name"]
-            for site, part in self._unpack_latent(gradient)
+            for site, part in self._unpack_latent(marks)
             if not bool(part.isfinite().all())
         ]
-        rows = gradient.isfinite().all(-1)
+        rows = is_defined.all(-1)
         warnings.warn(
             f"At {int((~rows).sum())} of {rows.numel()} draws the model's log-density has no derivative with respect "
             f"to {', '.join(sites)}, as the square root of a number that underflows to 0. Such draws are taken to be "

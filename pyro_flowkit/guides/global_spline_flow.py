@@ -42,6 +42,7 @@ MAX_SILENCE = 100  # calls
 class GlobalSplineFlow(AutoSplineFlow):
     """An :class:`AutoSplineFlow` with antithetic particles, whose splines wait; see the module's docstring."""
 
+    _runs_in_the_kernel = False  # its draws come in pairs, and its layers wait
     _sees_to_its_pace = False  # the pull of minibatches decides when its parts learn
     _noise_squares: Tensor
     _arrival_counts: Tensor

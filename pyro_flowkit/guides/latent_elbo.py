@@ -1,14 +1,17 @@
 """The ELBO of a guide over unconstrained latents, by its distribution and its model's densities, without handlers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.programs.derivative import Differentiated, Graph
 from pyro_flowkit.programs.vectorized import Vectorized
 
 if TYPE_CHECKING:
@@ -30,6 +33,16 @@ class LatentELBO(Trace_ELBO):
         super().__init__(num_particles, max_plate_nesting=program.nesting, vectorize_particles=True)
         self.program = program
         self.kl_weight = 1.0
+        self._differentiated: tuple[AutoSplineFlow, Differentiated] | None = None
+
+    def _differentiated_for(self, guide: "AutoSplineFlow") -> Differentiated:
+        known = self._differentiated
+        if known is None or known[0] is not guide:
+            known = self._differentiated = (
+                guide,
+                Differentiated(self.program, partial(unpack, guide)),
+            )
+        return known[1]
 
     @torch.no_grad()
     def loss(
@@ -37,16 +50,18 @@ class LatentELBO(Trace_ELBO):
     ) -> float:
         """The loss in nats, without gradients."""
         log_p, log_q, _, weights = self._terms(guide, args, kwargs)
-        return self._checked(log_q - log_p, weights).item()
+        loss = _mean(log_q - log_p, weights)
+        warn_if_nan(loss, "loss")
+        return loss.item()
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
     ) -> Tensor:
         """A scalar with the value of the loss, in nats, and the gradient of the objective."""
-        log_p, log_q, entropy_term, weights = self._terms(guide, args, kwargs)
-        loss = self._checked((log_q - log_p).detach(), weights)
-        surrogate = _mean(entropy_term - log_p, weights)
-        return loss + (surrogate - surrogate.detach())
+        log_p, _, entropy_term, weights = self._terms(guide, args, kwargs)
+        loss = _mean(entropy_term - log_p, weights)  # the term has the value of log q
+        warn_if_nan(loss, "loss")
+        return loss
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
@@ -56,6 +71,13 @@ class LatentELBO(Trace_ELBO):
         loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
+    @torch.no_grad()
+    def density_graph(self, guide: "AutoSplineFlow", args: tuple, kwargs: dict) -> Graph | None:
+        """The graph that a step takes the density and its derivative from; None where there is none."""
+        with torch.random.fork_rng(devices=[]):
+            latent = guide.draw_with_log_prob(self.num_particles)[0]
+        return self._differentiated_for(guide).graph(latent, args, kwargs)
+
     def _terms(
         self, guide: "AutoSplineFlow", args: tuple, kwargs: dict
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -64,6 +86,10 @@ class LatentELBO(Trace_ELBO):
         Each ``(num_particles,)``; weights are None where they are equal.
         """
         latent, log_q, entropy_term, weights = guide.draw_with_log_prob(self.num_particles)
+        if self.kl_weight == 1.0:
+            found = self._differentiated_for(guide)(latent, args, kwargs)
+            if found is not None:
+                return _Given.apply(latent, *found), log_q, entropy_term, weights
         values, ladj = unpack(guide, latent)
         total = self.kl_weight * ladj
         for name, log_prob in self.program.log_probs(values, args, kwargs).items():
@@ -71,10 +97,20 @@ class LatentELBO(Trace_ELBO):
             total = total + weight * log_prob.reshape(len(log_prob), -1).sum(-1)
         return total, self.kl_weight * log_q, self.kl_weight * entropy_term, weights
 
-    def _checked(self, losses: Tensor, weights: Tensor | None) -> Tensor:
-        loss = _mean(losses, weights).detach()
-        warn_if_nan(loss, "loss")
-        return loss
+
+class _Given(torch.autograd.Function):
+    """Values at draws whose derivatives by them are known."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, value: Tensor, derivative: Tensor) -> Tensor:
+        ctx.save_for_backward(derivative)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * derivative, None, None
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:

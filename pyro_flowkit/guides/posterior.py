@@ -19,6 +19,7 @@ maps bends little, so that log q is near a Gaussian: where the mean square of it
 The derivative of log q at a draw is carried along with it, see :mod:`pyro_flowkit.flow_distribution`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,8 +67,51 @@ class GradientNoise:
     @torch.no_grad()
     def update(self, squares: Tensor) -> None:
         """Take in the mean squares of a step; those that are no numbers are left out."""
-        if bool(squares.isfinite().all()):
+        if all(map(math.isfinite, squares.tolist())):
             self._squares.lerp_(squares.to(self._squares), 1 - MEMORY)
+
+
+def takes_path(noise: GradientNoise, u: Tensor) -> bool:
+    """Whether a step takes the path gradient; u is the derivative of log q before the affine maps at the end."""
+    return noise.favours_path and bool(u.square().mean() < MAX_ROUGHNESS)
+
+
+@torch.no_grad()
+def corrected(
+    gradient: Tensor,
+    weight: Tensor,
+    derivative: Tensor,
+    is_path: bool,
+    noise: GradientNoise,
+    affine: Any,
+    on_undefined: Callable[[Tensor], None],
+) -> Tensor:
+    """The gradient at the draws of a step, of which the noise of both gradients is learned.
+
+    The loss is ``sum_i c_i (log q(x_i) - log p(x_i))``: what arrives at ``entropy_term`` is c, and at the draw c times
+    the difference of the derivatives, or the one of log p alone. Where log p has no derivative it is taken to be that
+    of log q, which leaves the mean of the gradient to the other draws.
+
+    Args:
+        gradient: what arrives at the draws, ``(*batch, D)``.
+        weight: c, ``(*batch,)``.
+        derivative: of log q at the draws.
+        is_path: whether the step takes the path gradient.
+        noise: is told of this step.
+        affine: the guide's last layer.
+        on_undefined: called with a gradient of which some rows, but not all, are no numbers.
+    """
+    weight = -weight.unsqueeze(-1)
+    if not bool(gradient.sum().isfinite()):
+        defined = gradient.isfinite().all(-1, keepdim=True)
+        if not bool(defined.all()) and bool(defined.any()):
+            on_undefined(gradient)
+            agreed = torch.zeros_like(derivative) if is_path else weight * derivative
+            gradient = torch.where(defined, gradient, agreed)
+    found = gradient / weight
+    each = [found, found + derivative] if is_path else [found - derivative, found]
+    noise.update(affine.in_units(torch.stack(each)).square().flatten(1).mean(-1))
+    return gradient
 
 
 class GuidePosterior(FlowDistribution):
@@ -102,7 +146,7 @@ class GuidePosterior(FlowDistribution):
             derivative, u = derivatives[-1], derivatives[self._count_bent]
         else:
             _, (derivative,), u = self._pulled_derivatives(value, log_prob.shape)
-        is_path = self.noise.favours_path and bool(u.square().mean() < MAX_ROUGHNESS)
+        is_path = takes_path(self.noise, u)
         entropy_term = log_prob.clone()
         if is_path:
             entropy_term = path_term(log_prob, [value], [derivative])
@@ -122,30 +166,16 @@ class GuidePosterior(FlowDistribution):
     def _watch(
         self, value: Tensor, entropy_term: Tensor, derivative: Tensor, is_path: bool
     ) -> None:
-        """Learn the noise of both gradients from the backward pass of this step.
-
-        The loss is ``sum_i c_i (log q(x_i) - log p(x_i))``: what arrives at ``entropy_term`` is c, and at the draw c
-        times the difference of the derivatives, or the one of log p alone. Where log p has no derivative it is taken
-        to be that of log q, which leaves the mean of the gradient to the other draws.
-        """
+        """Learn the noise of both gradients from the backward pass of this step."""
         affine: Any = self.transforms[-1]
         arrived: dict[str, Tensor] = {}
 
         def finish(gradient: Tensor) -> Tensor | None:
             if "entropy_term" not in arrived:
                 return None
-            weight = -arrived["entropy_term"].unsqueeze(-1)
-            defined = gradient.isfinite().all(-1, keepdim=True)
-            kept = None
-            if not bool(defined.all()) and bool(defined.any()):
-                self.on_undefined(gradient)
-                agreed = torch.zeros_like(derivative) if is_path else weight * derivative
-                kept = gradient = torch.where(defined, gradient, agreed)
-            gradient = gradient / weight
-            of_p = gradient + derivative if is_path else gradient
-            both = affine.in_units(torch.stack([of_p - derivative, of_p]))
-            self.noise.update(both.square().flatten(1).mean(-1))
-            return kept
+            weight, noise, say = arrived["entropy_term"], self.noise, self.on_undefined
+            kept = corrected(gradient, weight, derivative, is_path, noise, affine, say)
+            return None if kept is gradient else kept
 
         def note(gradient: Tensor) -> None:
             arrived["entropy_term"] = gradient.detach()

@@ -28,7 +28,7 @@ CONDITIONER_LIMIT = 1e4
 
 # as many numbers as the widest vector of the kernel holds
 _LANES = 8
-_MAX_LAYERS = 8
+MAX_LAYERS = 8
 
 
 def applies(
@@ -42,7 +42,7 @@ def applies(
     tensors, dtype = (x, context, packed, shared_params), x.dtype
     if backend() != "fused" or not is_plain_eager(*tensors):
         return False
-    if len(layout.shapes) > _MAX_LAYERS or torch.is_autocast_enabled("cpu"):
+    if len(layout.shapes) > MAX_LAYERS or torch.is_autocast_enabled("cpu"):
         return False
     if dtype not in (torch.float32, torch.float64):
         return False

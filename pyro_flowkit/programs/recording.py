@@ -69,6 +69,10 @@ class Recording:
         """The parameters that the graph for these arguments reads."""
         return learned_by(self._graph(values, rows, args, kwargs)[0].of_one)
 
+    def totals(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> "Totals":
+        """The log joint density at many draws as a function of tensors, for arguments like these."""
+        return Totals(self._graph(values, rows, args, kwargs)[0], len(next(iter(values.values()))))
+
     def _graph(
         self, values: Values, rows: Values, args: tuple, kwargs: dict
     ) -> tuple["_Graph", list[Tensor]]:
@@ -208,6 +212,45 @@ class _Graph:
         except Unrecordable:
             self._of_many[size] = side_by_side(self.of_one)
         return self._of_many[size](values, tensors)
+
+
+class Totals:
+    """What a recording says of the log joint density at a number of draws.
+
+    Args:
+        graph: the recording.
+        size: number of draws.
+    """
+
+    def __init__(self, graph: _Graph, size: int):
+        self._graph, self._size = graph, size
+
+    def inputs(self, rows: Values, args: tuple, kwargs: dict) -> list[Tensor] | None:
+        """The tensors for a call, None where it is not one that the recording is for."""
+        call = _Call(rows, args, kwargs, self._graph.num_varying)
+        return call.inputs if call.has(self._graph.fixed) else None
+
+    def are_fixed(self) -> bool:
+        """Whether the tensors whose values were read are what they were."""
+        return all(tensor._version == version for tensor, version in self._graph.fixed)
+
+    def __call__(self, values: Values, tensors: list[Tensor]) -> Tensor:
+        """log p in nats, shape ``(size,)``."""
+        unscaled, scales, _ = side_by_side(self._graph.of_one)(values, tensors)
+        if scales:
+            raise Unrecordable("it scales densities by tensors")
+        totals = [
+            log_prob.reshape(self._size, -1).sum(-1) * self._graph.scales.get(name, 1.0)
+            for name, log_prob in unscaled.items()
+        ]
+        return sum(totals[1:], start=totals[0])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing in it is learned, and it is short enough to be taken apart."""
+        return (
+            not learned_by(self._graph.of_one) and len(self._graph.of_one.graph.nodes) <= MAX_NODES
+        )
 
 
 def signature(args: tuple, kwargs: dict) -> Hashable:

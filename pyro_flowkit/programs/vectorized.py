@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_flowkit.programs.agreement import disagreement
 from pyro_flowkit.programs.given import Frames, Given
 from pyro_flowkit.programs.graph import Unrecordable
-from pyro_flowkit.programs.recording import MAX_GRAPHS, Recording, signature
+from pyro_flowkit.programs.recording import MAX_GRAPHS, Recording, Totals, signature
 from pyro_flowkit.programs.runs import (
     BesideEachOther,
     Densities,
@@ -103,6 +103,21 @@ class Vectorized:
         """Compare with a plain run at the next call: time has passed."""
         self._calls = 0
 
+    def takes_recording(self) -> bool:
+        """Whether the next call need not be compared with a plain run, but is the recording's; counts it then."""
+        if self.way != "graph" or self._is_due(self._calls + 1):
+            return False
+        self._calls += 1
+        return True
+
+    def recorded_totals(
+        self, values: Values, rows: Values, args: tuple, kwargs: dict
+    ) -> Totals | None:
+        """The log joint density as a function of tensors; None where the way is not the recording."""
+        if self.way != "graph":
+            return None
+        return self._recording.totals(values, rows, args, kwargs)
+
     def agrees(self, way: Way, values: Values, args: tuple, kwargs: dict) -> bool:
         """Whether another way than the one that was taken gives the densities of plain runs, too."""
         if way not in self._agrees:
@@ -137,7 +152,7 @@ class Vectorized:
                 self._layouts[key] = layouts(trace, self.latents, drawn.names)
         return self._layouts[key]
 
-    def _drawn_rows(self, args: tuple, kwargs: dict) -> Values:
+    def drawn_rows(self, args: tuple, kwargs: dict) -> Values:
         """Rows of those plates that have some of theirs only."""
         layout = self.layout(args, kwargs)
         return {name: site.fn() for name, site in layout.items() if site.kind == "subsample"}
@@ -155,7 +170,7 @@ class Vectorized:
         Returns:
             ``{site: log_prob}``, shapes ``(n, *nesting dims)``.
         """
-        return scaled(self._checked(values, self._drawn_rows(args, kwargs), args, kwargs))
+        return scaled(self._checked(values, self.drawn_rows(args, kwargs), args, kwargs))
 
     def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
         """log p(x, z) at many draws, shape ``(n,)``, in nats."""
@@ -303,7 +318,7 @@ class Vectorized:
         """Why the way is not to be taken, as a clause; None if it may be."""
         try:
             with torch.random.fork_rng(devices=[]):
-                rows = self._drawn_rows(args, kwargs)
+                rows = self.drawn_rows(args, kwargs)
                 with torch.no_grad():
                     found = self._densities(values, rows, args, kwargs)
                     for row in (0, -1):

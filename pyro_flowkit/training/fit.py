@@ -180,8 +180,10 @@ def fit(
         seed: If given, ``pyro.set_rng_seed(seed)`` is called at the start; also orders the rows.
         device: Where to compute: a device, or "auto" for the GPU if there is one. Model, guide, data
             and the tensors among args and kwargs are moved there. None leaves all where they are.
-        compile: Compile the ``log_prob`` of a flow with an exact likelihood by ``torch.compile``, if a
-            trial shows that a step gains a tenth or more; the result's ``notes`` say what was done.
+        compile: Compile the ``log_prob`` of a flow with an exact likelihood, or for an AutoSplineFlow
+            the model's density with its derivative, by ``torch.compile``, if a trial shows that it
+            gains a tenth or more; that takes half a minute or so, less from its cache. The
+            result's ``notes`` say what was done; without a C++ compiler fit goes on as it is.
         check_plates: Compare the plates with the data on the first batch.
         trackers: Where the history goes while the fit runs: ``CsvTracker``, ``TensorBoardTracker``,
             ``MLflowTracker``, or anything with their three methods.

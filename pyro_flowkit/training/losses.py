@@ -20,7 +20,9 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
+from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import LatentELBO
+from pyro_flowkit.programs.derivative import Graph
 from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
 from pyro_flowkit.programs.pairs import trace_pair
 from pyro_flowkit.programs.plates import (
@@ -331,6 +333,14 @@ class Variational(Loss):
     def traces(self, batch: Batch) -> tuple[Any, Any]:
         """Traces of model and guide on a batch, without gradients."""
         return trace_pair(self._model, self._guide, (*batch, *self._args), self._kwargs)
+
+    def density_graph(self, batch: Batch) -> Graph | None:
+        """The model's density with its derivative as a graph, if steps on such a batch are to use one."""
+        if not isinstance(self._objective, LatentELBO) or not isinstance(
+            self._guide, AutoSplineFlow
+        ):
+            return None
+        return self._objective.density_graph(self._guide, (*batch, *self._args), self._kwargs)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         if not self._differentiable:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flowkit.ops import chain
+from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.transforms.base import FlowTransformModule
 from pyro_flowkit.transforms.linear import solve_triangle, working_dtype
 
@@ -163,6 +165,19 @@ class Affine(FlowTransformModule):
         triangle = self._triangle(dtype)
         rows = torch.linalg.solve_triangular(triangle, rows, upper=False, left=False)
         return rows.to(derivative.dtype).reshape(derivative.shape)
+
+    def link(self) -> Link | None:
+        if type(self) is not Affine or self.kind == "low_rank":
+            return None
+        return chain.affine(
+            self.origin,
+            self.units,
+            self.raw_loc,
+            self.raw_log_scale,
+            self.raw_lower if self.kind == "full" else None,
+            rate=self.rate,
+            matrix_rate=self._matrix_rate,
+        )
 
     def _loc(self, dtype: torch.dtype) -> Tensor:
         moved = self.rate * self.raw_loc.to(dtype)

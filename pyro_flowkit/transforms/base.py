@@ -23,6 +23,8 @@ from pyro.distributions import TransformModule, constraints
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from pyro_flowkit.ops.chain import Link
+
 # under which attribute of an inverse's result its log-det travels
 _HINT = "_inverse_ladj"
 
@@ -84,6 +86,10 @@ class Bijection(Transform):
             The derivative of log q_Y with respect to y, without a graph.
         """
         return pushed_by_inverse(self.inverse_and_ladj, y, derivative)
+
+    def link(self) -> Link | None:
+        """The map as the kernel takes it along with its neighbours; None where it does not."""
+        return None
 
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]

@@ -26,7 +26,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP, Activation, checked_hidden_dims, compressed, make_conditioner
-from pyro_flowkit.ops import Columns, SplineSettings, Tails, coupling, fused, spline_columns
+from pyro_flowkit.ops import Columns, SplineSettings, Tails, chain, coupling, fused, spline_columns
+from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
 from pyro_flowkit.transforms.base import FlowTransformModule, check_size
@@ -182,6 +183,24 @@ class SplineCoupling(_Coupling, FlowTransformModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
         return self._backward(y, None)
+
+    def link(self) -> Link | None:
+        split, conditioner = self._split, self.conditioner
+        if (
+            type(self) is not SplineCoupling
+            or split.passed_range is None
+            or self.settings.tails != "linear"
+            or not (isinstance(conditioner, MLP) and conditioner.is_plain())
+        ):
+            return None
+        return chain.coupling(
+            conditioner.packed,
+            self.passed_params,
+            conditioner.layout,
+            split.passed_range,
+            split.transformed if self.passed_params is None else split.both,
+            self.settings,
+        )
 
     def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
         found = self._pushed_by_kernel(y, derivative)

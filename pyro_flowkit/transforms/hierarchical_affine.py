@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP
-from pyro_flowkit.ops import block_affine
+from pyro_flowkit.ops import block_affine, chain
+from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.transforms.base import FlowTransformModule
 
 # beyond this a linear map from block to block is left out: the network, which is narrower, does what it can
@@ -78,6 +79,11 @@ class HierarchicalAffine(FlowTransformModule):
     def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
         found = block_affine.pushed_derivative(y, derivative)
         return super().pushed_derivative(x, y, derivative) if found is None else found
+
+    def link(self) -> Link | None:
+        if type(self) is not HierarchicalAffine:
+            return None
+        return chain.blocks(self._blocks, self._parameters_of_blocks())
 
     def _parameters_of_blocks(self) -> list[Any]:
         found: list[Any] = []

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flowkit.ops import chain
+from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.transforms.base import FlowTransformModule
 
 
@@ -64,6 +66,9 @@ class LULinear(FlowTransformModule):
             lower, rows, upper=False, left=False, unitriangular=True
         )
         return rows.to(derivative.dtype).reshape(derivative.shape)
+
+    def link(self) -> Link | None:
+        return chain.lu(self.lu, self.bias) if type(self) is LULinear else None
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A matrix with L below its diagonal; U; and the log-det."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pyro_flowkit.ops import chain
+from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.transforms.base import FlowTransformModule
 
 
@@ -24,6 +26,7 @@ class Permute(FlowTransformModule):
         super().__init__(len(permutation))
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", permutation.argsort())
+        self._read: tuple[Tensor, int, tuple[int, ...]] | None = None
 
     @property
     def sign(self) -> int:
@@ -42,6 +45,14 @@ class Permute(FlowTransformModule):
     @torch.no_grad()
     def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
         return derivative.index_select(-1, self.permutation)
+
+    def link(self) -> Link | None:
+        if type(self) is not Permute:
+            return None
+        now = self.permutation
+        if self._read is None or self._read[0] is not now or self._read[1] != now._version:
+            self._read = (now, now._version, tuple(now.tolist()))
+        return chain.permutation(self._read[2])
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"

@@ -232,10 +232,82 @@ static void N(try_coupling)(const instance *k, const layout *l, int rows, int co
     free(grad_ladj), free(grad_x), free(grad_context), free(grad_shared), free(grad_layers);
 }
 
+/* Units of a scale: a lower triangle with a positive diagonal, or that alone. */
+static REAL *N(positive_units)(int64_t dim, int64_t count) {
+    REAL *units = N(random)(count, 0.3);
+    for (int64_t i = 0; i < dim; i++) {
+        const int64_t at = count == dim ? i : i * dim + i;
+        units[at] = (REAL)(1 + fabs((double)units[at]));
+        for (int64_t j = i + 1; count > dim && j < dim; j++) units[i * dim + j] = 0;
+    }
+    return units;
+}
+
+/* The sizes of the tensors of a layer, and the tensors; derivatives for those that are learned. */
+static void N(fill_layer)(layer *l, int64_t dim) {
+    int64_t sizes[MAX_TENSORS] = {0};
+    const int is_scale = l->kind == DIAGONAL || l->kind == TRIANGLE;
+    for (int i = 0; i < l->num_tensors; i++) sizes[i] = dim;
+    if (l->kind == LU) sizes[0] = dim * dim;
+    if (l->kind == TRIANGLE) sizes[1] = sizes[4] = dim * dim;
+    for (int i = 0; i < (l->kind == COUPLING ? 1 : l->num_blocks); i++) {
+        const perceptron *q = l->kind == COUPLING ? &l->network : &l->blocks[i].network;
+        sizes[2 * i] = 0;
+        for (int j = 0; j < q->num_layers; j++) sizes[2 * i] += ((int64_t)q->sizes[j] + 1) * q->sizes[j + 1];
+        sizes[2 * i + 1] = l->kind == COUPLING ? l->splines.num_shared * l->splines.num_params
+                                               : 2 * l->blocks[i].size * l->blocks[i].start;
+    }
+    for (int i = 0; i < l->num_tensors; i++) {
+        if (l->kind == HIERARCHY && i == 1) continue; /* a block without a linear map */
+        l->tensors[i] = is_scale && i == 1 ? N(positive_units)(dim, sizes[i]) : N(random)(sizes[i], 0.3);
+        l->grads[i] = is_scale && i < 2 ? NULL : N(take)(sizes[i]);
+    }
+}
+
+/* Every kind of layer once, in a chain of five columns. */
+static void N(try_chain)(const instance *k, int rows, int count_bins) {
+    static const int32_t order[] = {3, 0, 4, 1, 2};
+    const int64_t dim = 5;
+    problem p = make_problem(&couplings[1], rows, count_bins, LINEAR, 0);
+    layer layers[LAYER_KINDS] = {{0}};
+    const int num_tensors[LAYER_KINDS] = {2, 2, 0, 4, 5, 4};
+    for (int i = 0; i < LAYER_KINDS; i++) layers[i].kind = i, layers[i].num_tensors = num_tensors[i];
+    layers[COUPLING].splines = p;
+    layers[COUPLING].network = (perceptron){2, {NUM_PASSED, 7, (int32_t)(p.num_own * p.num_params)}, FIRST_PASSED, NUM_PASSED, 0, 1e4};
+    layers[PERMUTATION].order = order;
+    for (int i = DIAGONAL; i <= TRIANGLE; i++) layers[i].rate = 1.5, layers[i].matrix_rate = 0.5;
+    layers[HIERARCHY].num_blocks = 2;
+    layers[HIERARCHY].blocks[0] = (block){1, 3, 0.5, 0.7, {2, {1, 3, 6}, 0, 1, 0, 0}};
+    layers[HIERARCHY].blocks[1] = (block){4, 1, 0.5, 0.7, {1, {4, 2}, 0, 4, 0, 0}};
+    for (int i = 0; i < LAYER_KINDS; i++) N(fill_layer)(&layers[i], dim);
+    const chain c = {rows, dim, LAYER_KINDS, layers};
+    const int64_t size = rows * dim;
+    REAL *kept = N(take)(kernel_kept_of_chain(&c)), *x = N(random)(size, BOUND), *y = N(take)(size), *ladj = N(take)(rows);
+    check(k->F(run_chain)(&c, x, y, ladj, kept) == 0, "run_chain", &p, 0, 0);
+    N(check_finite)(y, size, "value of a chain", &p);
+    N(check_finite)(ladj, rows, "log-det of a chain", &p);
+    REAL *of_x = N(random)(size, 1), *at_cut = N(take)(size), *at_last = N(take)(size), *of_y = N(take)(size);
+    check(k->F(push_chain)(&c, of_x, kept, rows % (LAYER_KINDS + 1), at_cut, at_last, of_y) == 0, "push_chain", &p, 0, 0);
+    N(check_finite)(at_cut, size, "derivative on the way", &p);
+    N(check_finite)(at_last, size, "derivative before the last layer", &p);
+    N(check_finite)(of_y, size, "derivative of a value", &p);
+    REAL *grad_x = N(take)(size), *weight = N(random)(rows, 1), *squares = N(take)(2), *grad_ladj = N(random)(rows, 1);
+    for (int with_noise = 0; with_noise < 2; with_noise++)
+        check(k->F(run_chain_backward)(&c, kept, of_y, with_noise ? NULL : grad_ladj, grad_x, weight, at_last, with_noise,
+                                       with_noise ? squares : NULL) == 0, "run_chain_backward", &p, 0, 0);
+    N(check_finite)(grad_x, size, "derivative of an input", &p);
+    N(check_finite)(squares, rows ? 2 : 0, "noise", &p);
+    for (int i = 0; i < LAYER_KINDS; i++)
+        for (int j = 0; j < layers[i].num_tensors; j++) free((void *)layers[i].tensors[j]), free(layers[i].grads[j]);
+    free(kept), free(x), free(y), free(ladj), free(of_x), free(at_cut), free(at_last), free(of_y), free(grad_x);
+    free(weight), free(squares), free(grad_ladj);
+}
+
 static void N(try_all)(const instance *k) {
     int variant = 0;
     for (int b = 0; b < COUNT(all_bins); b++)
-        for (int r = 0; r < COUNT(all_rows); r++)
+        for (int r = 0; r < COUNT(all_rows); r++) {
+            N(try_chain)(k, all_rows[r], all_bins[b]);
             for (int tails = LINEAR; tails <= NO_TAILS; tails++) {
                 for (int l = 0; l < COUNT(layouts); l++)
                     for (int inverse = 0; inverse < 2; inverse++)
@@ -244,5 +316,6 @@ static void N(try_all)(const instance *k) {
                     for (int n = 0; n < COUNT(networks); n++)
                         N(try_coupling)(k, &couplings[l], all_rows[r], all_bins[b], tails, networks[n], variant++);
             }
+        }
 }
 #endif

@@ -23,6 +23,12 @@
 
 #include "perceptron.h"
 
+#include "linear.h"
+
+#include "hierarchy.h"
+
+#include "chain.h"
+
 #undef SUFFIX
 #undef IS_DOUBLE
 #undef VECTOR_BYTES

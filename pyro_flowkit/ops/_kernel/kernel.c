@@ -41,6 +41,7 @@
 #define UNROLL
 #endif
 #define OFFSET(pointer, n) ((pointer) ? (pointer) + (n) : NULL)
+#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 #define TEXT(...) #__VA_ARGS__
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -81,10 +82,10 @@ BEGIN_TARGET("avx2,fma")
 END_TARGET
 #endif
 
-#define INSTANCE(suffix) \
-    {#suffix,                                                                                                        \
-     couple_float_##suffix,  couple_backward_float_##suffix,  run_float_##suffix,  run_backward_float_##suffix,      \
-     couple_double_##suffix, couple_backward_double_##suffix, run_double_##suffix, run_backward_double_##suffix}
+#define OF_TYPE(type, suffix)                                                                                        \
+    run_chain_##type##_##suffix, push_chain_##type##_##suffix, run_chain_backward_##type##_##suffix,                  \
+    couple_##type##_##suffix, couple_backward_##type##_##suffix, run_##type##_##suffix, run_backward_##type##_##suffix
+#define INSTANCE(suffix) {#suffix, OF_TYPE(float, suffix), OF_TYPE(double, suffix)}
 
 static const instance instances[] = {
     INSTANCE(portable),
@@ -104,5 +105,18 @@ const instance *kernel_instances(int *count) {
 int64_t kernel_kept_per_row(const perceptron *q) {
     int64_t sum = 0;
     for (int i = 0; i <= q->num_layers; i++) sum += (q->sizes[i] + 7) / 8 * 8; /* no instance has wider vectors */
+    return sum;
+}
+
+int64_t kernel_kept_of_layer(const layer *l, int64_t rows) {
+    int64_t sum = l->kind == COUPLING ? kernel_kept_per_row(&l->network) : 0;
+    for (int i = 0; l->kind == HIERARCHY && i < l->num_blocks; i++)
+        sum += kernel_kept_per_row(&l->blocks[i].network) + l->blocks[i].size;
+    return sum * rows;
+}
+
+int64_t kernel_kept_of_chain(const chain *c) {
+    int64_t sum = (c->num_layers + 1) * c->rows * c->dim + 16; /* whole vectors are read at the end of a row */
+    for (int i = 0; i < c->num_layers; i++) sum += kernel_kept_of_layer(&c->layers[i], c->rows);
     return sum;
 }

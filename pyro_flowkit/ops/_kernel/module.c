@@ -2,11 +2,12 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "kernel.h"
+#include "module.h"
 
 #include <string.h>
 
-static const instance *available, *chosen;
+const instance *chosen;
+static const instance *available;
 static int num_available;
 
 /* below this many splines it is not worth while to let other threads run */
@@ -17,32 +18,36 @@ enum { IS_DOUBLE_ARG, INVERSE_ARG, SUM_ARG, ROWS_ARG, DIM_ARG, OWN_ARG, SHARED_A
 
 /* Py_RETURN_NONE of Python 3.12's headers counts on an immortal None, which Python 3.11 has not: an extension on the
    stable ABI that was built there would take a reference from None with every call here, until there is none left. */
-static PyObject *none(void) {
+PyObject *none(void) {
     Py_IncRef(Py_None);
     return Py_None;
 }
 
-static int read_problem(PyObject *const *args, problem *p) {
+int read_splines(PyObject *const *args, problem *p) {
     Py_ssize_t own_bytes, shared_bytes;
     char *own, *shared;
-    if (PyBytes_AsStringAndSize(args[OWN_ARG], &own, &own_bytes)) return -1;
-    if (PyBytes_AsStringAndSize(args[SHARED_ARG], &shared, &shared_bytes)) return -1;
+    if (PyBytes_AsStringAndSize(args[OWN_ARG - DIM_ARG], &own, &own_bytes)) return -1;
+    if (PyBytes_AsStringAndSize(args[SHARED_ARG - DIM_ARG], &shared, &shared_bytes)) return -1;
     p->own = (const int32_t *)own;
     p->shared = (const int32_t *)shared;
     p->num_own = own_bytes / (Py_ssize_t)sizeof(int32_t);
     p->num_shared = shared_bytes / (Py_ssize_t)sizeof(int32_t);
+    p->dim = PyLong_AsLongLong(args[0]);
+    p->count_bins = (int)PyLong_AsLong(args[BINS_ARG - DIM_ARG]);
+    p->num_params = (int)PyLong_AsLong(args[PARAMS_ARG - DIM_ARG]);
+    p->tails = (int)PyLong_AsLong(args[TAILS_ARG - DIM_ARG]);
+    p->bound = PyFloat_AsDouble(args[BOUND_ARG - DIM_ARG]);
+    p->min_bin_width = PyFloat_AsDouble(args[WIDTH_ARG - DIM_ARG]);
+    p->min_bin_height = PyFloat_AsDouble(args[HEIGHT_ARG - DIM_ARG]);
+    p->min_slope = PyFloat_AsDouble(args[SLOPE_ARG - DIM_ARG]);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_problem(PyObject *const *args, problem *p) {
     p->inverse = (int)PyLong_AsLong(args[INVERSE_ARG]);
     p->sum_ladj = (int)PyLong_AsLong(args[SUM_ARG]);
     p->rows = PyLong_AsLongLong(args[ROWS_ARG]);
-    p->dim = PyLong_AsLongLong(args[DIM_ARG]);
-    p->count_bins = (int)PyLong_AsLong(args[BINS_ARG]);
-    p->num_params = (int)PyLong_AsLong(args[PARAMS_ARG]);
-    p->tails = (int)PyLong_AsLong(args[TAILS_ARG]);
-    p->bound = PyFloat_AsDouble(args[BOUND_ARG]);
-    p->min_bin_width = PyFloat_AsDouble(args[WIDTH_ARG]);
-    p->min_bin_height = PyFloat_AsDouble(args[HEIGHT_ARG]);
-    p->min_slope = PyFloat_AsDouble(args[SLOPE_ARG]);
-    return PyErr_Occurred() ? -1 : 0;
+    return read_splines(args + DIM_ARG, p);
 }
 
 static PyObject *call(PyObject *const *args, Py_ssize_t count, int addresses, int backward) {
@@ -171,6 +176,10 @@ static PyMethodDef methods[] = {
     {"run_backward", (PyCFunction)(void (*)(void))py_run_backward, METH_FASTCALL, "Derivatives."},
     {"couple", (PyCFunction)(void (*)(void))py_couple, METH_FASTCALL, "Values and log-dets of a coupling."},
     {"couple_backward", (PyCFunction)(void (*)(void))py_couple_backward, METH_FASTCALL, "Their derivatives."},
+    {"run_chain", (PyCFunction)(void (*)(void))py_run_chain, METH_FASTCALL, "Values and log-dets of layers."},
+    {"push_chain", (PyCFunction)(void (*)(void))py_push_chain, METH_FASTCALL, "A derivative carried through them."},
+    {"run_chain_backward", (PyCFunction)(void (*)(void))py_run_chain_backward, METH_FASTCALL, "Their derivatives."},
+    {"kept_of_chain", (PyCFunction)(void (*)(void))py_kept_of_chain, METH_FASTCALL, "Room for what they keep."},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, "Names of the instances that run here, best last."},
     {"choose", py_choose, METH_O, "Take the instance of this name; returns the name of the one before."},
     {NULL, NULL, 0, NULL},

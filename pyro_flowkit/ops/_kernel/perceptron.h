@@ -4,8 +4,6 @@
  * Rows of numbers are padded with zeros to whole vectors, so that no loop has a remainder to the right.
  */
 
-#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
-
 /* C[i, :] = or += sum over k < depth of A[i, k] B[k, :] for a tile of `height` rows and two vectors, or one.
  * a_row and a_column are the steps in A; extra holds the bias, or what must be positive, for this tile. */
 static inline void N(multiply_tile)(const int height, const int vectors, int depth, const REAL *a, int64_t a_row,
@@ -125,7 +123,7 @@ static int N(open_network)(N(network) *n, const perceptron *q, const REAL *const
             n->biases[i] = TAKE(out_step);
             memset(n->transposed[i], 0, (size_t)(in * out_step) * sizeof(REAL));
             memset(n->biases[i], 0, (size_t)out_step * sizeof(REAL));
-            memcpy(n->biases[i], biases[i], (size_t)out * sizeof(REAL));
+            if (biases[i]) memcpy(n->biases[i], biases[i], (size_t)out * sizeof(REAL));
             for (int64_t o = 0; o < out; o++)
                 for (int64_t k = 0; k < in; k++) n->transposed[i][k * out_step + o] = weights[i][o * in + k];
         }
@@ -135,10 +133,56 @@ static int N(open_network)(N(network) *n, const perceptron *q, const REAL *const
 }
 
 /* where the activations of layer i start for this row: in the caller's memory if they are kept, else in the block's */
-static REAL *N(activation)(const N(network) *n, const problem *p, int i, REAL *kept, int64_t row) {
+static REAL *N(activation)(const N(network) *n, int64_t rows, int i, REAL *kept, int64_t row) {
     if (!kept) return n->activations[i];
-    for (int j = 0; j < i; j++) kept += p->rows * n->steps[j];
+    for (int j = 0; j < i; j++) kept += rows * n->steps[j];
     return kept + row * n->steps[i];
+}
+
+/* the activations of all layers for rows start to stop, whose features are in their place */
+static void N(run_network)(const N(network) *n, int64_t rows, int64_t start, int64_t stop, REAL *kept) {
+    for (int i = 0; i < n->num_layers; i++)
+        N(multiply)(stop - start, n->steps[i + 1], n->sizes[i], N(activation)(n, rows, i, kept, start), n->steps[i], 1,
+                    n->transposed[i], n->steps[i + 1], N(activation)(n, rows, i + 1, kept, start), n->steps[i + 1],
+                    i + 1 < n->num_layers ? ADD_BIAS_RELU : ADD_BIAS, n->biases[i], 0);
+}
+
+/* From the derivatives of these rows with respect to the outputs, in grads[0], to those with respect to the features,
+ * where the result points; with_layers adds those of weights and biases to what n has of them. */
+static const REAL *N(run_network_backward)(const N(network) *n, int64_t rows, int64_t start, int64_t stop, REAL *kept,
+                                           int with_layers) {
+    const int64_t height = stop - start;
+    REAL *grad = n->grads[0], *next = n->grads[1];
+    for (int i = n->num_layers - 1; i >= 0; i--) {
+        const int64_t in_step = n->steps[i], out_step = n->steps[i + 1], out = n->sizes[i + 1];
+        const REAL *inputs = N(activation)(n, rows, i, kept, start);
+        if (with_layers) {
+            /* in pieces that stay in the innermost cache, for the columns of grad are far apart in memory */
+            for (int64_t r = 0; r < height; r += 32)
+                for (int64_t o = 0; o < out; o += 6)
+                    N(multiply)(out - o < 6 ? out - o : 6, in_step, (int)(height - r < 32 ? height - r : 32),
+                                grad + r * out_step + o, 1, out_step, inputs + r * in_step, in_step,
+                                n->grad_weights[i] + o * in_step, in_step, ADD_SUM, NULL, 0);
+            N(add_rows)(n->grad_biases[i], grad, height, out_step);
+        }
+        N(multiply)(height, in_step, (int)out, grad, out_step, 1, n->padded[i], in_step, next, in_step,
+                    i > 0 ? SET_WHERE_POSITIVE : SET_SUM, i > 0 ? inputs : NULL, i > 0 ? in_step : 0);
+        REAL *before = grad;
+        grad = next;
+        next = before;
+    }
+    return grad;
+}
+
+/* the derivatives of weights and biases, (out, in) and (out,), one layer after the other */
+static void N(write_layers)(const N(network) *n, REAL *grad_layers) {
+    for (int i = 0; i < n->num_layers; i++) {
+        const int64_t in = n->sizes[i], out = n->sizes[i + 1];
+        for (int64_t o = 0; o < out; o++, grad_layers += in)
+            memcpy(grad_layers, n->grad_weights[i] + o * n->steps[i], (size_t)in * sizeof(REAL));
+        memcpy(grad_layers, n->grad_biases[i], (size_t)out * sizeof(REAL));
+        grad_layers += out;
+    }
 }
 
 /* kept: (sum of all steps) * rows numbers, for the backward pass, or NULL */
@@ -155,7 +199,7 @@ static int N(couple)(const problem *p, const perceptron *q, const REAL *input, c
     const REAL limit = (REAL)q->limit;
     for (int64_t start = 0; start < p->rows; start += BLOCK_ROWS) {
         const int64_t stop = start + BLOCK_ROWS < p->rows ? start + BLOCK_ROWS : p->rows;
-        REAL *features = N(activation)(&n, p, 0, kept, start);
+        REAL *features = N(activation)(&n, p->rows, 0, kept, start);
         for (int64_t i = start; i < stop; i++) {
             REAL *row = features + (i - start) * n.steps[0];
             for (int64_t j = 0; j < q->num_passed; j++) {
@@ -166,11 +210,8 @@ static int N(couple)(const problem *p, const perceptron *q, const REAL *input, c
                 memcpy(row + q->num_passed, context + i * q->context_dim, (size_t)q->context_dim * sizeof(REAL));
             for (int64_t j = n.sizes[0]; j < n.steps[0]; j++) row[j] = 0;
         }
-        for (int i = 0; i < n.num_layers; i++)
-            N(multiply)(stop - start, n.steps[i + 1], n.sizes[i], N(activation)(&n, p, i, kept, start), n.steps[i], 1,
-                        n.transposed[i], n.steps[i + 1], N(activation)(&n, p, i + 1, kept, start), n.steps[i + 1],
-                        i + 1 < n.num_layers ? ADD_BIAS_RELU : ADD_BIAS, n.biases[i], 0);
-        N(run_rows)(p, &w, start, stop, input, N(activation)(&n, p, n.num_layers, kept, start), n.steps[n.num_layers],
+        N(run_network)(&n, p->rows, start, stop, kept);
+        N(run_rows)(p, &w, start, stop, input, N(activation)(&n, p->rows, n.num_layers, kept, start), n.steps[n.num_layers],
                     value, ladj);
     }
     free(n.memory);
@@ -194,28 +235,10 @@ static int N(couple_backward)(const problem *p, const perceptron *q, const REAL 
     const REAL limit = (REAL)q->limit;
     REAL *kept_ = (REAL *)kept;
     for (int64_t start = 0; start < p->rows; start += BLOCK_ROWS) {
-        const int64_t stop = start + BLOCK_ROWS < p->rows ? start + BLOCK_ROWS : p->rows, height = stop - start;
-        REAL *grad = n.grads[0], *next = n.grads[1];
-        N(run_rows_backward)(p, &w, start, stop, input, N(activation)(&n, p, n.num_layers, kept_, start),
-                             n.steps[n.num_layers], grad_value, grad_ladj, grad_input, grad);
-        for (int i = n.num_layers - 1; i >= 0; i--) {
-            const int64_t in_step = n.steps[i], out_step = n.steps[i + 1], out = n.sizes[i + 1];
-            const REAL *inputs = N(activation)(&n, p, i, kept_, start);
-            if (grad_layers) {
-                /* in pieces that stay in the innermost cache, for the columns of grad are far apart in memory */
-                for (int64_t r = 0; r < height; r += 32)
-                    for (int64_t o = 0; o < out; o += 6)
-                        N(multiply)(out - o < 6 ? out - o : 6, in_step, (int)(height - r < 32 ? height - r : 32),
-                                    grad + r * out_step + o, 1, out_step, inputs + r * in_step, in_step,
-                                    n.grad_weights[i] + o * in_step, in_step, ADD_SUM, NULL, 0);
-                N(add_rows)(n.grad_biases[i], grad, height, out_step);
-            }
-            N(multiply)(height, in_step, (int)out, grad, out_step, 1, n.padded[i], in_step, next, in_step,
-                        i > 0 ? SET_WHERE_POSITIVE : SET_SUM, i > 0 ? inputs : NULL, i > 0 ? in_step : 0);
-            REAL *before = grad;
-            grad = next;
-            next = before;
-        }
+        const int64_t stop = start + BLOCK_ROWS < p->rows ? start + BLOCK_ROWS : p->rows;
+        N(run_rows_backward)(p, &w, start, stop, input, N(activation)(&n, p->rows, n.num_layers, kept_, start),
+                             n.steps[n.num_layers], grad_value, grad_ladj, grad_input, n.grads[0]);
+        const REAL *grad = N(run_network_backward)(&n, p->rows, start, stop, kept_, grad_layers != NULL);
         for (int64_t i = start; i < stop; i++) {
             const REAL *row = grad + (i - start) * n.steps[0];
             for (int64_t j = 0; j < q->num_passed; j++) {
@@ -227,15 +250,8 @@ static int N(couple_backward)(const problem *p, const perceptron *q, const REAL 
         }
     }
     N(finish_all_shared)(p, &w, shared_params, grad_shared);
-    for (int i = 0; grad_layers && i < n.num_layers; i++) {
-        const int64_t in = n.sizes[i], out = n.sizes[i + 1];
-        for (int64_t o = 0; o < out; o++, grad_layers += in)
-            memcpy(grad_layers, n.grad_weights[i] + o * n.steps[i], (size_t)in * sizeof(REAL));
-        memcpy(grad_layers, n.grad_biases[i], (size_t)out * sizeof(REAL));
-        grad_layers += out;
-    }
+    if (grad_layers) N(write_layers)(&n, grad_layers);
     free(n.memory);
     free(w.memory);
     return 0;
 }
-#undef PADDED

@@ -1,0 +1,165 @@
+/* The layers of a flow one after the other: values and log-dets, the derivative of log q along with a draw, and the
+ * backward pass. One instance.
+ *
+ * kept holds the inputs of all layers and the values, (rows, dim) each, and then what the layers keep.
+ */
+
+static REAL *N(kept_of_layer)(const chain *c, int number, REAL *kept) {
+    kept += (c->num_layers + 1) * c->rows * c->dim;
+    for (int i = 0; i < number; i++) kept += kernel_kept_of_layer(&c->layers[i], c->rows);
+    return kept;
+}
+
+static problem N(splines_of)(const chain *c, const layer *l) {
+    problem p = l->splines;
+    p.rows = c->rows;
+    p.sum_ladj = 1;
+    p.inverse = 0;
+    return p;
+}
+
+/* value and ladj: (rows, dim) and (rows,) */
+static int N(run_chain)(const chain *c, const REAL *input, REAL *value, REAL *ladj, REAL *kept) {
+    const int64_t rows = c->rows, dim = c->dim, size = rows * dim;
+    double of_all = 0, *sums = calloc((size_t)rows + 1, sizeof(double));
+    int failed = !sums;
+    REAL *x = kept;
+    if (!failed) memcpy(x, input, (size_t)size * sizeof(REAL));
+    for (int i = 0; i < c->num_layers && !failed; i++, x += size) {
+        const layer *l = &c->layers[i];
+        REAL *y = x + size, *own = N(kept_of_layer)(c, i, kept);
+        if (l->kind == COUPLING) {
+            const REAL *weights[MAX_LAYERS], *biases[MAX_LAYERS];
+            const problem p = N(splines_of)(c, l);
+            N(unpack)(&l->network, l->tensors[0], weights, biases);
+            failed = N(couple)(&p, &l->network, x, NULL, l->tensors[1], weights, biases, y, ladj, own);
+            for (int64_t r = 0; r < rows && !failed; r++) sums[r] += ladj[r];
+        } else if (l->kind == HIERARCHY) {
+            failed = N(run_hierarchy)(l, rows, dim, x, y, own, sums);
+        } else if (l->kind == PERMUTATION) {
+            N(permute)(l, rows, dim, x, y, 0);
+        } else if (l->kind == DIAGONAL) {
+            N(run_diagonal)(l, rows, dim, x, y, &of_all);
+        } else {
+            failed = N(run_dense)(l, rows, dim, x, y, &of_all);
+        }
+    }
+    if (!failed) memcpy(value, x, (size_t)size * sizeof(REAL));
+    for (int64_t r = 0; r < rows && !failed; r++) ladj[r] = R(sums[r] + of_all);
+    free(sums);
+    return failed;
+}
+
+/* with respect to a coupling's values, through the inverses of its splines; room is for 2 rows + all shared parameters */
+static int N(push_coupling)(const chain *c, const layer *l, const REAL *value, REAL *own, const REAL *grad, REAL *pushed,
+                            REAL *between, REAL *room) {
+    const REAL *weights[MAX_LAYERS], *biases[MAX_LAYERS];
+    problem p = N(splines_of)(c, l);
+    const int64_t num_shared = p.num_shared;
+    REAL *ones = room, *unused = room + c->rows;
+    for (int64_t r = 0; r < c->rows; r++) ones[r] = 1;
+    N(unpack)(&l->network, l->tensors[0], weights, biases);
+    p.inverse = 1;
+    p.num_shared = 0;
+    if (N(couple_backward)(&p, &l->network, value, NULL, weights, own, grad, ones, num_shared ? between : pushed, NULL,
+                           NULL, NULL))
+        return -1;
+    if (!num_shared) return 0;
+    p.num_shared = num_shared;
+    p.num_own = 0;
+    return N(run_backward)(&p, value, NULL, l->tensors[1], between, ones, pushed, NULL, unused);
+}
+
+/* derivative: of log q with respect to the chain's input; pushed: to its value; at_cut and at_last: to the input of layer
+ * cut, and to that of the last */
+static int N(push_chain)(const chain *c, const REAL *derivative, REAL *kept, int cut, REAL *at_cut, REAL *at_last,
+                         REAL *pushed) {
+    const int64_t rows = c->rows, dim = c->dim, size = rows * dim;
+    int64_t room = rows;
+    for (int i = 0; i < c->num_layers; i++) {
+        const problem *p = &c->layers[i].splines;
+        const int64_t needed = rows + p->num_shared * p->num_params;
+        if (c->layers[i].kind == COUPLING && needed > room) room = needed;
+    }
+    REAL *memory = malloc((size_t)(3 * size + room + 1) * sizeof(REAL));
+    if (!memory) return -1;
+    REAL *now = memory, *next = memory + size, *between = next + size;
+    int failed = 0;
+    memcpy(now, derivative, (size_t)size * sizeof(REAL));
+    for (int i = 0; i < c->num_layers && !failed; i++) {
+        const layer *l = &c->layers[i];
+        const REAL *x = kept + i * size;
+        REAL *own = N(kept_of_layer)(c, i, kept);
+        if (i == cut) memcpy(at_cut, now, (size_t)size * sizeof(REAL));
+        if (i == c->num_layers - 1) memcpy(at_last, now, (size_t)size * sizeof(REAL));
+        if (l->kind == COUPLING) failed = N(push_coupling)(c, l, x + size, own, now, next, between, between + size);
+        else if (l->kind == HIERARCHY) failed = N(push_hierarchy)(l, rows, dim, x, x + size, own, now, next);
+        else if (l->kind == PERMUTATION) N(permute)(l, rows, dim, now, next, 0);
+        else if (l->kind == DIAGONAL) N(push_diagonal)(l, rows, dim, now, next);
+        else failed = N(push_dense)(l, rows, dim, now, next);
+        REAL *before = now;
+        now = next;
+        next = before;
+    }
+    if (cut == c->num_layers && !failed) memcpy(at_cut, now, (size_t)size * sizeof(REAL));
+    if (!failed) memcpy(pushed, now, (size_t)size * sizeof(REAL));
+    free(memory);
+    return failed;
+}
+
+/* Mean squares of what arrives at the last layer's input, per unit of the rows' weights, c (d log q - d log p) or
+ * -c d log p: of the difference of the two derivatives, and of the one of log p. of_q is that of log q there. */
+static void N(mean_squares)(int64_t rows, int64_t dim, const REAL *grad, const REAL *weight, const REAL *of_q, int is_path,
+                            REAL *squares) {
+    double difference = 0, of_p = 0;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < dim; j++) {
+            const double found = -(double)grad[r * dim + j] / weight[r], q = of_q[r * dim + j];
+            const double one = is_path ? found : found - q, other = is_path ? found + q : found;
+            difference += one * one;
+            of_p += other * other;
+        }
+    squares[0] = R(difference / (double)(rows * dim));
+    squares[1] = R(of_p / (double)(rows * dim));
+}
+
+/* grad_ladj may be NULL, for zeros; the derivatives of parameters go where the layers say; squares, of two numbers, may
+ * be NULL */
+static int N(run_chain_backward)(const chain *c, REAL *kept, const REAL *grad_value, const REAL *grad_ladj,
+                                 REAL *grad_input, const REAL *weight, const REAL *of_q, int is_path, REAL *squares) {
+    const int64_t rows = c->rows, dim = c->dim, size = rows * dim;
+    REAL *memory = malloc((size_t)(2 * size + 1) * sizeof(REAL));
+    if (!memory) return -1;
+    REAL *now = memory, *next = memory + size;
+    double total = 0;
+    int failed = 0;
+    memcpy(now, grad_value, (size_t)size * sizeof(REAL));
+    for (int64_t r = 0; r < rows && grad_ladj; r++) total += grad_ladj[r];
+    for (int i = c->num_layers - 1; i >= 0 && !failed; i--) {
+        const layer *l = &c->layers[i];
+        const REAL *x = kept + i * size;
+        REAL *own = N(kept_of_layer)(c, i, kept);
+        if (l->kind == COUPLING) {
+            const REAL *weights[MAX_LAYERS], *biases[MAX_LAYERS];
+            const problem p = N(splines_of)(c, l);
+            N(unpack)(&l->network, l->tensors[0], weights, biases);
+            failed = N(couple_backward)(&p, &l->network, x, l->tensors[1], weights, own, now, grad_ladj, next, NULL,
+                                        l->grads[1], l->grads[0]);
+        } else if (l->kind == HIERARCHY) {
+            failed = N(run_hierarchy_backward)(l, rows, dim, x, x + size, own, now, grad_ladj, next);
+        } else if (l->kind == PERMUTATION) {
+            N(permute)(l, rows, dim, now, next, 1);
+        } else if (l->kind == DIAGONAL) {
+            N(run_diagonal_backward)(l, rows, dim, x, now, total, next);
+        } else {
+            failed = N(run_dense_backward)(l, rows, dim, x, now, total, next);
+        }
+        if (squares && i == c->num_layers - 1) N(mean_squares)(rows, dim, next, weight, of_q, is_path, squares);
+        REAL *before = now;
+        now = next;
+        next = before;
+    }
+    if (!failed) memcpy(grad_input, now, (size_t)size * sizeof(REAL));
+    free(memory);
+    return failed;
+}

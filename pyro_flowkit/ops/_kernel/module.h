@@ -1,0 +1,24 @@
+/* What the files of the Python extension share. */
+#ifndef PYRO_FLOWKIT_MODULE_H
+#define PYRO_FLOWKIT_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kernel.h"
+
+extern const instance *chosen;
+
+/* None, with a reference of its own. */
+PyObject *none(void);
+
+/* What of a problem does not depend on the call: SPLINE_ARGS arguments, as Columns.packed and SplineSettings.packed. */
+enum { SPLINE_ARGS = 10 };
+int read_splines(PyObject *const *args, problem *p);
+
+PyObject *py_run_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *py_push_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *py_run_chain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *py_kept_of_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
+#endif
