@@ -15,7 +15,7 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
     {"ops", "programs"},
-    {"nn"},
+    {"environment", "nn"},
     {"transforms"},
     {"path_gradient"},
     {"_pyro", "bases", "flow_distribution", "preprocessing"},
