@@ -14,7 +14,7 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
-    {"ops", "programs"},
+    {"ops", "pictures", "programs"},
     {"environment", "nn"},
     {"transforms"},
     {"path_gradient"},
