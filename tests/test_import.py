@@ -14,8 +14,8 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
-    {"ops", "programs", "_private_names"},
-    {"nn"},
+    {"ops", "pictures", "programs", "_private_names"},
+    {"environment", "nn"},
     {"autoregressive_nn"},
     {"transforms"},
     {"path_gradient"},

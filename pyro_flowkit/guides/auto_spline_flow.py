@@ -118,7 +118,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     Raises:
         ValueError: for bad settings; at setup, for a latent whose support real numbers cannot be mapped onto (discrete,
             a sphere) or that follows other latents, and for latents inside a subsampled plate, with what to do
-            instead (``docs/supports.md`` has a table); for a mask that is not that of the setup.
+            instead (``docs/howto/supports.md`` has a table); for a mask that is not that of the setup.
         RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
     """
 
