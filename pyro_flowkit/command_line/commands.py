@@ -48,7 +48,7 @@ def fit(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """Write the log density of every row."""
     density = read_run(Path(args.run)).density
-    source = read_table(args.data, read_options(args), density.preparation.columns)
+    source = read_table(args.data, read_options(args), density.columns)
     log_prob = density.log_prob_of(source.frame, where=source.name)
     _write_table(pd.DataFrame({"row": np.arange(len(log_prob)), "log_prob": log_prob}), args)
     error = (
@@ -106,6 +106,7 @@ def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
             "rows": len(table.values),
             "columns": list(table.columns),
             "dropped": list(table.dropped),
+            "atoms": {name: list(values) for name, values in table.atoms.items()},
             "fingerprint": table.fingerprint(),
             "split_seed": options["seed"],
         },

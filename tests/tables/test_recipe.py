@@ -166,7 +166,7 @@ def test_validation_of_many_rows_takes_a_bounded_part_of_them(monkeypatch):
     seen = {}
 
     def record(flow, *, data, val_data, **options):
-        seen.update(train=len(data), validation=len(val_data))
+        seen.update(train=len(data[0]), validation=len(val_data[0]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "fit", record)
