@@ -10,6 +10,7 @@ from pyro_flowkit.command_line.errors import CommandError
 from pyro_flowkit.tables.columns import DISCRETE
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.flow import DEFAULT_LAYERS, FlowSettings
+from pyro_flowkit.tables.missing import MISSING
 from pyro_flowkit.tables.training import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 
 FAILED, INTERRUPTED = 2, 130
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="columns of few distinct values: noise for integers and an error for others, drop them, or keep them as "
         "if they were continuous (default: noise)",
     )
+    _add_missing(fit, MISSING, "an error, leave them out, or fill them in, to train only")
     fit.add_argument("--steps", type=_positive(int), help="training steps (default: by the rows)")
     fit.add_argument(
         "--seconds",
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("run", metavar="RUN", help="run folder")
     _add_data(score)
+    _add_missing(score, MISSING[:2], "an error, or leave them out")
     _add_output(score, "FILE", "CSV file to write (default: stdout)")
 
     sample = add(
@@ -175,6 +178,15 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     group.add_argument("--encoding", help="of text, such as latin-1")
     group.add_argument(
         "--na", nargs="+", default=[], metavar="WORD", help="further words for missing values"
+    )
+
+
+def _add_missing(command: argparse.ArgumentParser, choices: Sequence[str], text: str) -> None:
+    command.add_argument(
+        "--missing",
+        choices=choices,
+        default=choices[0],
+        help=f"rows with missing values: {text} (default: refuse)",
     )
 
 

@@ -23,6 +23,11 @@ def opening(density: TableDensity, source: Source) -> list[str]:
     )
     if table.noisy:
         lines.append(f"integers, trained with noise: {', '.join(table.noisy)}")
+    left_out = len(source.frame) - len(table.values)
+    if left_out:
+        lines.append(f"{left_out} rows with missing values left out")
+    if table.filled:
+        lines.append(f"{table.filled} rows filled in from rows like them, to train only")
     for name, atoms in table.atoms.items():
         column = table.values[:, table.columns.index(name)]
         shares = [f"{value:g} in {(column == value).mean():.0%} of the rows" for value in atoms]

@@ -2,6 +2,7 @@
 
 density.py      the front door
 columns.py      choosing and checking columns
+missing.py      rows that lack values
 split.py        which rows train, choose and test
 preparation.py  between the rows as they came and what a flow sees, with the log-det; covariance.py: for few rows,
                 heavy_tails.py: for columns without a variance

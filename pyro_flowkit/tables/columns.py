@@ -34,6 +34,8 @@ class Table:
         discrete: for each column whether it holds integers that need noise.
         dropped: names of discrete columns that were left out.
         atoms: by name of a column the values that many rows share, where it is continuous otherwise.
+        rows: their numbers in the frame, shape ``(N,)``; None: 0, 1, ...
+        filled: how many of them, the last ones, had missing values.
     """
 
     values: np.ndarray
@@ -41,6 +43,8 @@ class Table:
     discrete: tuple[bool, ...]
     dropped: tuple[str, ...] = ()
     atoms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rows: np.ndarray | None = None
+    filled: int = 0
 
     @property
     def noisy(self) -> list[str]:
@@ -85,7 +89,11 @@ def without_columns(frame: pd.DataFrame, names: Sequence[str], *, where: str) ->
 
 
 def choose_columns(
-    frame: pd.DataFrame, names: Sequence[str] | None, *, where: str
+    frame: pd.DataFrame,
+    names: Sequence[str] | None,
+    *,
+    where: str,
+    allow_missing: bool = False,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The named columns (None: all) as numbers.
 
@@ -93,6 +101,7 @@ def choose_columns(
         frame: the table.
         names: columns to take, in this order.
         where: what to call the table in errors.
+        allow_missing: whether values may be NaN.
 
     Returns:
         values of shape ``(N, D)`` in float64, and the names of the columns.
@@ -117,13 +126,15 @@ def choose_columns(
             f"{_first_text(frame[text[0]])}: leave them out (exclude)"
         )
     values = np.column_stack([frame[name].to_numpy(np.float64, na_value=np.nan) for name in names])
-    bad = ~np.isfinite(values)
+    bad = np.isinf(values) if allow_missing else ~np.isfinite(values)
     if bad.any():
         worst = [name for name, count in zip(names, bad.sum(0), strict=True) if count]
         rows = np.flatnonzero(bad.any(1))
+        kind = "infinite" if allow_missing else "NaN or infinite"
         raise TableError(
-            f"Expected finite numbers in {where}, got NaN or infinite values in {len(rows)} of {len(values)} rows "
-            f"(first: row {rows[0]}, counted from 0), in the columns {listed(worst)}: fill them in or leave them out"
+            f"Expected finite numbers in {where}, got {kind} values in {len(rows)} of {len(values)} rows "
+            f"(first: row {rows[0]}, counted from 0), in the columns {listed(worst)}: fill them in or leave them out "
+            "(missing: drop or impute)"
         )
     return values, tuple(names)
 
@@ -183,6 +194,21 @@ def check_table(
         )
     noisy = few if discrete == "noise" else np.zeros(len(columns), dtype=bool)
     return Table(values, columns, tuple(bool(flag) for flag in noisy), dropped, atoms)
+
+
+def check_integers(
+    values: np.ndarray, columns: Sequence[str], integers: Sequence[str], *, where: str
+) -> None:
+    """Raises a TableError if the named columns of values of shape ``(N, D)`` hold anything but integers."""
+    broken = [
+        name
+        for name, column in zip(columns, values.T, strict=True)
+        if name in integers and (column != np.round(column)).any()
+    ]
+    if broken:
+        raise TableError(
+            f"Expected integers in {where}, as in training, got other values in {listed(broken)}"
+        )
 
 
 def _atoms_of(values: np.ndarray, columns: tuple[str, ...]) -> dict[str, tuple[float, ...]]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flowkit.tables.atoms import AtomHeads
-from pyro_flowkit.tables.columns import choose_columns
-from pyro_flowkit.tables.errors import TableError
+from pyro_flowkit.tables.columns import check_integers, choose_columns
 from pyro_flowkit.tables.flow import TableFlow
 from pyro_flowkit.tables.preparation import Preparation
 
@@ -80,26 +79,28 @@ class RowDensity:
         whole[:, self.heads.index] = self.heads.sample(w.float())
         return whole
 
-    def log_prob_of(self, frame: pd.DataFrame, *, where: str = "the table") -> np.ndarray:
+    def log_prob_of(
+        self, frame: pd.DataFrame, *, where: str = "the table", allow_missing: bool = False
+    ) -> np.ndarray:
         """Log density (nats) of the rows of a frame that has at least the columns, shape ``(N,)``.
 
         Args:
             frame: in the units of the training rows; further columns are ignored.
             where: what to call it in errors.
+            allow_missing: whether values may be NaN; the density of such rows is NaN, too.
 
         Raises:
             TableError: if columns are missing, or values are no finite numbers, or no integers where those of the
                 training rows were.
         """
-        values, columns = choose_columns(frame, self.columns, where=where)
-        fractions = (values != np.round(values)).any(0)
-        names = [name for name, bad in zip(columns, fractions, strict=True) if bad]
-        names = [name for name in names if name in self._integers]
-        if names:
-            raise TableError(
-                f"Expected integers in {where}, as in training, got other values in {', '.join(names)}"
-            )
-        return self.log_prob(torch.from_numpy(values)).numpy()
+        values, columns = choose_columns(
+            frame, self.columns, where=where, allow_missing=allow_missing
+        )
+        found = np.full(len(values), np.nan)
+        complete = ~np.isnan(values).any(1)
+        check_integers(values[complete], columns, self._integers, where=where)
+        found[complete] = self.log_prob(torch.from_numpy(values[complete])).numpy()
+        return found
 
     def sample_frame(self, count: int, *, seed: int) -> pd.DataFrame:
         """A frame of ``count`` rows with the columns of the table."""
