@@ -176,7 +176,9 @@ class AtomHeads(nn.Module):
         total = 0.0
         for i, column in enumerate(self.index):
             beside = kinds[:, i] == 0
-            total += float(beside.mean() * np.log(rows[beside, column].std()))
+            own = rows[beside, column]
+            largest = np.abs(own).max()
+            total += float(beside.mean() * (np.log((own / largest).std()) + np.log(largest)))
         return total
 
     def to_json(self) -> dict[str, Any]:

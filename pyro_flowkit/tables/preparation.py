@@ -113,7 +113,9 @@ class Preparation:
     @property
     def log_scale(self) -> float:
         """Sum of the logarithms of the columns' standard deviations: what densities of standardised columns add."""
-        return float(self.scale_tril.square().sum(1).log().sum()) / 2
+        largest = self.scale_tril.abs().amax(1) if self.columns else torch.ones(0)
+        squares = (self.scale_tril / largest[:, None]).square().sum(1)
+        return float((largest.log() + squares.log() / 2).sum())
 
     def cell_points(self) -> list[Tensor]:
         """What to add to rows, one after the other, to average over the cells of integers; shape ``(D,)`` each."""
