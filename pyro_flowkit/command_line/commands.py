@@ -27,6 +27,7 @@ def fit(args: argparse.Namespace) -> None:
             columns=args.columns,
             exclude=args.exclude,
             discrete=args.discrete,
+            missing=args.missing,
             settings=FlowSettings(
                 layers=args.layers,
                 width=args.width,
@@ -48,9 +49,15 @@ def fit(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """Write the log density of every row."""
     density = read_run(Path(args.run)).density
-    source = read_table(args.data, read_options(args), density.preparation.columns)
-    log_prob = density.log_prob_of(source.frame, where=source.name)
-    _write_table(pd.DataFrame({"row": np.arange(len(log_prob)), "log_prob": log_prob}), args)
+    source = read_table(args.data, read_options(args), density.columns)
+    log_prob = density.log_prob_of(
+        source.frame, where=source.name, allow_missing=args.missing == "drop"
+    )
+    rows = np.flatnonzero(~np.isnan(log_prob))
+    if not len(rows):
+        raise CommandError(f"Expected rows without missing values in {source.name}, got none")
+    log_prob = log_prob[rows]
+    _write_table(pd.DataFrame({"row": rows, "log_prob": log_prob}), args)
     error = (
         f" (s.e. {log_prob.std(ddof=1) / len(log_prob) ** 0.5:.4f})" if len(log_prob) > 1 else ""
     )
@@ -104,8 +111,10 @@ def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
         "data": {
             "file": file,
             "rows": len(table.values),
+            "filled_in": table.filled,
             "columns": list(table.columns),
             "dropped": list(table.dropped),
+            "atoms": {name: list(values) for name, values in table.atoms.items()},
             "fingerprint": table.fingerprint(),
             "split_seed": options["seed"],
         },
@@ -114,7 +123,7 @@ def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
         "versions": versions(),
     }
     test = {
-        "row": density.split.test,
+        "row": np.asarray(table.rows)[density.split.test],
         "copy_of": trained.copy_of["test"],
         "log_prob": trained.log_prob["test"].numpy(),
         "gaussian": trained.gaussian_log_prob["test"].numpy(),

@@ -23,6 +23,15 @@ def opening(density: TableDensity, source: Source) -> list[str]:
     )
     if table.noisy:
         lines.append(f"integers, trained with noise: {', '.join(table.noisy)}")
+    left_out = len(source.frame) - len(table.values)
+    if left_out:
+        lines.append(f"{left_out} rows with missing values left out")
+    if table.filled:
+        lines.append(f"{table.filled} rows filled in from rows like them, to train only")
+    for name, atoms in table.atoms.items():
+        column = table.values[:, table.columns.index(name)]
+        shares = [f"{value:g} in {(column == value).mean():.0%} of the rows" for value in atoms]
+        lines.append(f"atoms in {name}, which count by their probability: {', '.join(shares)}")
     copies = len(split.copy_of) - len(np.unique(split.copy_of))
     if copies:
         lines.append(f"{copies} rows are copies of others, and in the same part as these")
@@ -72,7 +81,7 @@ def diagnosis(run: Run) -> list[str]:
     lines = [
         str(table_verdict(metrics)),
         "",
-        f"density: {kept} of {len(run.density.preparation.columns)} columns, nats per row in the units of the file",
+        f"density: {kept} of {len(run.density.columns)} columns, nats per row in the units of the file",
         f"  {'rows':<12}{'number':>8}{'log p':>12}{'Gaussian':>12}{'difference':>12}{'s.e.':>9}",
     ]
     for part in PARTS:

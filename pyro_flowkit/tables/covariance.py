@@ -20,7 +20,7 @@ LEAST = 1e-14  # variance of a direction
 def shrinkage(rows: np.ndarray) -> float:
     """The share s for standardised rows of shape ``(N, D)`` in random order; 0 where the gain is not sure."""
     count, columns = rows.shape
-    if columns == 1 or count >= MANY_ROWS * columns or count < 2 * FOLDS:
+    if columns <= 1 or count >= MANY_ROWS * columns or count < 2 * FOLDS:
         return 0.0
     found = np.empty((len(SHARES), count))
     for fold in range(FOLDS):

@@ -7,7 +7,6 @@ JASA 1989), iterated. Of the columns whitened by them each has its own Student's
 """
 
 import numpy as np
-from scipy import stats
 
 DEGREES = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0, 30.0)
 HEAVY = 2.5  # degrees of freedom: of 2 and fewer the variance is infinite
@@ -49,6 +48,8 @@ def robust_scale(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _student_t(column: np.ndarray) -> tuple[float, float]:
     """Degrees of freedom and scale of maximum likelihood, around 0."""
+    from scipy import stats  # its import adds to the filters of warnings
+
     best = (-np.inf, 1.0, 1.0)
     for df in DEGREES:
         variance = float(np.median(column**2)) or 1.0

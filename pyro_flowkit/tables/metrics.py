@@ -18,13 +18,13 @@ MANY_SKIPPED = 0.01  # of all steps
 
 def metrics_of(trained: Trained) -> dict[str, Any]:
     """Means and standard errors in nats per row, and how training ended."""
-    result, flow = trained.result, trained.density.flow
+    result = trained.result
     seconds = np.empty(0) if result is None else result.history["seconds"]
     metrics: dict[str, Any] = {
-        "kept": "gaussian" if flow is None else "flow",
+        "kept": "flow" if trained.is_flow else "gaussian",
         "base": trained.settings.base,
         "log_scale": trained.log_scale,
-        "columns": len(trained.density.preparation.columns),
+        "columns": len(trained.density.columns),
         "steps": len(seconds),
         "best_step": 0 if result is None else int(result.best_step),
         "skipped_steps": 0 if result is None else int(result.skipped_steps),

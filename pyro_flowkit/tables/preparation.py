@@ -57,7 +57,7 @@ class Preparation:
             TableError: if a column is a linear function of others, among the training rows.
         """
         unit = _unit(rows)  # squares of numbers beyond 1e154 are none
-        noise = np.array(discrete) / unit
+        noise = np.array(discrete, dtype=bool) / unit
         scaled = rows / unit
         loc = scaled.mean(0)
         variance = scaled.var(0) + noise**2 / 12.0
@@ -85,7 +85,9 @@ class Preparation:
     def robust(self, rows: np.ndarray) -> tuple["Preparation", Tensor]:
         """The same for rows of heavy tails, and the degrees of freedom of w, shape ``(D,)``."""
         unit = _unit(rows)
-        loc, scale_tril, degrees = robust_scale((rows + 0.5 * np.array(self.discrete)) / unit)
+        loc, scale_tril, degrees = robust_scale(
+            (rows + 0.5 * np.array(self.discrete, dtype=bool)) / unit
+        )
         found = replace(
             self,
             loc=torch.from_numpy(unit * loc),
@@ -101,7 +103,7 @@ class Preparation:
     def from_flow(self, w: Tensor) -> Tensor:
         """Rows of w, in float64; the noise of integers is taken off."""
         rows = w.to(torch.float64) @ self.scale_tril.mT + self.loc
-        return torch.where(torch.tensor(self.discrete), rows.floor(), rows)
+        return torch.where(torch.tensor(self.discrete, dtype=torch.bool), rows.floor(), rows)
 
     @property
     def log_det(self) -> float:
@@ -111,7 +113,9 @@ class Preparation:
     @property
     def log_scale(self) -> float:
         """Sum of the logarithms of the columns' standard deviations: what densities of standardised columns add."""
-        return float(self.scale_tril.square().sum(1).log().sum()) / 2
+        largest = self.scale_tril.abs().amax(1) if self.columns else torch.ones(0)
+        squares = (self.scale_tril / largest[:, None]).square().sum(1)
+        return float((largest.log() + squares.log() / 2).sum())
 
     def cell_points(self) -> list[Tensor]:
         """What to add to rows, one after the other, to average over the cells of integers; shape ``(D,)`` each."""
@@ -120,12 +124,14 @@ class Preparation:
             return [torch.zeros(len(self.columns), dtype=torch.float64)]
         points = torch.zeros(CELL_POINTS, len(self.columns), dtype=torch.float64)
         sobol = torch.quasirandom.SobolEngine(count).draw(CELL_POINTS, dtype=torch.float64)
-        points[:, torch.tensor(self.discrete)] = sobol + 0.5 / CELL_POINTS
+        points[:, torch.tensor(self.discrete, dtype=torch.bool)] = sobol + 0.5 / CELL_POINTS
         return list(points)
 
     def noise_map(self) -> Tensor:
         """Matrix from noise in the integer columns to w, shape ``(D, number of such columns)``, float64."""
-        unit = torch.eye(len(self.columns), dtype=torch.float64)[:, torch.tensor(self.discrete)]
+        unit = torch.eye(len(self.columns), dtype=torch.float64)[
+            :, torch.tensor(self.discrete, dtype=torch.bool)
+        ]
         return torch.linalg.solve_triangular(self.scale_tril, unit, upper=False)
 
     def to_json(self) -> dict[str, Any]:

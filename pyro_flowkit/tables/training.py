@@ -16,9 +16,9 @@ from functools import partial
 import numpy as np
 import pyro
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
+from pyro_flowkit.tables.atoms import AtomHeads
 from pyro_flowkit.tables.columns import Table
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.flow import FlowSettings, TableFlow
@@ -66,6 +66,7 @@ class Trained:
             ``(rows,)`` in nats; of many training rows the first 20,000.
         copy_of: which row of the table each of them is a copy of, itself if of none; by part.
         log_scale: sum of the logarithms of the columns' standard deviations.
+        is_flow: whether what was trained is kept, rather than the Gaussian.
     """
 
     density: RowDensity
@@ -75,20 +76,24 @@ class Trained:
     gaussian_log_prob: dict[str, Tensor]
     copy_of: dict[str, np.ndarray]
     log_scale: float
+    is_flow: bool
 
 
-class _Noisy(nn.Module):
-    """A flow that sees fresh noise in the columns of integers at every call."""
+class _Model(nn.Module):
+    """What is trained: a flow that sees fresh noise in the columns of integers at every call, and heads for atoms."""
 
-    def __init__(self, flow: TableFlow, noise_map: Tensor):
+    def __init__(self, flow: TableFlow | None, heads: AtomHeads | None, noise_map: Tensor):
         super().__init__()
-        self.flow = flow
+        self.flow, self.heads = flow, heads
         self.register_buffer("noise_map", noise_map)
         self.noise_map: Tensor
 
-    def log_prob(self, w: Tensor) -> Tensor:
-        noise = torch.rand(len(w), self.noise_map.shape[1], dtype=w.dtype) - 0.5
-        return self.flow.log_prob(w + noise @ self.noise_map.mT)
+    def log_prob(self, w: Tensor, *given: Tensor) -> Tensor:
+        if self.noise_map.shape[1]:
+            noise = torch.rand(len(w), self.noise_map.shape[1], dtype=w.dtype) - 0.5
+            w = w + noise @ self.noise_map.mT
+        total = w.new_zeros(len(w)) if self.flow is None else self.flow.log_prob(w)
+        return total if self.heads is None else total + self.heads.log_prob(w, *given)
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _optimizer(
-    flow: TableFlow, decay: float, params: list[Tensor], *, lr: float
+    flow: nn.Module, decay: float, params: list[Tensor], *, lr: float
 ) -> torch.optim.Optimizer:
     """Adam with decoupled decay of the networks' weights, which pulls every coupling towards the identity."""
     networks = {id(p) for name, p in flow.named_parameters() if name.endswith("conditioner.packed")}
@@ -146,7 +151,13 @@ def train(
     Raises:
         TableError: if the settings make no flow.
     """
-    preparation = Preparation.of(table.values[split.train], table.columns, table.discrete)
+    values = table.values[split.train]
+    plain = [i for i, name in enumerate(table.columns) if name not in table.atoms]
+    preparation = Preparation.of(
+        values[:, plain],
+        tuple(table.columns[i] for i in plain),
+        tuple(table.discrete[i] for i in plain),
+    )
     parts = {
         "train": split.train[:SCORED_ROWS],
         "validation": split.validation,
@@ -154,23 +165,28 @@ def train(
     }
     rows = {name: torch.from_numpy(table.values[part]) for name, part in parts.items()}
     copy_of = {name: split.copy_of[part] for name, part in parts.items()}
-    gaussian = RowDensity(preparation)
+    gaussian = _with_heads(RowDensity(preparation), table, values)
     gaussian_log_prob = {name: gaussian.log_prob(part) for name, part in rows.items()}
 
-    def gains(density: RowDensity) -> bool:
-        found = density.log_prob(rows["validation"]) - gaussian_log_prob["validation"]
-        return is_gain(per_original(found, copy_of["validation"]))
+    def gains(differences: Tensor) -> bool:
+        return is_gain(per_original(differences, copy_of["validation"]))
 
     kept, result = gaussian, None
     if len(np.unique(copy_of["validation"])) >= JUDGES:
-        try:
-            start = _start(table.values[split.train], preparation, settings, options.seed, gains)
-        except ValueError as error:
-            raise TableError(str(error)) from error
-        assert start.flow is not None
-        settings = start.flow.settings
+        start = _with_heads(RowDensity(preparation), table, values)
+        if plain:
+            try:
+                held_out = rows["validation"][:, plain]
+                start = _start(
+                    values[:, plain], held_out, preparation, settings, options.seed, gains
+                )
+                start = _with_heads(start, table, values)
+            except ValueError as error:
+                raise TableError(str(error)) from error
+            if start.flow is not None:
+                settings = start.flow.settings
         result = _fit(start, table, split, options, progress)
-        if gains(start):
+        if gains(start.log_prob(rows["validation"]) - gaussian_log_prob["validation"]):
             kept = start
     return Trained(
         kept,
@@ -179,22 +195,42 @@ def train(
         {name: kept.log_prob(part) for name, part in rows.items()},
         gaussian_log_prob,
         copy_of,
-        preparation.log_scale,
+        preparation.log_scale
+        + (0.0 if gaussian.heads is None else gaussian.heads.log_scale(values)),
+        kept is not gaussian,
     )
+
+
+def _seen(density: RowDensity, values: np.ndarray) -> tuple[Tensor, ...]:
+    """What a model sees of rows of shape ``(N, D)``: w, and of columns with atoms the scaled value and its kind."""
+    preparation, heads = density.preparation, density.heads
+    plain = values if heads is None else values[:, heads.plain]
+    middle = 0.5 * torch.tensor(preparation.discrete, dtype=torch.float64)
+    w = preparation.to_flow(torch.from_numpy(plain) + middle).float()
+    return (w,) if heads is None else (w, heads.scaled(values), heads.kinds(values))
+
+
+def _with_heads(density: RowDensity, table: Table, values: np.ndarray) -> RowDensity:
+    """The density with fresh heads for the columns with atoms, if there are any."""
+    if not table.atoms:
+        return density
+    heads = AtomHeads(table.columns, table.atoms)
+    heads.start(values, _seen(replace(density, heads=heads), values)[0])
+    return replace(density, heads=heads)
 
 
 def _start(
     values: np.ndarray,
+    held_out: Tensor,
     preparation: Preparation,
     settings: FlowSettings,
     seed: int,
-    gains: Callable[[RowDensity], bool],
+    gains: Callable[[Tensor], bool],
 ) -> RowDensity:
-    """A fresh flow, in the units that its base goes with."""
+    """A fresh flow over columns without atoms, in the units that its base goes with."""
 
     def flow(prepared: Preparation, base: str, degrees: Tensor | None = None) -> RowDensity:
-        middle = 0.5 * torch.tensor(prepared.discrete, dtype=torch.float64)
-        seen = prepared.to_flow(torch.from_numpy(values) + middle).float()
+        (seen,) = _seen(RowDensity(prepared), values)
         order = order_columns(seen, seed=seed)
         pyro.set_rng_seed(seed)
         made = TableFlow(len(order), replace(settings, order=order, base=base), degrees)
@@ -203,37 +239,36 @@ def _start(
     whitened = preparation.to_flow(torch.from_numpy(values)).numpy()
     if settings.base == "student_t" or (settings.base is None and has_heavy_tails(whitened)):
         robust, degrees = preparation.robust(values)
-        if settings.base is not None or degrees.min() < HEAVY:
-            heavy = flow(robust, settings.base or "student_t", degrees)
-            if settings.base is not None or gains(heavy):
-                return heavy
+        heavy = flow(robust, "student_t", degrees)
+        if settings.base is not None or (
+            degrees.min() < HEAVY
+            and gains(heavy.log_prob(held_out) - RowDensity(preparation).log_prob(held_out))
+        ):
+            return heavy
     return flow(preparation, settings.base or "normal")
 
 
 def _fit(
     start: RowDensity, table: Table, split: Split, options: TrainOptions, progress: bool
 ) -> FitResult:
-    """Train the flow of a density in place."""
-    preparation, flow = start.preparation, start.flow
-    assert flow is not None
-    middle = 0.5 * torch.tensor(table.discrete, dtype=torch.float64)
-    seen, chosen = (
-        preparation.to_flow(torch.from_numpy(table.values[part]) + middle).float()
-        for part in (split.train, split.validation)
-    )
-    noisy = any(table.discrete)
-    batch_size = min(options.batch_size, max(1, len(seen) // 4))
+    """Train flow and heads of a density in place."""
+    seen = _seen(start, table.values[split.train])
+    chosen = _seen(start, table.values[split.validation])
+    model = _Model(start.flow, start.heads, start.preparation.noise_map().float())
+    count = len(split.train)
+    batch_size = min(options.batch_size, max(1, count // 4))
     steps, seconds, patience = options.steps, options.seconds, None
     if steps is None and seconds is None:
-        steps, seconds = default_steps(len(seen), batch_size), DEFAULT_SECONDS
+        steps, seconds = default_steps(count, batch_size), DEFAULT_SECONDS
         patience = PATIENCE
+    judges = validation_rows(steps, batch_size)
     with _one_thread(), warnings.catch_warnings():
         # that a flow overfits in the end, the step that is kept and the verdict say
         warnings.filterwarnings("ignore", message="the validation objective per datum has fallen")
         return fit(
-            _Noisy(flow, preparation.noise_map().float()) if noisy else flow,
+            model,
             data=seen,
-            val_data=chosen[: validation_rows(steps, batch_size)],
+            val_data=tuple(part[:judges] for part in chosen),
             max_steps=steps,
             max_seconds=seconds,
             patience=patience,
@@ -241,7 +276,7 @@ def _fit(
             lr=options.lr,
             scheduler="cosine",
             clip_norm=CLIP_NORM,
-            optimizer=partial(_optimizer, flow, weight_decay(len(seen))),
+            optimizer=partial(_optimizer, model, weight_decay(count)),
             seed=options.seed,
             progress=progress,
         )
@@ -254,6 +289,8 @@ def is_gain(differences: Tensor) -> bool:
     and more it is enough if that holds with the tenth that gains most cut down to what the next gains: a few rows that
     gain very much would hide the gain of all in the standard error.
     """
+    from scipy import stats  # its import adds to the filters of warnings
+
     count = len(differences)
     if count < 2 or not bool(differences.isfinite().all()):
         return False

@@ -141,6 +141,13 @@ def test_numbers_of_any_size_have_a_density(scale):
     scaled = TableDensity(rows * [scale, 1.0], settings=SMALL).fit(steps=5)
     found = scaled.log_prob(rows * [scale, 1.0])
     np.testing.assert_allclose(found, own - np.log(scale), rtol=0, atol=1e-4)
+    assert scaled.metrics["log_scale"] == pytest.approx(
+        np.log(scale) + np.log(rows[scaled.split.train].std(0)).sum()
+    )
+    zeros = rows * [scale, 1.0]
+    zeros[::2, 0] = 0.0
+    atoms = TableDensity(zeros, settings=SMALL).fit(steps=5)
+    assert np.isfinite(atoms.log_prob(zeros)).all() and np.isfinite(atoms.metrics["log_scale"])
 
 
 def test_one_number_that_leaves_no_digits_to_the_others_is_refused():
@@ -166,7 +173,7 @@ def test_validation_of_many_rows_takes_a_bounded_part_of_them(monkeypatch):
     seen = {}
 
     def record(flow, *, data, val_data, **options):
-        seen.update(train=len(data), validation=len(val_data))
+        seen.update(train=len(data[0]), validation=len(val_data[0]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "fit", record)
