@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.ops.quasi_random import normal_draws, student_t_draws
 from pyro_flowkit.path_gradient import derivatives_of, guarded_path_term, held_fixed, is_affine
 from pyro_flowkit.transforms.base import Bijection, stamp, tensors_in
 from pyro_flowkit.transforms.conditional import ConditionedTransform
@@ -99,7 +100,9 @@ class FlowDistribution(dist.TransformedDistribution):
     def _pushed(self, value: Tensor, inputs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         event_dim = len(self.base_dist.event_shape)
         if _is_empty(value):
-            log_prob = value.new_zeros(value.shape[: value.dim() - event_dim])
+            log_prob = self._with_graph(
+                value.new_zeros(value.shape[: value.dim() - event_dim]), value
+            )
         else:
             log_prob = self.base_dist.log_prob(value)
         for transform in self.transforms:
@@ -170,12 +173,20 @@ class FlowDistribution(dist.TransformedDistribution):
                 return draw.log_prob
         cut = value.dim() - len(self.event_shape)
         if _is_empty(value) and value.shape[cut:] == self.event_shape:
-            return value.new_zeros(torch.broadcast_shapes(value.shape[:cut], self.batch_shape))
+            shape = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+            return self._with_graph(value.new_zeros(shape), value)
         if self._validate_args:
             self._validate_sample(value)
             if not is_transformed() and not bool(value.sum().isfinite()):
                 return self._with_infinite_rows(value)
         return self._pull(value, self.base_dist, self.transforms)
+
+    def _with_graph(self, empty: Tensor, value: Tensor) -> Tensor:
+        """The same, with gradients of zero for all that it would depend on if there were any rows."""
+        for tensor in (value, *self._tracked_tensors()):
+            if tensor.requires_grad:
+                empty = empty + tensor.flatten()[:0].sum().to(empty)
+        return empty
 
     def _with_infinite_rows(self, value: Tensor) -> Tensor:
         """The log-density where some values may be infinite, which mixing layers would make NaN of."""
@@ -277,33 +288,55 @@ class FlowDistribution(dist.TransformedDistribution):
     def fixed_draws(self, num_pairs: int = 5000) -> Tensor:
         """The same draws at every call, for summaries that shall not jump: shape ``(2 * num_pairs + 1, *B, D)``.
 
-        They come from one fixed seed; the global random state is neither read nor changed. Where the base is normal or
-        Student's t they are antithetic, and one is the image of its centre, so that the marginal medians of a flow that
-        is still affine are exact.
+        The global random state is neither read nor changed. Where the base is normal or Student's t they are
+        quasi-random and antithetic, the same for every row of a batch, and one is the image of the base's centre, so
+        that the marginal medians of a flow that is still affine are exact. Others come from one fixed seed.
         """
         base = self.base_dist
-        device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
-        with _fixed_seed(device):
-            z = base.sample(torch.Size([num_pairs]))
-            per_dimension = getattr(base, "base_dist", None)
-            if isinstance(per_dimension, torch.distributions.Normal | torch.distributions.StudentT):
-                centre = per_dimension.loc.expand(base.batch_shape + base.event_shape)
-                z = torch.cat([centre.unsqueeze(0), z, 2 * centre - z])
+        marginal: Any = getattr(base, "base_dist", None)
+        is_known = isinstance(marginal, torch.distributions.Normal | torch.distributions.StudentT)
+        if is_known and len(base.event_shape) == 1:
+            loc, scale = marginal.loc, marginal.scale
+            if isinstance(marginal, torch.distributions.Normal):
+                noise = normal_draws(num_pairs, loc, seed=0)
             else:
-                z = torch.cat([z, base.sample(torch.Size([num_pairs + 1]))])
+                noise = student_t_draws(num_pairs, _first_row(marginal.df), seed=0)
+            noise = torch.cat([torch.zeros_like(noise[:1]), noise])
+            noise = noise.reshape(len(noise), *(1,) * len(base.batch_shape), -1)
+            z = loc + scale * noise.expand(-1, *base.batch_shape, -1)
+        else:
+            device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
+            with _fixed_seed(device):
+                z = base.sample(torch.Size([2 * num_pairs + 1]))
         for transform in self.transforms:
             z = transform(z)
         return z
 
     @property
     def mean(self) -> Tensor:
-        """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
-        return self.fixed_draws().mean(0)
+        """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``; NaN where the base's tail has none."""
+        return self.fixed_draws().mean(0).masked_fill(self._reached_by(1.0), torch.nan)
 
     @property
     def variance(self) -> Tensor:
-        """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
-        return self.fixed_draws().var(0)
+        """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``; infinite where the base's tail has none."""
+        variance = self.fixed_draws().var(0).masked_fill(self._reached_by(2.0), torch.inf)
+        return variance.masked_fill(self._reached_by(1.0), torch.nan)
+
+    @torch.no_grad()
+    def _reached_by(self, df: float) -> Tensor:
+        """Which dimensions follow the tail of one of Student's t with at most so many degrees of freedom."""
+        marginal: Any = getattr(self.base_dist, "base_dist", None)
+        shape = self.batch_shape + self.event_shape
+        if not isinstance(marginal, torch.distributions.StudentT):
+            return torch.zeros(shape, dtype=torch.bool)
+        far = marginal.loc.new_full((*shape,), _FAR)
+        heavy = (marginal.df <= df).expand(shape)
+        moved = far + _FAR * torch.diag_embed(heavy.to(far)).movedim(-2, 0)
+        x = torch.cat([far.unsqueeze(0), moved])
+        for transform in self.transforms:
+            x = transform(x)
+        return ((x[1:] - x[0]).abs() > 1e-3).any(0)
 
     @contextmanager
     def _fixed(self) -> Iterator[tuple[torch.distributions.Distribution, list[Transform]]]:
@@ -348,6 +381,11 @@ def _is_empty(value: Tensor) -> bool:
     return not torch.jit.is_tracing() and value.numel() == 0
 
 
+def _first_row(value: Tensor) -> Tensor:
+    """Of a batch whose rows are equal."""
+    return value.reshape(-1, value.shape[-1])[0]
+
+
 @contextmanager
 def _fixed_seed(device: torch.device, seed: int = 0) -> Iterator[None]:
     """Draw from a seed for a while; the random states of the CPU and of this device come back as they were."""
@@ -379,5 +417,6 @@ def _tensors_in(*parts: Any) -> list[Tensor]:
     return tensors
 
 
+_FAR = 1e4  # where splines are linear
 _LISTS = (list, tuple)
 _OWNERS = (nn.Module, torch.distributions.Distribution, Transform)
