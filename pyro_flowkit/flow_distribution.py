@@ -176,6 +176,8 @@ class FlowDistribution(dist.TransformedDistribution):
             shape = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
             return self._with_graph(value.new_zeros(shape), value)
         if self._validate_args:
+            if torch.compiler.is_compiling():  # a graph has no branches
+                return self._with_infinite_rows(value)
             self._validate_sample(value)
             if not is_transformed() and not bool(value.sum().isfinite()):
                 return self._with_infinite_rows(value)
