@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import detach, sum_rightmost
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import Transform
 
@@ -35,12 +36,15 @@ class Draw(NamedTuple):
         value: the draw.
         log_prob: its log-density.
         stamp: what the two depend on.
+        numbers: what these hold, as writing to ``.data`` leaves no trace; None where that cannot be read, and for a
+            draw in a Pyro program, which asks for the log-density in the same call.
         inputs: of every transform, where a path gradient may be asked for.
     """
 
     value: "weakref.ref[Tensor]"
     log_prob: Tensor
     stamp: tuple
+    numbers: Tensor | None
     inputs: list[Tensor]
 
 
@@ -63,7 +67,8 @@ class FlowDistribution(dist.TransformedDistribution):
     ``S + B``, in nats.
 
     The last draw is remembered with its log-density, which ``log_prob`` uses once, for that very tensor, if neither it
-    nor a parameter was written to since and the grad mode is the same. Copies and pickles do not carry it.
+    nor a parameter was written to since, ``.data`` included, and the grad mode is the same. Copies and pickles do not
+    carry it.
     """
 
     _held: Sequence[tuple[list[nn.Module], Tensor | None]] = ()
@@ -155,9 +160,20 @@ class FlowDistribution(dist.TransformedDistribution):
         return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))), [])
 
     def _remembered(self, value: Tensor, log_prob: Tensor, inputs: list[Tensor]) -> Tensor:
-        current = stamp(self._tracked_tensors(), value)
-        self._draw = Draw(weakref.ref(value), log_prob, current, inputs)
+        tensors = self._tracked_tensors()
+        numbers = None if am_i_wrapped() else _numbers_of(tensors, value)
+        self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), numbers, inputs)
         return value
+
+    def _is_unchanged(self, draw: Draw, value: Tensor) -> bool:
+        """Whether neither value nor parameters were written to since a draw."""
+        tensors = self._tracked_tensors()
+        if draw.stamp != stamp(tensors, value):
+            return False
+        if draw.numbers is None:
+            return True
+        numbers = _numbers_of(tensors, value)
+        return numbers is not None and torch.equal(draw.numbers, numbers)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``.
@@ -168,9 +184,8 @@ class FlowDistribution(dist.TransformedDistribution):
         if not value.is_floating_point():
             value = value.to(self._dtype)
         draw, self._draw = self._draw, None
-        if draw is not None and draw.value() is value:
-            if draw.stamp == stamp(self._tracked_tensors(), value):
-                return draw.log_prob
+        if draw is not None and draw.value() is value and self._is_unchanged(draw, value):
+            return draw.log_prob
         cut = value.dim() - len(self.event_shape)
         if _is_empty(value) and value.shape[cut:] == self.event_shape:
             shape = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
@@ -381,6 +396,15 @@ def _with_batch_of_contexts(
 def _is_empty(value: Tensor) -> bool:
     """Whether there is nothing in it: torch's distributions and constraints fail on an empty batch."""
     return not torch.jit.is_tracing() and value.numel() == 0
+
+
+@torch.no_grad()
+def _numbers_of(tensors: Sequence[Tensor], value: Tensor) -> Tensor | None:
+    """A norm of each parameter, and norm and sum of a value: what they hold, at a small part of a draw's cost."""
+    if is_transformed() or torch.compiler.is_compiling():
+        return None
+    norms = torch._foreach_norm([*(tensor for tensor in tensors if tensor.requires_grad), value])
+    return torch.stack([number.to(value.dtype) for number in (*norms, value.sum())])
 
 
 def _first_row(value: Tensor) -> Tensor:
