@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks._measure import RESULTS, Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.gaussian import normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.ops.quasi_random import normal_draws
 
 Model = Callable[[], None]
 

@@ -65,6 +65,11 @@ class StoreModule(PyroModule):
         super().__init__(name=name)
         self._store_name: str | None = None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which cannot enter Pyro's context of names in the store
+            return nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         # PyroModule would register plain submodules a second time, under other names and without reading them back.
         return nn.Module.__getattr__(self, name)
@@ -79,6 +84,8 @@ class StoreModule(PyroModule):
         Raises:
             ValueError: if the store holds entries under the module's name that do not fit it.
         """
+        if torch.compiler.is_compiling():  # a graph has the module's own tensors, and no store
+            return
         if _is_module_local_param_enabled():
             if lend:
                 self._state_local_params()

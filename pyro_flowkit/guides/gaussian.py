@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flowkit.ops.quasi_random import normal_draws
+
 Density = Callable[[Tensor], Tensor]
 
 FEW_ITERATIONS = 25  # to see whether another start leads to another mode
@@ -72,19 +74,6 @@ class Gaussian:
         log_prob = density(self.transform(draws)) + 0.5 * draws.square().sum(-1)
         value = 0.5 * float(log_prob.var())
         return value if math.isfinite(value) else math.inf
-
-
-def normal_draws(count: int, like: Tensor, seed: int) -> Tensor:
-    """Draws of a standard normal in the dimension of ``like``: a scrambled Sobol sequence and its mirror image.
-
-    Returns:
-        Shape ``(2 * count, D)``.
-    """
-    size = like.shape[-1]
-    sobol = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
-    uniform = sobol.draw(count, dtype=torch.float64).clamp(1e-10, 1 - 1e-10)
-    half = torch.special.ndtri(uniform).to(like)
-    return torch.cat([half, -half])
 
 
 def best_gaussian(

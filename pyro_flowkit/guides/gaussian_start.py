@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine
-from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
+from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import in_words
 from pyro_flowkit.guides.mixture import MixturePosterior
@@ -35,6 +35,7 @@ from pyro_flowkit.guides.modes import (
 )
 from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
+from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 

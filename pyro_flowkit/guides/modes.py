@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flowkit.guides.gaussian import Density, Gaussian, normal_draws
+from pyro_flowkit.guides.gaussian import Density, Gaussian
 from pyro_flowkit.guides.side_by_side import minimized_together
+from pyro_flowkit.ops.quasi_random import normal_draws
 
 FEW_EVALUATIONS = 40
 POINTS_BETWEEN = 15

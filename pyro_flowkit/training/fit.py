@@ -22,6 +22,7 @@ from pyro_flowkit.training.arguments import (
     check_finite_rows,
     check_optimizer,
     check_programs,
+    check_rows_of_model,
     warn_of_far_rows,
     whole,
 )
@@ -29,7 +30,7 @@ from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.callbacks import FitState
 from pyro_flowkit.training.checkpoint import open_checkpoints
 from pyro_flowkit.training.compilation import compile_where_it_pays
-from pyro_flowkit.training.data import RowBatches, open_batches
+from pyro_flowkit.training.data import LoaderBatches, RowBatches, open_batches
 from pyro_flowkit.training.device import chosen_device, move_modules, moved
 from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
@@ -267,8 +268,11 @@ def fit(
     first = batches[0]
     if guide is None and isinstance(model, SplineFlow):
         for name, rows in (("data", getattr(batches, "rows", ())), ("val_data", held_out)):
-            if isinstance(rows, tuple):
+            if isinstance(rows, tuple) and rows:
                 check_finite_rows(rows, name)
+        if isinstance(batches, LoaderBatches):
+            check_finite_rows(first, "batch 0 of the DataLoader")
+            batches.check = check_finite_rows
     if guide is None and first:
         warn_of_far_rows(model, first[0])
 
@@ -315,6 +319,8 @@ def fit(
         taken_off = len(held_out[0]) if val_fraction else 0
         sizes = batches.size, batches.size + taken_off
     loss.prepare(first, sizes, check_plates)
+    if isinstance(loss, Variational) and isinstance(batches, RowBatches) and batches.rows:
+        check_rows_of_model(loss, batches.rows, batches.batch_size)
     if kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
         raise ValueError(
             f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"

@@ -31,7 +31,12 @@ from pyro_flowkit.programs.plates import (
     check_plates,
     effective_size,
 )
-from pyro_flowkit.programs.sites import enumerated_names, latent_names
+from pyro_flowkit.programs.sites import (
+    enumerated_names,
+    latent_names,
+    scored_sites,
+    unscaled_log_prob,
+)
 from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.training.device import moved
 from pyro_flowkit.training.messengers import KLWeight, ParamCapture
@@ -341,6 +346,22 @@ class Variational(Loss):
         ):
             return None
         return self._objective.density_graph(self._guide, (*batch, *self._args), self._kwargs)
+
+    def is_finite(self, batch: Batch) -> bool:
+        """Whether all sites have finite densities on a batch; the caller's random numbers are left alone."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+            try:
+                traces = self.traces(batch)
+                densities = [
+                    unscaled_log_prob(
+                        site | {"unscaled_log_prob": site["fn"].log_prob(site["value"])}
+                    )
+                    for trace in traces
+                    for _, site in scored_sites(trace)
+                ]
+            except Exception:  # a program that is given other rows may do anything
+                return False
+        return all(bool(density.isfinite().all()) for density in densities)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         if not self._differentiable:
