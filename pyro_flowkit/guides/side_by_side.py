@@ -15,7 +15,8 @@ from torch import Tensor
 MEMORY = 6
 DECREASE = 1e-4
 STEP_BACK = 0.3
-SETTLED = 1e-3  # nats that an accepted step brings
+SETTLED = 1e-3  # nats; accepted steps that bring less, and how many in a row end a search
+IN_A_ROW = 3
 
 
 @torch.no_grad()
@@ -38,9 +39,9 @@ def minimized_together(
     curvature = _Curvature(x)
     direction = -gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1.0)
     length = torch.ones_like(value)
-    is_settled = ~value.isfinite()
+    settled = torch.where(value.isfinite(), 0, IN_A_ROW)
     for _ in range(max_evaluations):
-        if bool(is_settled.all()) or time.monotonic() > deadline:
+        if int(settled.min()) >= IN_A_ROW or time.monotonic() > deadline:
             break
         trial = x + length[:, None] * direction
         new_value, new_gradient = _evaluated(losses, trial)
@@ -48,7 +49,8 @@ def minimized_together(
         falls = new_value <= value + DECREASE * length * slope
         falls &= new_value.isfinite()
         curvature.add(falls, trial - x, new_gradient - gradient)
-        is_settled |= falls & (value - new_value < SETTLED) & (length == 1.0)
+        is_small = value - new_value < SETTLED
+        settled = torch.where(falls, torch.where(is_small, settled + 1, 0), settled)
         x = torch.where(falls[:, None], trial, x)
         value = torch.where(falls, new_value, value)
         gradient = torch.where(falls[:, None], new_gradient, gradient)

@@ -20,7 +20,7 @@ from pyro_flowkit.training.schedule import FLAT_SHARE
 TOLERANCE = 0.01
 CONFIRMING_DRAWS = 8192
 OTHER_SEEDS = 2**32
-SPAN = 4  # judgements that are compared with as many before them
+SPAN = 8  # judgements that are compared with as many before them
 PROGRESS = 0.9  # of the gap before: what is more is none
 
 

@@ -243,6 +243,19 @@ def test_a_second_fit_goes_on_from_the_first_and_never_ends_below_it() -> None:
     assert elbo_of(skewed, guide) == pytest.approx(better, abs=0.05)
 
 
+@pytest.mark.parametrize(("max_seconds", "expected"), [(3.0, 2.7), (1000.0, 30.0), (None, 30.0)])
+def test_the_search_may_take_nearly_all_of_a_short_budget(monkeypatch, max_seconds, expected):
+    seen = []
+
+    def search(self, *args, max_seconds, **kwargs):
+        seen.append(max_seconds)
+
+    monkeypatch.setattr(AutoSplineFlow, "start_at_gaussian", search)
+    guide = AutoSplineFlow(correlated, **TINY)
+    fit(correlated, guide, max_steps=1, max_seconds=max_seconds, progress=False)
+    assert seen == [pytest.approx(expected)]
+
+
 def test_a_vague_prior_does_not_decide_where_the_guide_starts() -> None:
     def vague(x: Tensor) -> None:
         tau = pyro.sample("tau", dist.Gamma(0.01 * x.new_ones(()), 0.01 * x.new_ones(())))
