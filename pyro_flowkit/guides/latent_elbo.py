@@ -66,7 +66,7 @@ class LatentELBO(Trace_ELBO):
         """A scalar with the value of the loss, in nats, and the gradient of the objective."""
         log_p, _, entropy_term, weights = self._terms(guide, args, kwargs)
         loss = _mean(entropy_term - log_p, weights)  # the term has the value of log q
-        warn_if_nan(loss, "loss")
+        warn_if_nan(loss.detach(), "loss")
         return loss
 
     def loss_and_grads(
