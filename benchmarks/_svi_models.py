@@ -28,7 +28,8 @@ from pyro_flowkit.training.optimizer import build_optimizer
 HIDDEN_DIMS = [32, 32]
 NUM_TRANSFORMS = 4
 LR = 1e-3
-SETTLING = 40  # steps after which a fit has made all its graphs
+SETTLING = 1000  # the steps timed are those after so many
+WARM_UP = 10
 
 PROBLEMS = {"eight schools": "eight schools, centred", "seeds": "seeds"}
 
@@ -107,13 +108,15 @@ def fit_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], ob
     optimizer = build_optimizer(None, loss.parameters(), LR, LR)
     guide.pace.is_resting = True
 
+    loss.begin_step(SETTLING)
+
     def step() -> None:
         for parameter in loss.parameters():
             parameter.grad = None
         loss.backward(())
         optimizer.step()
 
-    for _ in range(SETTLING):
+    for _ in range(WARM_UP):
         step()
     return step
 

@@ -19,7 +19,7 @@ References:
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self, cast
 
@@ -35,6 +35,7 @@ from pyro_flowkit.guides.circular import CircularAffine, angular_columns
 from pyro_flowkit.guides.component import (
     Component,
     OtherComponent,
+    layers_of,
     look_all,
     make_hierarchy,
     paced,
@@ -46,6 +47,7 @@ from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.mixture import MixturePosterior, MixtureWeights
+from pyro_flowkit.guides.pace import Pace
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.room import Room
@@ -356,11 +358,16 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         return latent
 
     def _drew(self, count: int) -> None:
-        for component in self.components:
-            component.pace.drew(count)
+        for pace in self._paces():
+            pace.drew(count)
 
     def _look(self) -> None:
-        look_all(component.pace for component in self.components)
+        look_all(self._paces())
+
+    def _paces(self) -> list[Pace]:
+        self._require_setup()
+        others = cast(Iterable[OtherComponent], self.others)
+        return [self.pace, *(other.pace for other in others)]
 
     def draw_with_log_prob(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Draws for a step of training, whose parameters are in step with the param store.
@@ -468,7 +475,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     def _layers(self) -> list[Any]:
         """From the base to the unconstrained latents, of the first component."""
-        return self.components[0].layers()
+        return layers_of(self.flow, self.hierarchy, self.affine)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self._require_setup()
@@ -481,8 +488,8 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         return loaded
 
     def _stored_values_taken(self) -> None:
-        for component in self.components:
-            component.pace.forget()
+        for pace in self._paces():
+            pace.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         if self.prototype_trace is not None:

@@ -39,8 +39,12 @@ class Component:
 
     def layers(self) -> list[Any]:
         """From the base to the unconstrained latents."""
-        hierarchy = [] if self.hierarchy is None else [self.hierarchy]
-        return [*self.flow.layers, *hierarchy, self.affine]
+        return layers_of(self.flow, self.hierarchy, self.affine)
+
+
+def layers_of(flow: SplineFlow, hierarchy: HierarchicalAffine | None, affine: Affine) -> list[Any]:
+    """From the base to the unconstrained latents, for the parts of a component."""
+    return [*flow.layers, *([] if hierarchy is None else [hierarchy]), affine]
 
 
 class OtherComponent(nn.Module):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 
 
+FEW_STEPS = 50  # that do not pay for a graph
+
+
 class LatentELBO(Trace_ELBO):
     """What ``Trace_ELBO`` computes in a plate of particles, for a guide and a model that are functions of tensors.
 
@@ -27,12 +30,15 @@ class LatentELBO(Trace_ELBO):
 
     Attributes:
         kl_weight: what the log-densities of latents are multiplied by.
+        num_steps: of training that came before. From some number on a density and its derivative come from a graph of
+            their own. It is for the caller to count them: a training that is resumed then rounds as one that is not.
     """
 
     def __init__(self, program: Vectorized, num_particles: int):
         super().__init__(num_particles, max_plate_nesting=program.nesting, vectorize_particles=True)
         self.program = program
         self.kl_weight = 1.0
+        self.num_steps = 0
         self._differentiated: tuple[AutoSplineFlow, Differentiated] | None = None
 
     def _differentiated_for(self, guide: "AutoSplineFlow") -> Differentiated:
@@ -60,7 +66,7 @@ class LatentELBO(Trace_ELBO):
         """A scalar with the value of the loss, in nats, and the gradient of the objective."""
         log_p, _, entropy_term, weights = self._terms(guide, args, kwargs)
         loss = _mean(entropy_term - log_p, weights)  # the term has the value of log q
-        warn_if_nan(loss, "loss")
+        warn_if_nan(loss.detach(), "loss")
         return loss
 
     def loss_and_grads(
@@ -86,7 +92,7 @@ class LatentELBO(Trace_ELBO):
         Each ``(num_particles,)``; weights are None where they are equal.
         """
         latent, log_q, entropy_term, weights = guide.draw_with_log_prob(self.num_particles)
-        if self.kl_weight == 1.0:
+        if self.kl_weight == 1.0 and self.num_steps >= FEW_STEPS:
             found = self._differentiated_for(guide)(latent, args, kwargs)
             if found is not None:
                 return _Given.apply(latent, *found), log_q, entropy_term, weights

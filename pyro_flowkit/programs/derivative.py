@@ -1,12 +1,11 @@
 """The log joint density of a recorded model together with its derivative by the latents, as one graph without autograd.
 
 Most of what a step spends on a small model is bookkeeping: autograd's nodes, and operations that are there for shapes
-that do not occur. The graph here is made after some steps, for a number of draws that comes again, and it is simplified
+that do not occur. The graph here is made for a number of draws that comes again, and it is simplified
 (:mod:`pyro_flowkit.programs.simplify`). It is made only for models that learn nothing themselves, and taken only if its
 values and derivatives are those of the recording.
 """
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from pyro_flowkit.programs.vectorized import Vectorized
 
 Unpack = Callable[[Tensor], tuple[Values, Tensor]]
 
-FEW_CALLS = 20  # that come before a graph is made
 MAX_GAP = 1e-3  # of the largest value or derivative
 
 
@@ -37,26 +35,25 @@ class Differentiated:
     def __init__(self, program: Vectorized, unpack: Unpack):
         self._program, self._unpack = program, unpack
         self._graphs: dict[Hashable, Graph | None] = {}
-        self._calls: Counter[Hashable] = Counter()
         self._last: _Call | None = None
 
     def __call__(self, latent: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
-        """Values ``(n,)`` in nats and derivatives ``(n, D)``; None for a call that is to go through the recording.
+        """Values ``(n,)`` in nats and derivatives ``(n, D)``; None where no graph holds, as for a model that learns.
 
-        Such are the first calls, those at which the recording is compared with a plain run, and all those of a model
-        that learns something or that no graph was found for.
+        Now and then the recording is compared with a plain run, at the calls at which it is without this graph, too.
         """
         latent = latent.detach()
         call = self._last
         if call is None or not call.is_same(latent, args, kwargs):
-            key = _key(latent, args, kwargs)
-            self._calls[key] += 1
-            if key not in self._graphs and self._calls[key] <= FEW_CALLS:
-                return None
             graph = self.graph(latent, args, kwargs)
             call = self._last = _Call(latent, args, kwargs, graph, self._program)
-        inputs = call.inputs()
-        if call.graph is None or inputs is None or not self._program.takes_recording():
+        if call.graph is None or not call.graph.totals.are_fixed():
+            return None
+        if not self._program.takes_recording():
+            with torch.no_grad():
+                self._program.log_probs(self._unpack(latent)[0], args, kwargs)  # compares
+        inputs = call.inputs() if self._program.way == "graph" else None
+        if inputs is None:
             return None
         found: tuple[Tensor, Tensor] = call.graph.run(latent, *inputs)
         return found
@@ -98,7 +95,7 @@ class Graph:
             with torch.enable_grad():
                 latent = latent.detach().requires_grad_()
                 values, ladj = unpack(latent)
-                total = ladj + totals(values, list(inputs))
+                total = totals(values, list(inputs), ladj)
                 (derivative,) = torch.autograd.grad(total.sum(), latent)
             return [total.detach(), derivative.detach()]
 
@@ -147,9 +144,7 @@ class _Call:
         )
 
     def inputs(self) -> list[Tensor] | None:
-        """What the graph is to be given; None if that is not for such arguments any more."""
-        if self.graph is None or not self.graph.totals.are_fixed():
-            return None
+        """What the graph is to be given; None if it is not for such arguments."""
         if not self._has_rows:
             return self._inputs
         return self._read(self._program.drawn_rows(self._args, self._kwargs))

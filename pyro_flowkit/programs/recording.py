@@ -234,16 +234,15 @@ class Totals:
         """Whether the tensors whose values were read are what they were."""
         return all(tensor._version == version for tensor, version in self._graph.fixed)
 
-    def __call__(self, values: Values, tensors: list[Tensor]) -> Tensor:
-        """log p in nats, shape ``(size,)``."""
+    def __call__(self, values: Values, tensors: list[Tensor], total: Tensor) -> Tensor:
+        """What is given plus log p in nats, site after site, shape ``(size,)``."""
         unscaled, scales, _ = side_by_side(self._graph.of_one)(values, tensors)
         if scales:
             raise Unrecordable("it scales densities by tensors")
-        totals = [
-            log_prob.reshape(self._size, -1).sum(-1) * self._graph.scales.get(name, 1.0)
-            for name, log_prob in unscaled.items()
-        ]
-        return sum(totals[1:], start=totals[0])
+        for name, log_prob in unscaled.items():
+            scaled = log_prob * self._graph.scales.get(name, 1.0)
+            total = total + scaled.reshape(self._size, -1).sum(-1)
+        return total
 
     @property
     def is_plain(self) -> bool:

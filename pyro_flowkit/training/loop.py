@@ -205,6 +205,7 @@ class Loop:
         self._schedule.before_step(used)
         if self._kl_weight is not None and isinstance(loss, Variational):
             loss.kl_weight = self._kl_weight(state.step, used)
+        loss.begin_step(state.step)
         parameters = loss.parameters()
         batch = self._batches[state.step]
         for parameter in parameters:

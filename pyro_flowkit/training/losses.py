@@ -95,6 +95,9 @@ class Loss:
         loss.backward()
         return loss.item()
 
+    def begin_step(self, number: int) -> None:
+        """Takes note of how many steps came before the next one."""
+
     def move_arguments(self, device: torch.device) -> None:
         """Puts the tensors among the arguments after the batch on another device."""
         self._args, self._kwargs = moved(self._args, device), moved(self._kwargs, device)
@@ -338,6 +341,10 @@ class Variational(Loss):
     def traces(self, batch: Batch) -> tuple[Any, Any]:
         """Traces of model and guide on a batch, without gradients."""
         return trace_pair(self._model, self._guide, (*batch, *self._args), self._kwargs)
+
+    def begin_step(self, number: int) -> None:
+        if isinstance(self._objective, LatentELBO):
+            self._objective.num_steps = number
 
     def density_graph(self, batch: Batch) -> Graph | None:
         """The model's density with its derivative as a graph, if steps on such a batch are to use one."""
