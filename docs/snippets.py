@@ -1,6 +1,6 @@
 """The programs in the pages: run them, and write below each what it printed.
 
-    python docs/snippets.py                     # all pages
+    python docs/snippets.py                     # all pages and the README
     python docs/snippets.py docs/start.md
 
 The ```` ```python ```` blocks of a page run in their order and share their names, each with the imports that it needs.
@@ -27,7 +27,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PAGES = sorted(
     page
-    for page in DOCS.rglob("*.md")
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md"))
     if not {"_build", "tutorials", "benchmark_results"} & set(page.relative_to(ROOT).parts)
 )
 BLOCK = re.compile(
