@@ -2,6 +2,8 @@
 # make demo-mnist DATA=PATH    the same on MNIST or Fashion-MNIST: an npz file, an idx file or a folder of them
 # make test    run the test suite
 # make check   ruff, codespell, mypy
+# make docs    build the site into docs/_build/html; needs no network once it is set up
+# make snippets    run the programs in the pages and write below each what it prints
 # make notebooks    execute the tutorials and write the notebooks beside them
 # make clean   remove environments, caches and build outputs
 #
@@ -26,7 +28,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-mnist test check notebooks setup setup-dev clean
+.PHONY: demo demo-mnist test check docs snippets notebooks setup setup-dev setup-docs clean
 
 # Said first, since a fresh environment is a download and a minute or two of silence.
 SET_UP = @echo "Set-up in $(VENV) (once: PyTorch is downloaded, one to two minutes), then the comparison." && \
@@ -53,8 +55,16 @@ check: setup-dev
 notebooks: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m jupytext --to ipynb --set-kernel python3 --execute tutorials/[0-9]*.py
 
+docs: setup-docs
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+snippets: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python docs/snippets.py
+
 setup: $(VENV)/.stamp-test
 setup-dev: $(VENV)/.stamp-dev
+setup-docs: $(VENV)/.stamp-docs
 
 # PyTorch comes first and alone, so that nothing else chooses its version or its index.
 $(VENV)/.stamp-torch: $(CONSTRAINTS)
@@ -72,6 +82,10 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	$(PIP) -e ".[dev]"
 	@touch $@
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-test
+	$(PIP) -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-next build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-next docs/_build docs/reference/generated docs/tutorials docs/benchmark_results build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

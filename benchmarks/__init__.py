@@ -5,6 +5,7 @@ Run them from the repository root, with the extra ``bench`` installed for the li
     python -m benchmarks.spline_kernel      the spline alone: fused kernel and PyTorch reference
     python -m benchmarks.spline_flows       whole flows: this project, pyro, nflows, normflows, zuko, flowjax
     python -m benchmarks.svi_step           a step of variational inference: AutoSplineFlow and Pyro's guides
+    python -m benchmarks.time_to_posterior  CPU seconds to a posterior, beside a Gaussian, NumPyro's IAF and NUTS
     python -m benchmarks.near_gaussian      AutoSplineFlow on posteriors where a Gaussian is nearly enough
     python -m benchmarks.amortized          AmortizedSplineFlow against an exact posterior
     python -m benchmarks.tables DATA.npz    densities of tables with the command line's defaults

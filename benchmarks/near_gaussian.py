@@ -10,7 +10,7 @@ ELBOs on the same 20,000 quasi-random draws of the base, so that their differenc
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -20,10 +20,15 @@ from torch import Tensor
 from benchmarks._measure import RESULTS, Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.gaussian import normal_draws
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.ops.quasi_random import normal_draws
 
-Model = Callable[[], None]
+
+class Regression(NamedTuple):
+    """A Pyro model and its arguments."""
+
+    model: Callable[..., None]
+    args: tuple[Any, ...]
 
 
 def _predictors(rows: int, columns: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Any:
@@ -34,51 +39,47 @@ def _predictors(rows: int, columns: int, seed: int, scale: float = 1.0, shift: f
     return scale * x + shift, noise, truth
 
 
+def linear_model(x: Tensor, y: Tensor) -> None:
+    """Coefficients, intercept and noise of a linear regression."""
+    alpha = pyro.sample("alpha", dist.Normal(x.new_zeros(()), 1000.0))
+    beta = pyro.sample("beta", dist.Normal(x.new_zeros(x.shape[-1]), 10.0).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfNormal(x.new_ones(())))
+    mean = alpha[..., None] + beta @ x.mT
+    pyro.sample("y", dist.Normal(mean, sigma[..., None]).to_event(1), obs=y)
+
+
+def logistic_model(x: Tensor, y: Tensor, prior_scale: float) -> None:
+    """Coefficients of a logistic regression."""
+    beta = pyro.sample("beta", dist.Normal(x.new_zeros(x.shape[-1]), prior_scale).to_event(1))
+    pyro.sample("y", dist.Bernoulli(logits=beta @ x.mT).to_event(1), obs=y)
+
+
+def poisson_model(x: Tensor, y: Tensor) -> None:
+    """Coefficients and intercept of a Poisson regression."""
+    alpha = pyro.sample("alpha", dist.Normal(x.new_zeros(()), 5.0))
+    beta = pyro.sample("beta", dist.Normal(x.new_zeros(x.shape[-1]), 1.0).to_event(1))
+    rate = (alpha[..., None] + beta @ x.mT).exp()
+    pyro.sample("y", dist.Poisson(rate).to_event(1), obs=y)
+
+
 def linear(
     rows: int, columns: int, *, scale: float = 1.0, shift: float = 0.0, intercept: float = 0.0
-) -> Model:
-    """Coefficients, intercept and noise of a linear regression."""
+) -> Regression:
     x, noise, truth = _predictors(rows, columns, columns, scale, shift)
-    y = intercept + x @ (truth / scale) + noise
-
-    def model() -> None:
-        alpha = pyro.sample("alpha", dist.Normal(x.new_zeros(()), 1000.0))
-        beta = pyro.sample("beta", dist.Normal(x.new_zeros(columns), 10.0).to_event(1))
-        sigma = pyro.sample("sigma", dist.HalfNormal(x.new_ones(())))
-        mean = alpha[..., None] + beta @ x.mT
-        pyro.sample("y", dist.Normal(mean, sigma[..., None]).to_event(1), obs=y)
-
-    return model
+    return Regression(linear_model, (x, intercept + x @ (truth / scale) + noise))
 
 
-def logistic(rows: int, columns: int, *, scale: float = 1.0) -> Model:
-    """Coefficients of a logistic regression."""
+def logistic(rows: int, columns: int, *, scale: float = 1.0) -> Regression:
     x, noise, truth = _predictors(rows, columns, 100 + columns, scale)
-    y = (x @ truth / scale + noise > 0).double()
-
-    def model() -> None:
-        prior = dist.Normal(x.new_zeros(columns), 3.0 / scale).to_event(1)
-        logits = pyro.sample("beta", prior) @ x.mT
-        pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
-
-    return model
+    return Regression(logistic_model, (x, (x @ truth / scale + noise > 0).double(), 3.0 / scale))
 
 
-def poisson(rows: int, columns: int, *, scale: float = 1.0) -> Model:
-    """Coefficients and intercept of a Poisson regression."""
+def poisson(rows: int, columns: int, *, scale: float = 1.0) -> Regression:
     x, _, truth = _predictors(rows, columns, 200 + columns, scale)
-    y = (1.0 + 0.3 * x @ truth / scale).exp().round()
-
-    def model() -> None:
-        alpha = pyro.sample("alpha", dist.Normal(x.new_zeros(()), 5.0))
-        beta = pyro.sample("beta", dist.Normal(x.new_zeros(columns), 1.0).to_event(1))
-        rate = (alpha[..., None] + beta @ x.mT).exp()
-        pyro.sample("y", dist.Poisson(rate).to_event(1), obs=y)
-
-    return model
+    return Regression(poisson_model, (x, (1.0 + 0.3 * x @ truth / scale).exp().round()))
 
 
-MODELS: dict[str, Model] = {
+MODELS: dict[str, Regression] = {
     "linear, 2 predictors": linear(50, 2),
     "linear, 8 predictors": linear(100, 8),
     "linear, 28 predictors": linear(200, 28),
@@ -102,19 +103,22 @@ def _elbo(guide: AutoSplineFlow, density: LatentDensity, draws: Tensor) -> Tenso
     return torch.cat(parts)
 
 
-def measure(model: Model, *, seconds: float, steps: int | None, seed: int) -> dict[str, float]:
+def measure(
+    regression: Regression, *, seconds: float, steps: int | None, seed: int
+) -> dict[str, float]:
     """The ELBO of the best Gaussian, and what the flow adds to it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    gaussian = AutoSplineFlow(model, hierarchical=False).setup()
-    gaussian.start_at_gaussian(model)
-    density = LatentDensity(model, gaussian)
+    model, args = regression
+    gaussian = AutoSplineFlow(model, hierarchical=False).setup(*args)
+    gaussian.start_at_gaussian(model, args)
+    density = LatentDensity(model, gaussian, args)
     draws = normal_draws(10_000, gaussian.affine.loc, seed=5)
     before = _elbo(gaussian, density, draws)
     pyro.clear_param_store()
-    guide = AutoSplineFlow(model).setup()
+    guide = AutoSplineFlow(model).setup(*args)
     begun = time.process_time()
-    fit(model, guide, max_seconds=seconds, max_steps=steps, seed=seed, progress=False)
+    fit(model, guide, args=args, max_seconds=seconds, max_steps=steps, seed=seed, progress=False)
     cpu = time.process_time() - begun
     gain = _elbo(guide, density, draws) - before
     return {
@@ -138,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = {}
-    for name, model in MODELS.items():
-        found[name] = measure(model, seconds=args.seconds, steps=args.steps, seed=args.seed)
+    for name, regression in MODELS.items():
+        found[name] = measure(regression, seconds=args.seconds, steps=args.steps, seed=args.seed)
         print(name, found[name], flush=True)
     report = Report("AutoSplineFlow on posteriors that are close to a Gaussian")
     report.add(

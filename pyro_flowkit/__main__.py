@@ -10,6 +10,7 @@ from pyro_flowkit.command_line.errors import CommandError
 from pyro_flowkit.tables.columns import DISCRETE
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.flow import DEFAULT_LAYERS, FlowSettings
+from pyro_flowkit.tables.missing import MISSING
 from pyro_flowkit.tables.training import BATCH_SIZE, DEFAULT_SECONDS, LEARNING_RATE
 
 FAILED, INTERRUPTED = 2, 130
@@ -65,7 +66,36 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    fit = add("fit", commands.fit, "train the density of a table and write a run folder")
+    _add_fit(add("fit", commands.fit, "train the density of a table and write a run folder"))
+    score = add(
+        "score",
+        commands.score,
+        "write the log density (nats, units of the file) of every row of a table",
+    )
+    score.add_argument("run", metavar="RUN", help="run folder")
+    _add_data(score)
+    _add_missing(score, MISSING[:2], "an error, or leave them out")
+    _add_output(score, "FILE", "CSV file to write (default: stdout)")
+
+    sample = add(
+        "sample", commands.sample, "write rows drawn from a density, in the units of its table"
+    )
+    sample.add_argument("run", metavar="RUN", help="run folder")
+    sample.add_argument(
+        "-n", "--count", type=_between(1, MOST_DRAWS), default=1000, help="rows (default: 1000)"
+    )
+    sample.add_argument("--seed", type=_seed, default=0, help="of the draws (default: 0)")
+    _add_output(sample, "FILE", "CSV file to write (default: stdout)")
+
+    compare = add("compare", commands.compare, "compare runs on the test rows that they share")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+
+    diagnose = add("diagnose", commands.diagnose, "say in plain words what to make of a run")
+    diagnose.add_argument("run", metavar="RUN", help="run folder")
+    return parser
+
+
+def _add_fit(fit: argparse.ArgumentParser) -> None:
     _add_data(fit)
     _add_output(fit, "DIR", "the run folder to write", required=True)
     fit.add_argument("--columns", nargs="+", metavar="NAME", help="columns to use (default: all)")
@@ -79,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="columns of few distinct values: noise for integers and an error for others, drop them, or keep them as "
         "if they were continuous (default: noise)",
     )
+    _add_missing(fit, MISSING, "an error, leave them out, or fill them in, to train only")
     fit.add_argument("--steps", type=_positive(int), help="training steps (default: by the rows)")
     fit.add_argument(
         "--seconds",
@@ -112,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         help="share of units to drop while training (default: %(default)s)",
     )
     fit.add_argument(
+        "--base",
+        choices=("normal", "student_t"),
+        help="of the flow: student_t for heavy tails (default: by held-out rows)",
+    )
+    fit.add_argument(
         "--lr",
         type=_positive(float),
         default=LEARNING_RATE,
@@ -123,32 +159,6 @@ def _parser() -> argparse.ArgumentParser:
         default=BATCH_SIZE,
         help="rows per step (default: %(default)s)",
     )
-
-    score = add(
-        "score",
-        commands.score,
-        "write the log density (nats, units of the file) of every row of a table",
-    )
-    score.add_argument("run", metavar="RUN", help="run folder")
-    _add_data(score)
-    _add_output(score, "FILE", "CSV file to write (default: stdout)")
-
-    sample = add(
-        "sample", commands.sample, "write rows drawn from a density, in the units of its table"
-    )
-    sample.add_argument("run", metavar="RUN", help="run folder")
-    sample.add_argument(
-        "-n", "--count", type=_between(1, MOST_DRAWS), default=1000, help="rows (default: 1000)"
-    )
-    sample.add_argument("--seed", type=_seed, default=0, help="of the draws (default: 0)")
-    _add_output(sample, "FILE", "CSV file to write (default: stdout)")
-
-    compare = add("compare", commands.compare, "compare runs on the test rows that they share")
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
-
-    diagnose = add("diagnose", commands.diagnose, "say in plain words what to make of a run")
-    diagnose.add_argument("run", metavar="RUN", help="run folder")
-    return parser
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
@@ -170,6 +180,15 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     group.add_argument("--encoding", help="of text, such as latin-1")
     group.add_argument(
         "--na", nargs="+", default=[], metavar="WORD", help="further words for missing values"
+    )
+
+
+def _add_missing(command: argparse.ArgumentParser, choices: Sequence[str], text: str) -> None:
+    command.add_argument(
+        "--missing",
+        choices=choices,
+        default=choices[0],
+        help=f"rows with missing values: {text} (default: refuse)",
     )
 
 

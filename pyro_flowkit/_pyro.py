@@ -1,4 +1,4 @@
-"""Where the package leans on Pyro's private names, and how its modules stay in step with the param store.
+"""How the modules of this package stay in step with Pyro's param store.
 
 A module of this package owns its parameters. Under a deterministic name it lends them to Pyro's param store at every
 forward, so that the store holds the very tensors that the module computes with:
@@ -33,28 +33,6 @@ from torch import Tensor, nn
 
 from pyro_flowkit.transforms.base import forget_unconstrained
 
-# Every private name of Pyro that the package uses, as (owner, attribute); a test looks them up on each supported Pyro.
-PRIVATE_NAMES = (
-    ("pyro.nn.module", "_is_module_local_param_enabled"),
-    ("pyro.nn.module", "_Context"),
-    ("pyro.nn.PyroModule", "_pyro_set_supermodule"),
-    ("pyro.params.param_store.ParamStoreDict.__init__", "_params"),
-    ("pyro.params.param_store.ParamStoreDict.__init__", "_param_to_name"),
-    ("pyro.params.param_store.ParamStoreDict.__init__", "_constraints"),
-    ("pyro.nn.PyroModule.__init__", "_pyro_name"),
-    ("pyro.nn.PyroModule.__init__", "_pyro_context"),
-    ("pyro.infer.autoguide.guides.AutoContinuous", "_setup_prototype"),
-    ("pyro.infer.autoguide.guides.AutoContinuous", "_init_loc"),
-    ("pyro.infer.autoguide.guides.AutoContinuous", "_unpack_latent"),
-    ("pyro.infer.autoguide.guides.AutoContinuous", "_loc_scale"),
-    ("pyro.infer.autoguide.guides.AutoContinuous", "_create_plates"),
-    ("pyro.infer.autoguide.guides.AutoGuide.__init__", "_prototype_frames"),
-    ("pyro.distributions.MaskedDistribution.__init__", "_mask"),
-    ("pyro.infer.ELBO", "_get_trace"),
-    ("pyro.infer.ELBO", "_get_traces"),
-    ("pyro.poutine.runtime", "_PYRO_STACK"),
-)
-
 # What the store has as the constraint of an entry that was lent. Pyro looks at the type alone, and puts its own object
 # in the place of this one where a state is loaded or set.
 _LENT = type(constraints.real)()
@@ -87,6 +65,11 @@ class StoreModule(PyroModule):
         super().__init__(name=name)
         self._store_name: str | None = None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which cannot enter Pyro's context of names in the store
+            return nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         # PyroModule would register plain submodules a second time, under other names and without reading them back.
         return nn.Module.__getattr__(self, name)
@@ -101,6 +84,8 @@ class StoreModule(PyroModule):
         Raises:
             ValueError: if the store holds entries under the module's name that do not fit it.
         """
+        if torch.compiler.is_compiling():  # a graph has the module's own tensors, and no store
+            return
         if _is_module_local_param_enabled():
             if lend:
                 self._state_local_params()

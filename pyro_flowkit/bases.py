@@ -58,6 +58,25 @@ class NormalBase(nn.Module):
         return _StandardNormal(self.loc, self.scale, validate_args=False).to_event(1)
 
 
+class _ClosedUniform(dist.Uniform):
+    """A uniform whose upper end counts, and what rounding puts beside an end: an angle may be pi itself."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        slack = 8 * torch.finfo(value.dtype).eps * torch.maximum(self.low.abs(), self.high.abs())
+        is_inside = (value >= self.low - slack) & (value <= self.high + slack)
+        log_density = -(self.high - self.low).log()
+        return torch.where(is_inside, log_density, -math.inf)
+
+
+def _with_ends(base: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    """The same distribution; a uniform with its upper end."""
+    marginal = getattr(base, "base_dist", None)
+    if not isinstance(marginal, torch.distributions.Uniform):
+        return base
+    closed = _ClosedUniform(marginal.low, marginal.high, validate_args=False)
+    return closed.to_event(len(base.event_shape))
+
+
 class StudentTBase(nn.Module):
     """Student's t with learned degrees of freedom for every dimension, 10 at first."""
 
@@ -82,7 +101,7 @@ class FixedBase(nn.Module):
                 f"{tuple(distribution.event_shape)} (batch shape {tuple(distribution.batch_shape)}): "
                 ".to_event(1) makes the last batch dimension the event."
             )
-        self.distribution = distribution
+        self.distribution = _with_ends(distribution)
 
     def forward(self) -> torch.distributions.Distribution:
         return self.distribution

@@ -18,10 +18,12 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import detach, sum_rightmost
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.ops.quasi_random import normal_draws, student_t_draws
 from pyro_flowkit.path_gradient import derivatives_of, guarded_path_term, held_fixed, is_affine
 from pyro_flowkit.transforms.base import Bijection, stamp, tensors_in
 from pyro_flowkit.transforms.conditional import ConditionedTransform
@@ -34,12 +36,15 @@ class Draw(NamedTuple):
         value: the draw.
         log_prob: its log-density.
         stamp: what the two depend on.
+        numbers: what these hold, as writing to ``.data`` leaves no trace; None where that cannot be read, and for a
+            draw in a Pyro program, which asks for the log-density in the same call.
         inputs: of every transform, where a path gradient may be asked for.
     """
 
     value: "weakref.ref[Tensor]"
     log_prob: Tensor
     stamp: tuple
+    numbers: Tensor | None
     inputs: list[Tensor]
 
 
@@ -62,7 +67,8 @@ class FlowDistribution(dist.TransformedDistribution):
     ``S + B``, in nats.
 
     The last draw is remembered with its log-density, which ``log_prob`` uses once, for that very tensor, if neither it
-    nor a parameter was written to since and the grad mode is the same. Copies and pickles do not carry it.
+    nor a parameter was written to since, ``.data`` included, and the grad mode is the same. Copies and pickles do not
+    carry it.
     """
 
     _held: Sequence[tuple[list[nn.Module], Tensor | None]] = ()
@@ -99,7 +105,9 @@ class FlowDistribution(dist.TransformedDistribution):
     def _pushed(self, value: Tensor, inputs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         event_dim = len(self.base_dist.event_shape)
         if _is_empty(value):
-            log_prob = value.new_zeros(value.shape[: value.dim() - event_dim])
+            log_prob = self._with_graph(
+                value.new_zeros(value.shape[: value.dim() - event_dim]), value
+            )
         else:
             log_prob = self.base_dist.log_prob(value)
         for transform in self.transforms:
@@ -152,9 +160,20 @@ class FlowDistribution(dist.TransformedDistribution):
         return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))), [])
 
     def _remembered(self, value: Tensor, log_prob: Tensor, inputs: list[Tensor]) -> Tensor:
-        current = stamp(self._tracked_tensors(), value)
-        self._draw = Draw(weakref.ref(value), log_prob, current, inputs)
+        tensors = self._tracked_tensors()
+        numbers = None if am_i_wrapped() else _numbers_of(tensors, value)
+        self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), numbers, inputs)
         return value
+
+    def _is_unchanged(self, draw: Draw, value: Tensor) -> bool:
+        """Whether neither value nor parameters were written to since a draw."""
+        tensors = self._tracked_tensors()
+        if draw.stamp != stamp(tensors, value):
+            return False
+        if draw.numbers is None:
+            return True
+        numbers = _numbers_of(tensors, value)
+        return numbers is not None and torch.equal(draw.numbers, numbers)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``.
@@ -165,17 +184,26 @@ class FlowDistribution(dist.TransformedDistribution):
         if not value.is_floating_point():
             value = value.to(self._dtype)
         draw, self._draw = self._draw, None
-        if draw is not None and draw.value() is value:
-            if draw.stamp == stamp(self._tracked_tensors(), value):
-                return draw.log_prob
+        if draw is not None and draw.value() is value and self._is_unchanged(draw, value):
+            return draw.log_prob
         cut = value.dim() - len(self.event_shape)
         if _is_empty(value) and value.shape[cut:] == self.event_shape:
-            return value.new_zeros(torch.broadcast_shapes(value.shape[:cut], self.batch_shape))
+            shape = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+            return self._with_graph(value.new_zeros(shape), value)
         if self._validate_args:
+            if torch.compiler.is_compiling():  # a graph has no branches
+                return self._with_infinite_rows(value)
             self._validate_sample(value)
             if not is_transformed() and not bool(value.sum().isfinite()):
                 return self._with_infinite_rows(value)
         return self._pull(value, self.base_dist, self.transforms)
+
+    def _with_graph(self, empty: Tensor, value: Tensor) -> Tensor:
+        """The same, with gradients of zero for all that it would depend on if there were any rows."""
+        for tensor in (value, *self._tracked_tensors()):
+            if tensor.requires_grad:
+                empty = empty + tensor.flatten()[:0].sum().to(empty)
+        return empty
 
     def _with_infinite_rows(self, value: Tensor) -> Tensor:
         """The log-density where some values may be infinite, which mixing layers would make NaN of."""
@@ -277,33 +305,55 @@ class FlowDistribution(dist.TransformedDistribution):
     def fixed_draws(self, num_pairs: int = 5000) -> Tensor:
         """The same draws at every call, for summaries that shall not jump: shape ``(2 * num_pairs + 1, *B, D)``.
 
-        They come from one fixed seed; the global random state is neither read nor changed. Where the base is normal or
-        Student's t they are antithetic, and one is the image of its centre, so that the marginal medians of a flow that
-        is still affine are exact.
+        The global random state is neither read nor changed. Where the base is normal or Student's t they are
+        quasi-random and antithetic, the same for every row of a batch, and one is the image of the base's centre, so
+        that the marginal medians of a flow that is still affine are exact. Others come from one fixed seed.
         """
         base = self.base_dist
-        device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
-        with _fixed_seed(device):
-            z = base.sample(torch.Size([num_pairs]))
-            per_dimension = getattr(base, "base_dist", None)
-            if isinstance(per_dimension, torch.distributions.Normal | torch.distributions.StudentT):
-                centre = per_dimension.loc.expand(base.batch_shape + base.event_shape)
-                z = torch.cat([centre.unsqueeze(0), z, 2 * centre - z])
+        marginal: Any = getattr(base, "base_dist", None)
+        is_known = isinstance(marginal, torch.distributions.Normal | torch.distributions.StudentT)
+        if is_known and len(base.event_shape) == 1:
+            loc, scale = marginal.loc, marginal.scale
+            if isinstance(marginal, torch.distributions.Normal):
+                noise = normal_draws(num_pairs, loc, seed=0)
             else:
-                z = torch.cat([z, base.sample(torch.Size([num_pairs + 1]))])
+                noise = student_t_draws(num_pairs, _first_row(marginal.df), seed=0)
+            noise = torch.cat([torch.zeros_like(noise[:1]), noise])
+            noise = noise.reshape(len(noise), *(1,) * len(base.batch_shape), -1)
+            z = loc + scale * noise.expand(-1, *base.batch_shape, -1)
+        else:
+            device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
+            with _fixed_seed(device):
+                z = base.sample(torch.Size([2 * num_pairs + 1]))
         for transform in self.transforms:
             z = transform(z)
         return z
 
     @property
     def mean(self) -> Tensor:
-        """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
-        return self.fixed_draws().mean(0)
+        """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``; NaN where the base's tail has none."""
+        return self.fixed_draws().mean(0).masked_fill(self._reached_by(1.0), torch.nan)
 
     @property
     def variance(self) -> Tensor:
-        """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``."""
-        return self.fixed_draws().var(0)
+        """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``; infinite where the base's tail has none."""
+        variance = self.fixed_draws().var(0).masked_fill(self._reached_by(2.0), torch.inf)
+        return variance.masked_fill(self._reached_by(1.0), torch.nan)
+
+    @torch.no_grad()
+    def _reached_by(self, df: float) -> Tensor:
+        """Which dimensions follow the tail of one of Student's t with at most so many degrees of freedom."""
+        marginal: Any = getattr(self.base_dist, "base_dist", None)
+        shape = self.batch_shape + self.event_shape
+        if not isinstance(marginal, torch.distributions.StudentT):
+            return torch.zeros(shape, dtype=torch.bool)
+        far = marginal.loc.new_full((*shape,), _FAR)
+        heavy = (marginal.df <= df).expand(shape)
+        moved = far + _FAR * torch.diag_embed(heavy.to(far)).movedim(-2, 0)
+        x = torch.cat([far.unsqueeze(0), moved])
+        for transform in self.transforms:
+            x = transform(x)
+        return ((x[1:] - x[0]).abs() > 1e-3).any(0)
 
     @contextmanager
     def _fixed(self) -> Iterator[tuple[torch.distributions.Distribution, list[Transform]]]:
@@ -348,6 +398,20 @@ def _is_empty(value: Tensor) -> bool:
     return not torch.jit.is_tracing() and value.numel() == 0
 
 
+@torch.no_grad()
+def _numbers_of(tensors: Sequence[Tensor], value: Tensor) -> Tensor | None:
+    """A norm of each parameter, and norm and sum of a value: what they hold, at a small part of a draw's cost."""
+    if is_transformed() or torch.compiler.is_compiling():
+        return None
+    norms = torch._foreach_norm([*(tensor for tensor in tensors if tensor.requires_grad), value])
+    return torch.stack([number.to(value.dtype) for number in (*norms, value.sum())])
+
+
+def _first_row(value: Tensor) -> Tensor:
+    """Of a batch whose rows are equal."""
+    return value.reshape(-1, value.shape[-1])[0]
+
+
 @contextmanager
 def _fixed_seed(device: torch.device, seed: int = 0) -> Iterator[None]:
     """Draw from a seed for a while; the random states of the CPU and of this device come back as they were."""
@@ -379,5 +443,6 @@ def _tensors_in(*parts: Any) -> list[Tensor]:
     return tensors
 
 
+_FAR = 1e4  # where splines are linear
 _LISTS = (list, tuple)
 _OWNERS = (nn.Module, torch.distributions.Distribution, Transform)

@@ -17,6 +17,7 @@ from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.nn import Activation, checked_hidden_dims
 from pyro_flowkit.ops import Tails
+from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
 from pyro_flowkit.transforms.autoregressive import (
     conditional_spline_autoregressive,
     spline_autoregressive,
@@ -194,6 +195,31 @@ class SplineFlow(StoreModule):
         """
         self.sync_with_store(lend=False)
         return self._distribution(context).sample((n,) if isinstance(n, int) else n)
+
+    def plot(
+        self,
+        data: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 2000,
+        axes: Any = None,
+    ) -> Any:
+        """Marginals and pairs of draws, over those of data where they are given.
+
+        Args:
+            data: rows to lay the flow over, shape ``(n, D)``.
+            context: a single one, shape ``(C,)``, where the flow has one.
+            num_samples: draws of the flow.
+            axes: an ``(n, n)`` array of Axes; a new figure by default.
+
+        Returns:
+            The ``(n, n)`` array of Axes for the first n = min(D, 8) dimensions.
+        """
+        columns = {} if data is None else {"data": columns_of({"x": data.detach().cpu().numpy()})}
+        columns["flow"] = columns_of({"x": self.sample(num_samples, context).cpu().numpy()})
+        names, note = first_variables(list(columns["flow"]))
+        reference = None if data is None else "data"
+        return draw_panels(columns, names, reference=reference, axes=axes, note=note)
 
     def standardize(
         self, data: Tensor, kind: Literal["diagonal", "full"] = "diagonal"

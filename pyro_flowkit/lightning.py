@@ -27,11 +27,11 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pyro_flowkit.programs.modules import DIVIDER
 from pyro_flowkit.training.data import RowBatches, as_batch, as_rows
 from pyro_flowkit.training.losses import STORE, Variational
 from pyro_flowkit.training.objective import chosen_loss, recipe_of
 from pyro_flowkit.training.optimizer import Factory, build_optimizer
-from pyro_flowkit.training.registered import DIVIDER
 from pyro_flowkit.training.schedule import SCHEDULES
 from pyro_flowkit.training.state import copied, random_state, set_random_state, write_into
 

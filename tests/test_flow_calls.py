@@ -262,3 +262,30 @@ def test_remembered_draw_keeps_no_value_alive() -> None:
     ref = weakref.ref(x)
     del x
     assert ref() is None
+
+
+def scaled(flow, x):
+    for parameter in flow.parameters():
+        parameter.data.mul_(1.5)
+
+
+def from_vector(flow, x):
+    vector = torch.nn.utils.parameters_to_vector(flow.parameters())
+    torch.nn.utils.vector_to_parameters(1.5 * vector.detach(), flow.parameters())
+
+
+def moved(flow, x):
+    x.data.add_(1.0)
+
+
+@pytest.mark.parametrize("change", [scaled, from_vector, moved])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_changes_that_autograd_does_not_count_are_seen(change, gradients: bool) -> None:
+    flow = perturb_(SplineFlow(2, num_transforms=2, hidden_dims=[8]), 0.2)
+    d = flow()
+    x = d.rsample((50,)) if gradients else d.sample((50,))
+    before = d._draw.log_prob.detach().clone()
+    change(flow, x)
+    found = d.log_prob(x)
+    assert torch.equal(found, flow().log_prob(x.detach().clone()))
+    assert (found - before).abs().max() > 0.1

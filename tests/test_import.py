@@ -14,8 +14,9 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
-    {"ops", "programs"},
-    {"nn"},
+    {"ops", "pictures", "programs", "_private_names"},
+    {"environment", "nn"},
+    {"autoregressive_nn"},
     {"transforms"},
     {"path_gradient"},
     {"_pyro", "bases", "flow_distribution", "preprocessing"},

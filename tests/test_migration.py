@@ -1,4 +1,4 @@
-"""What docs/migration.md says of Pyro's flows and of ours, where no other test says it."""
+"""What docs/coming_from/pyro.md says of Pyro's flows and of ours, where no other test says it."""
 
 import re
 from functools import partial
@@ -17,7 +17,7 @@ from pyro_flowkit import SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.testing import perturb_
 
-PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
+PAGE = Path(__file__).parents[1] / "docs" / "coming_from" / "pyro.md"
 DIM, CONTEXT, ROWS = 3, 2, 5
 
 
@@ -44,9 +44,9 @@ def test_the_programs_of_the_page_run_and_its_commands_exist() -> None:
         exec(compile(block, str(PAGE), "exec"), namespace)
     assert namespace["flow_dist"].log_prob(torch.zeros(7, 2)).shape == (7,)
     for path in re.findall(r"python -m (\S+)", text):
-        assert (PAGE.parents[1] / f"{path.replace('.', '/')}.py").exists(), path
+        assert (PAGE.parents[2] / f"{path.replace('.', '/')}.py").exists(), path
     for path in re.findall(r"`(tests/\S+\.py)`", text):
-        assert (PAGE.parents[1] / path).exists(), path
+        assert (PAGE.parents[2] / path).exists(), path
 
 
 def test_the_page_names_every_transform_that_takes_the_place_of_pyros() -> None:

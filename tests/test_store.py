@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import importlib
-import inspect
 import warnings
 
 import pyro
@@ -16,7 +14,6 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flowkit import SplineFlow
-from pyro_flowkit._pyro import PRIVATE_NAMES
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.testing import perturb_
 
@@ -48,24 +45,6 @@ def reload(tmp_path) -> None:
     pyro.clear_param_store()
     gc.collect()
     pyro.get_param_store().load(tmp_path / "store.pt")
-
-
-@pytest.mark.parametrize(("owner", "name"), PRIVATE_NAMES)
-def test_private_names_of_pyro_are_there(owner: str, name: str) -> None:
-    parts, index = owner.split("."), 1
-    found = importlib.import_module(parts[0])
-    for part in parts[1:]:
-        index += 1
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            found = importlib.import_module(".".join(parts[:index]))
-    if owner.endswith(".__init__"):
-        assert f"self.{name} = " in inspect.getsource(
-            found
-        ) or f"self.{name}: " in inspect.getsource(found)
-    else:
-        assert hasattr(found, name)
 
 
 def test_store_holds_the_very_tensors_under_deterministic_names() -> None:

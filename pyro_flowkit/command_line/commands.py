@@ -15,6 +15,7 @@ from pyro_flowkit.command_line.places import new_file, reserved
 from pyro_flowkit.command_line.reading import Source, read_table
 from pyro_flowkit.command_line.runs import Run, read_run, write_run
 from pyro_flowkit.tables import FlowSettings, TableDensity
+from pyro_flowkit.training.result import versions
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -26,8 +27,13 @@ def fit(args: argparse.Namespace) -> None:
             columns=args.columns,
             exclude=args.exclude,
             discrete=args.discrete,
+            missing=args.missing,
             settings=FlowSettings(
-                layers=args.layers, width=args.width, bins=args.bins, dropout=args.dropout
+                layers=args.layers,
+                width=args.width,
+                bins=args.bins,
+                dropout=args.dropout,
+                base=args.base,
             ),
             seed=args.seed,
             name=source.name,
@@ -43,9 +49,15 @@ def fit(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """Write the log density of every row."""
     density = read_run(Path(args.run)).density
-    source = read_table(args.data, read_options(args), density.preparation.columns)
-    log_prob = density.log_prob_of(source.frame, where=source.name)
-    _write_table(pd.DataFrame({"row": np.arange(len(log_prob)), "log_prob": log_prob}), args)
+    source = read_table(args.data, read_options(args), density.columns)
+    log_prob = density.log_prob_of(
+        source.frame, where=source.name, allow_missing=args.missing == "drop"
+    )
+    rows = np.flatnonzero(~np.isnan(log_prob))
+    if not len(rows):
+        raise CommandError(f"Expected rows without missing values in {source.name}, got none")
+    log_prob = log_prob[rows]
+    _write_table(pd.DataFrame({"row": rows, "log_prob": log_prob}), args)
     error = (
         f" (s.e. {log_prob.std(ddof=1) / len(log_prob) ** 0.5:.4f})" if len(log_prob) > 1 else ""
     )
@@ -99,22 +111,31 @@ def _run(file: str, density: TableDensity, options: dict[str, Any]) -> Run:
         "data": {
             "file": file,
             "rows": len(table.values),
+            "filled_in": table.filled,
             "columns": list(table.columns),
             "dropped": list(table.dropped),
+            "atoms": {name: list(values) for name, values in table.atoms.items()},
             "fingerprint": table.fingerprint(),
             "split_seed": options["seed"],
         },
         "settings": trained.settings.to_json(),
         "options": options,
-        "versions": trained.result.versions,
+        "versions": versions(),
     }
     test = {
-        "row": density.split.test,
+        "row": np.asarray(table.rows)[density.split.test],
+        "copy_of": trained.copy_of["test"],
         "log_prob": trained.log_prob["test"].numpy(),
         "gaussian": trained.gaussian_log_prob["test"].numpy(),
     }
-    history = {"history": trained.result.history, "validation": trained.result.validation}
-    return Run(info, density.metrics, trained.density, {**history, "test": test})
+    result = trained.result
+    none = {"step": np.empty(0)}
+    tables = {
+        "history": none if result is None else result.history,
+        "validation": none if result is None else result.validation,
+        "test": test,
+    }
+    return Run(info, density.metrics, trained.density, tables)
 
 
 def _write_table(table: pd.DataFrame, args: argparse.Namespace) -> None:

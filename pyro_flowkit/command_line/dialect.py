@@ -229,7 +229,7 @@ def _are_names(first: Sequence[str], body: Sequence[Sequence[str]]) -> bool:
     if len(set(first)) < len(first) or any(cell.lower() in MISSING for cell in first):
         return False
     if not all(map(_INTEGER.fullmatch, first)):
-        values = [float(cell.replace(",", ".")) for cell in first if _NUMBER.fullmatch(cell)]
+        values = [float(cell) for cell in first if _NUMBER.fullmatch(cell) and cell[-1] not in "eE"]
         return len(first) == len(values) >= 4 and _has_equal_steps(values)
     columns = [[row[i] for row in body if i < len(row)] for i in range(len(first))]
     integers = [[int(c) for c in column if _INTEGER.fullmatch(c)] for column in columns]

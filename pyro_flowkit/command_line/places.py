@@ -22,6 +22,7 @@ FILES = (
     "preparation.json",
     "metrics.json",
     "flow.pt",
+    "atoms.pt",
     "history.csv",
     "validation.csv",
     "test.csv",

@@ -90,7 +90,7 @@ def read_table(
     except Exception as error:  # what readers raise for files of another kind has no common type
         reason = str(error).strip().split("\n")[0]
         raise CommandError(
-            f"Expected a table in {name} (text, Parquet or npz), got {type(error).__name__}: {reason}"
+            f"Expected a table in {name} (text, Parquet or npz), got a damaged one, {type(error).__name__}: {reason}"
         ) from error
 
 

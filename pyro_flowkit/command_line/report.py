@@ -1,6 +1,7 @@
 """Results in words: what ``fit`` prints, and what ``diagnose`` makes of it."""
 
 import numpy as np
+import torch
 import xarray as xr
 
 from pyro_flowkit.command_line.errors import CommandError
@@ -9,6 +10,7 @@ from pyro_flowkit.command_line.runs import Run
 from pyro_flowkit.diagnostics import compare_densities
 from pyro_flowkit.tables import TableDensity
 from pyro_flowkit.tables.metrics import PARTS, SMALL_GAP, gap_of, has_failed, table_verdict
+from pyro_flowkit.tables.split import per_original
 
 
 def opening(density: TableDensity, source: Source) -> list[str]:
@@ -21,6 +23,18 @@ def opening(density: TableDensity, source: Source) -> list[str]:
     )
     if table.noisy:
         lines.append(f"integers, trained with noise: {', '.join(table.noisy)}")
+    left_out = len(source.frame) - len(table.values)
+    if left_out:
+        lines.append(f"{left_out} rows with missing values left out")
+    if table.filled:
+        lines.append(f"{table.filled} rows filled in from rows like them, to train only")
+    for name, atoms in table.atoms.items():
+        column = table.values[:, table.columns.index(name)]
+        shares = [f"{value:g} in {(column == value).mean():.0%} of the rows" for value in atoms]
+        lines.append(f"atoms in {name}, which count by their probability: {', '.join(shares)}")
+    copies = len(split.copy_of) - len(np.unique(split.copy_of))
+    if copies:
+        lines.append(f"{copies} rows are copies of others, and in the same part as these")
     if table.dropped:
         lines.append(f"left out as discrete: {', '.join(table.dropped)}")
     return lines
@@ -35,7 +49,11 @@ def summary(density: TableDensity) -> list[str]:
         f"kept step {metrics['best_step']}"
         if is_flow
         else "no gain on the validation rows, so the Gaussian is kept"
+        if metrics["steps"]
+        else "so the Gaussian is kept"
     )
+    if is_flow and metrics["base"] == "student_t":
+        outcome += ", on a base of Student's t for tails without a variance"
     lines = [
         f"{metrics['steps']} steps in {metrics['seconds']:.1f} s ({metrics['stop_reason']}); {outcome}",
         f"test log-likelihood of {test['rows']} rows, nats per row in the units of the file (in brackets: of "
@@ -63,7 +81,7 @@ def diagnosis(run: Run) -> list[str]:
     lines = [
         str(table_verdict(metrics)),
         "",
-        f"density: {kept} of {len(run.density.preparation.columns)} columns, nats per row in the units of the file",
+        f"density: {kept} of {len(run.density.columns)} columns, nats per row in the units of the file",
         f"  {'rows':<12}{'number':>8}{'log p':>12}{'Gaussian':>12}{'difference':>12}{'s.e.':>9}",
     ]
     for part in PARTS:
@@ -129,4 +147,5 @@ def comparison(runs: dict[str, Run]) -> list[str]:
 
 def _dataset(run: Run, column: str) -> xr.Dataset:
     test = run.tables["test"]
-    return xr.Dataset({"log_prob": ("obs_id", test[column])}, {"obs_id": test["row"]})
+    values = per_original(torch.from_numpy(test[column]), test["copy_of"]).numpy()
+    return xr.Dataset({"log_prob": ("obs_id", values)}, {"obs_id": np.unique(test["copy_of"])})

@@ -23,11 +23,12 @@ import torch
 
 from pyro_flowkit.command_line.errors import CommandError
 from pyro_flowkit.command_line.places import FILES, FORMAT, checksum, is_run, write_folder
+from pyro_flowkit.tables.atoms import AtomHeads
 from pyro_flowkit.tables.flow import FlowSettings, TableFlow
 from pyro_flowkit.tables.preparation import Preparation
 from pyro_flowkit.tables.rows import RowDensity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TABLES = ("history", "validation", "test")
 
 
@@ -78,16 +79,21 @@ def read_run(folder: Path) -> Run:
                 raise CommandError(
                     f"Expected {folder / name} as it was written, got a damaged file"
                 )
-        preparation = Preparation.from_json(_json(folder / "preparation.json"))
+        content = _json(folder / "preparation.json")
+        preparation, heads = Preparation.from_json(content), None
         flow = None
         if "flow.pt" in info["files"]:
             flow = TableFlow(len(preparation.columns), FlowSettings(**info["settings"]))
             flow.load_state_dict(torch.load(folder / "flow.pt", weights_only=True))
             flow.eval()
+        if "atoms" in content:
+            heads = AtomHeads(**content["atoms"])
+            heads.load_state_dict(torch.load(folder / "atoms.pt", weights_only=True))
+            heads.eval()
         return Run(
             info,
             _json(folder / "metrics.json"),
-            RowDensity(preparation, flow),
+            RowDensity(preparation, flow, heads),
             {name: _read_csv(folder / f"{name}.csv") for name in TABLES},
         )
     except CommandError:
@@ -104,13 +110,18 @@ def read_run(folder: Path) -> Run:
 
 
 def _write_files(folder: Path, run: Run) -> None:
-    _write(folder / "preparation.json", _text(run.density.preparation.to_json()))
+    content = run.density.preparation.to_json()
+    if run.density.heads is not None:
+        content["atoms"] = run.density.heads.to_json()
+    _write(folder / "preparation.json", _text(content))
     _write(folder / "metrics.json", _text(run.metrics))
     for name in TABLES:
         table = pd.DataFrame(dict(run.tables[name]))
         _write(folder / f"{name}.csv", table.to_csv(index=False, na_rep="nan"))
-    if run.density.flow is not None:
-        torch.save(run.density.flow.state_dict(), folder / "flow.pt")
+    density = run.density
+    for name, module in (("flow.pt", density.flow), ("atoms.pt", density.heads)):
+        if module is not None:
+            torch.save(module.state_dict(), folder / name)
     files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
     info = {"format": FORMAT, "format_version": FORMAT_VERSION, **run.info, "files": files}
     _write(folder / "run.json", _text(info))
@@ -124,7 +135,7 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     columns = np.array(rows, dtype=np.float64).reshape(len(rows), len(header)).T
-    integers = ("row", "step")
+    integers = ("row", "copy_of", "step")
     return {
         name: column.astype(np.int64) if name in integers else column
         for name, column in zip(header, columns, strict=True)

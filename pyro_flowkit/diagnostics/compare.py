@@ -15,6 +15,7 @@ divided by 256 adds 8.
 
 import math
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ import xarray as xr
 from pyro_flowkit.diagnostics.diagnosis import diagnose
 from pyro_flowkit.diagnostics.schema import EXACT, LOWER_BOUND, as_tree
 
+_PRINTED = ("nats", "se", "kind", "gap", "diff", "diff_se", "diff_kind")
+_PRINTED_WIDTH = 80
 _DIFF_KINDS = {
     (EXACT, EXACT): "exact",
     (LOWER_BOUND, EXACT): "at least",
@@ -37,6 +40,23 @@ _COLUMNS = (
 )
 
 
+class DensityTable(pd.DataFrame):
+    """The table of ``compare_densities``: whole like any DataFrame, but printed within 80 columns."""
+
+    @property
+    def _constructor(self) -> type[pd.DataFrame]:
+        return pd.DataFrame  # a part of the table, or a change of it, prints as usual
+
+    def __repr__(self) -> str:
+        for count in range(len(_PRINTED), 1, -1):
+            columns = list(_PRINTED[:count])
+            text = self[columns].to_string(float_format="{:.3f}".format, na_rep="")
+            if max(map(len, text.splitlines())) <= _PRINTED_WIDTH:
+                break
+        others = [name for name in map(str, self) if name not in columns]
+        return "\n".join([text, *wrap(f"and {', '.join(others)}", _PRINTED_WIDTH)])
+
+
 def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """Exact log densities and lower bounds of several models on the same data, in one table.
 
@@ -45,21 +65,22 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
             the name of the model, all for the same ``obs_id``.
 
     Returns:
-        A table with the index ``(name, quantity)``, best model first (by its exact value or its
-        tightest bound): one row ``log p`` for an exact density, the rows ``ELBO`` and ``IWAE-K``
-        for a VAE, with the columns
+        A table, which prints its first columns, with the index ``(name, quantity)``, best model first
+        (by its exact value or its tightest bound): one row ``log p`` for an exact density, the rows
+        ``ELBO`` and ``IWAE-K`` for a VAE, with the columns
 
-        - ``rank`` of the model, ``kind``: "exact" or "lower bound";
-        - ``elpd``, ``elpd_diff``, ``dse``: as in ``az.compare`` sums over the data: the value, its
-          difference from the best model's, and the standard error of the difference;
         - ``nats``: the mean per datum, ``se``: its standard error over data;
-        - ``mc_se``: the part of it that comes from the draws of the guide (0 for exact values);
+        - ``kind``: "exact" or "lower bound";
         - ``gap``, ``gap_se``: IWAE-K - ELBO of the same model (NaN in other rows);
         - ``diff``, ``diff_se``: the value minus that of the best model, paired over data, and
           ``diff_kind``: "exact", or what it says about the difference of the exact values, "at
           least", "at most", or "between bounds" (neither);
+        - ``mc_se``: the part of ``se`` that comes from the draws of the guide (0 for exact values);
         - ``bits_per_dim``, where the attribute ``event_size`` is known (an upper bound for a
           lower bound in nats);
+        - ``rank`` of the model;
+        - ``elpd``, ``elpd_diff``, ``dse``: as in ``az.compare`` sums over the data: the value, its
+          difference from the best model's, and the standard error of the difference;
         - ``n``: the number of data.
 
     Raises:
@@ -88,24 +109,24 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                 {
                     "name": name,
                     "quantity": quantity["quantity"],
-                    "rank": rank,
-                    "kind": quantity["kind"],
-                    "elpd": count * nats,
-                    "elpd_diff": count * diff,
-                    "dse": count * diff_se,
                     "nats": nats,
                     "se": error,
-                    "mc_se": quantity["mc_se"],
+                    "kind": quantity["kind"],
                     "gap": gap,
                     "gap_se": gap_se,
                     "diff": diff,
                     "diff_se": diff_se,
                     "diff_kind": "best" if is_best else _DIFF_KINDS[quantity["kind"], best["kind"]],
+                    "mc_se": quantity["mc_se"],
                     "bits_per_dim": -nats / (event_size * math.log(2)) if event_size else math.nan,
+                    "rank": rank,
+                    "elpd": count * nats,
+                    "elpd_diff": count * diff,
+                    "dse": count * diff_se,
                     "n": count,
                 }
             )
-    return pd.DataFrame(rows).set_index(["name", "quantity"])
+    return DensityTable(pd.DataFrame(rows).set_index(["name", "quantity"]))
 
 
 def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:

@@ -19,10 +19,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_flowkit.diagnostics.point_estimates import no_bound, point_estimates
+from pyro_flowkit.programs.modules import registered_modules
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.sites import (
     PARTICLES,
@@ -116,9 +118,14 @@ class Particles:
 
 @contextlib.contextmanager
 def evaluation(*programs: Any, seed: int | None = None) -> Iterator[None]:
-    """No gradients, modules in eval mode, and a seed of its own, all undone afterwards."""
-    owners = map(_owner, programs)
-    modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
+    """No gradients, modules in eval mode, and a seed of its own, all undone afterwards.
+
+    Those that plain functions register by ``pyro.module`` are among the modules.
+    """
+    owners = [_owner(program) for program in programs]
+    roots = [*filter(lambda owner: isinstance(owner, nn.Module), owners)]
+    roots += registered_modules(*programs).values()
+    modules = [module for root in roots for module in root.modules()]
     modes = [module.training for module in modules]
     devices = range(torch.cuda.device_count()) if seed is not None else ()
     with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -171,6 +178,7 @@ def draw_particles(
             f"Expected num_samples >= 1 and chunk_size >= 1, got {num_samples} and {chunk_size}"
         )
     if like is None:
+        _check_programs(model, guide, args)
         like = _prototype(model, guide, args, kwargs)
         if vectorize is not False and num_samples > 1:
             program = _program(model, guide, args, kwargs, vectorize, num_samples, ways)
@@ -298,9 +306,35 @@ def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) 
     return guide_trace, model_trace
 
 
+def _check_programs(model: Any, guide: Any, args: Any) -> None:
+    for name, program in (("model", model), ("guide", guide)):
+        is_bare = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
+        if is_bare or not callable(program):
+            raise TypeError(
+                f"Expected a {name} that can be called, got {type(program).__name__}: pass the method of a module that "
+                f"has none of its own (vae.{name}), and not what a {name} returns"
+            )
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"Expected args to be a tuple of arguments, got {type(args).__name__}: args=(x,)"
+        )
+    if isinstance(model, AutoGuide):
+        raise ValueError(
+            f"Expected the model first, then the guide, got a guide, {type(model).__name__}, for the model"
+        )
+
+
 def _prototype(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Particles:
     """One plain run: sets up a lazy guide, shows the plates, and is checked for its latents."""
     guide_trace, model_trace = _run(model, guide, args, kwargs)
+    observed = [
+        [name for name, site in scored_sites(trace) if site["is_observed"]]
+        for trace in (model_trace, guide_trace)
+    ]
+    if observed[1] and not observed[0]:
+        raise ValueError(
+            f"Expected the observed sites in the model, got {observed[1]} in the guide: the model comes first"
+        )
     latents = {name for name, site in scored_sites(model_trace) if not site["is_observed"]}
     guided = set(guided_names(guide_trace))
     if latents != guided:

@@ -14,15 +14,17 @@ import xarray as xr
 from pyro_flowkit.diagnostics.compare import compare_densities
 from pyro_flowkit.diagnostics.tree import history_arrays
 from pyro_flowkit.ops.psis import pareto_k_threshold
+from pyro_flowkit.pictures import COLORS, new_axes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours in the order of their lightness, dark to light.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("-", "--", "-.", ":")
 _MAX_BINS = 40
+_K_LINES = {
+    0.5: (":", "finite variance below"),
+    0.7: ("--", "smoothing helps below"),
+    1.0: ("-", "finite mean below"),
+}
 
 
 def plot_elbo(
@@ -39,7 +41,7 @@ def plot_elbo(
     Returns:
         The Axes. The y axis leaves out the first tenth of the run, whose ELBO dwarfs the rest.
     """
-    ax = _axes(ax)
+    ax = new_axes() if ax is None else ax
     if isinstance(history, xr.DataTree):
         if "vi_trace" not in history.children:
             raise ValueError(f"Expected a group vi_trace, got {sorted(history.children)}")
@@ -48,7 +50,7 @@ def plot_elbo(
     else:
         arrays = history_arrays(history)
         step, elbo = arrays["step"], arrays["elbo"]
-    color, _, line = _style(sum(1 for drawn in ax.lines if drawn.get_gid() == "smoothed"))
+    color, _, line = style(sum(1 for drawn in ax.lines if drawn.get_gid() == "smoothed"))
     width = max(1, int(smooth * len(elbo)))
     ax.plot(step, elbo, color="0.8", linewidth=0.6, zorder=1)
     smoothed = np.convolve(elbo, np.full(width, 1 / width), mode="valid")
@@ -83,12 +85,12 @@ def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) ->
         The Axes; nats per datum with one standard error of the draws at every rung (K = 1 is the
         ELBO), and a dotted line with a label at its right end for each exact value.
     """
-    ax = _axes(ax)
+    ax = new_axes() if ax is None else ax
     table = compare_densities(datasets)
     lines = [name for name in datasets if "log_prob" in datasets[name]]
     ladders = [name for name in datasets if name not in lines]
     for i, name in enumerate(ladders):
-        color, marker, line = _style(i)
+        color, marker, line = style(i)
         rungs = table.loc[name]
         particles = [1 if q == "ELBO" else int(q.removeprefix("IWAE-")) for q in rungs.index]
         ax.errorbar(
@@ -105,15 +107,7 @@ def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) ->
     for name in lines:
         value = float(table["nats"][(name, "log p")])
         ax.axhline(value, color="0.35", linestyle=":", linewidth=1.2)
-        ax.annotate(
-            f"{name} (exact)",
-            (1.0, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
+        _name_line(ax, value, f"{name} (exact)")
     if ladders:
         ax.set_xscale("log")
         counts = sorted({1, *(int(k) for n in ladders for k in datasets[n]["n_particles"])})
@@ -134,7 +128,7 @@ def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) ->
 
 
 def plot_pareto_k(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
-    """Pareto k of every datum with the thresholds 0.5, 0.7 and 1 and that of the draws.
+    """Pareto k of every datum with the named lines 0.5, 0.7 and 1, and the threshold of the draws.
 
     Args:
         dataset: the result of ``pointwise_bounds``, or of ``evidence_bounds`` for a single point.
@@ -144,22 +138,27 @@ def plot_pareto_k(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
         The Axes; data above the threshold ``min(1 - 1 / log10(S), 0.7)`` are crosses
         (triangles at the top where pareto k is ``inf``), the others dots.
     """
-    ax = _axes(ax)
+    ax = new_axes() if ax is None else ax
     if "pareto_k" not in dataset:
         raise ValueError(f"Expected a variable pareto_k, got {sorted(map(str, dataset.data_vars))}")
     k = np.atleast_1d(dataset["pareto_k"].to_numpy())
     ids = dataset["obs_id"].to_numpy() if "obs_id" in dataset.coords else np.arange(len(k))
-    threshold = pareto_k_threshold(int(dataset.attrs["num_samples"]))
+    num_samples = int(dataset.attrs["num_samples"])
+    threshold = pareto_k_threshold(num_samples)
     above = ~(k <= threshold)
     finite = np.isfinite(k)
     top = 1.1 * max(1.0, k[finite].max(initial=1.0))
-    ax.scatter(ids[~above], k[~above], s=10, color=_COLORS[1], marker="o")
-    ax.scatter(ids[above & finite], k[above & finite], s=25, color=_COLORS[2], marker="x")
-    ax.scatter(ids[~finite], np.full((~finite).sum(), top), s=25, color=_COLORS[2], marker="^")
-    for value, line in ((0.5, ":"), (0.7, "--"), (1.0, "-")):
+    ax.scatter(ids[~above], k[~above], s=10, color=COLORS[1], marker="o")
+    ax.scatter(ids[above & finite], k[above & finite], s=25, color=COLORS[2], marker="x")
+    ax.scatter(ids[~finite], np.full((~finite).sum(), top), s=25, color=COLORS[2], marker="^")
+    for value, (line, name) in _K_LINES.items():
         ax.axhline(value, color="0.5", linestyle=line, linewidth=0.8)
-    ax.axhline(threshold, color=_COLORS[2], linestyle="-.", linewidth=1.0)
-    ax.set_title(f"{int(above.sum())} of {len(k)} above {threshold:.2f}", fontsize="medium")
+        _name_line(ax, value, f"{value:g}: {name}")
+    ax.axhline(threshold, color=COLORS[2], linestyle="-.", linewidth=1.0)
+    ax.set_title(
+        f"{int(above.sum())} of {len(k)} above {threshold:.2f}, the most for {num_samples:,} draws",
+        fontsize="medium",
+    )
     ax.set_xlabel("obs_id")
     ax.set_ylabel("pareto k")
     return ax
@@ -177,12 +176,12 @@ def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
         amortisation gap (the encoder's) as a hatched outline, the mean of each a vertical line with
         its number in the legend. Data whose gap is infinite are counted in the legend.
     """
-    ax = _axes(ax)
+    ax = new_axes() if ax is None else ax
     parts: dict[str, tuple[str, dict[str, Any], str]] = {
-        "approximation_gap": ("approximation (family)", {"color": _COLORS[6], "alpha": 0.8}, "-"),
+        "approximation_gap": ("approximation (family)", {"color": COLORS[6], "alpha": 0.8}, "-"),
         "amortization_gap": (
             "amortisation (encoder)",
-            {"facecolor": "none", "edgecolor": _COLORS[0], "hatch": "////"},
+            {"facecolor": "none", "edgecolor": COLORS[0], "hatch": "////"},
             "--",
         ),
     }
@@ -194,7 +193,7 @@ def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
     edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins="auto")
     if len(edges) > _MAX_BINS + 1:
         edges = np.linspace(edges[0], edges[-1], _MAX_BINS + 1)
-    for name, (label, style, line) in parts.items():
+    for name, (label, fill, line) in parts.items():
         mean = values[name].mean()
         infinite = len(values[name]) - len(finite[name])
         outside = f", {infinite} not finite" if infinite else ""
@@ -203,10 +202,10 @@ def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
             bins=edges.tolist(),
             histtype="stepfilled",
             label=f"{label}: mean {mean:.3g}{outside}",
-            **style,
+            **fill,
         )
         if np.isfinite(mean):
-            color = _COLORS[1] if line == "-" else _COLORS[0]
+            color = COLORS[1] if line == "-" else COLORS[0]
             ax.axvline(mean, color=color, linestyle=line, linewidth=1.5)
     ax.axvline(0.0, color="0.5", linestyle=":", linewidth=0.8)
     ax.set_xlabel("gap (nats per datum)")
@@ -218,17 +217,14 @@ def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def _axes(ax: "Axes | None") -> "Axes":
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots()[1]
-
-
-def _style(index: int) -> tuple[str, str, str]:
-    return (
-        _COLORS[index % len(_COLORS)],
-        _MARKERS[index % len(_MARKERS)],
-        _LINES[index % len(_LINES)],
+def _name_line(ax: "Axes", value: float, name: str) -> None:
+    """A label at the right end of a line across."""
+    ax.annotate(
+        name,
+        (1.0, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
     )

@@ -54,8 +54,8 @@ def pointwise_bounds(
     under a minute on one core (``python -m benchmarks.diagnostics``).
 
     Args:
-        model: a Pyro model with one plate over the data, such as a VAE. A module or a method of one
-            runs in eval mode; a plain function in the mode in which its modules are.
+        model: a Pyro model with one plate over the data, such as a VAE. Its modules run in eval
+            mode: those that it is or belongs to, and those that it registers by ``pyro.module``.
         guide: its guide, inside of the same plate.
         data: a tensor whose first dimension is the datum, or a tuple of such tensors.
         args: further positional arguments of both.

@@ -32,10 +32,11 @@ from pyro_flowkit.diagnostics.guide_density import log_guide
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attrs
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
-from pyro_flowkit.guides.gaussian import Gaussian, improved, normal_draws
+from pyro_flowkit.guides.gaussian import Gaussian, improved
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import in_words, pack, unpack
 from pyro_flowkit.ops.psis import psis
+from pyro_flowkit.ops.quasi_random import normal_draws
 
 FACTORS = (3.0, 10.0)
 """Standard deviations of the guide by which its over-dispersed draws spread."""

@@ -18,8 +18,9 @@ draws settle it.
 import math
 from dataclasses import dataclass, field
 
-from pyro_flowkit.diagnostics.tails import LARGE_GAP, MUCH_UNSEEN, unseen_share
+from pyro_flowkit.diagnostics.tails import LARGE_GAP, MUCH_UNSEEN
 from pyro_flowkit.diagnostics.verdict import LEVELS, Verdict
+from pyro_flowkit.ops.psis import unseen_share
 
 MIN_DRAWS = 100
 """From fewer draws no guide is called good."""

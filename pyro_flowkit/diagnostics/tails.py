@@ -3,13 +3,6 @@
 Pareto k is fitted to the M largest weights (see ``pyro_flowkit.ops.psis``), with a standard
 error of about ``(1 + k) / sqrt(M)``, that of the maximum likelihood: 0.1 at 4,000 draws. A guide may
 thus pass the threshold by luck, and the more so the farther it is from the posterior.
-
-Nor has it a scale: weights of 1 +- 0.04 may have one of 0.9, and hide nothing. With p the largest of
-the normalised weights, a tail of that k which goes on from there adds to their mean the share
-
-    unseen = p / (1 - min(k, 0.9)),
-
-where the k of a tail that goes on for ever is below 1, as the mean is finite.
 """
 
 import math
@@ -17,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_flowkit.ops.psis import pareto_k_threshold, psis
+from pyro_flowkit.ops.psis import pareto_k_threshold, psis, unseen_share
 
 LARGE_GAP = 0.5
 """The gap in nats from which on a guide is called bad."""
@@ -25,7 +18,6 @@ LARGE_GAP = 0.5
 MUCH_UNSEEN = 0.03
 """The share of the evidence that may be unseen from which on a guide is not called good."""
 
-_HEAVIEST_K = 0.9
 _HOPELESS_K = 1.0
 
 
@@ -35,16 +27,6 @@ def pareto_k_error(pareto_k: float, num_samples: int) -> float:
         return 0.0
     length = max(1, math.floor(min(num_samples / 5, 3 * math.sqrt(num_samples))))
     return (1 + pareto_k) / math.sqrt(length)
-
-
-def unseen_share(largest_weight: float, pareto_k: float) -> float:
-    """The share of the mean of the weights that may lie beyond the draws, see the module's equation.
-
-    Args:
-        largest_weight: of the normalised, smoothed weights.
-        pareto_k: of the weights; ``inf`` where it is unknown.
-    """
-    return min(largest_weight / (1.0 - min(pareto_k, _HEAVIEST_K)), 1.0)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def from_svi(
 
         A guide that puts all latents at a point (``AutoDelta``) has no weights and no bounds:
         ``sample_stats`` then has ``lp`` alone, and ``vi_diagnostics`` that ``log_joint`` of the
-        point with the verdict of `diagnose`.
+        point with the verdict of ``diagnose``.
 
     Raises:
         ValueError: as ``evidence_bounds``, and if ``dims`` or ``coords`` do not fit the sites.

@@ -1,10 +1,12 @@
 """The one type of verdict that there is on guides, calibrations, trainings, restarts and runs."""
 
 from dataclasses import dataclass
+from html import escape
 
 import xarray as xr
 
 LEVELS = ("good", "usable", "bad")
+_COLORS = dict(zip(LEVELS, ("#009E73", "#E69F00", "#D55E00"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,14 @@ class Verdict:
 
     def __str__(self) -> str:
         return " ".join(filter(None, [f"{self.level}: {self.reason}.", self.advice, self.limits]))
+
+    def _repr_html_(self) -> str:
+        parts = (f"{self.reason}.", self.advice, self.limits)
+        paragraphs = "".join(f"<p>{escape(part)}</p>" for part in parts if part)
+        return (
+            f'<div style="border-left: 4px solid {_COLORS[self.level]}; padding-left: 0.8em">'
+            f"<strong>{escape(self.level)}</strong>{paragraphs}</div>"
+        )
 
     def __bool__(self) -> bool:
         return self.level == "good"

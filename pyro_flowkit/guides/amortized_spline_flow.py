@@ -113,8 +113,8 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
 
     Raises:
         ValueError: for bad settings or an encoder's output of another shape; at setup, for a support that is
-            refused (``docs/supports.md``), no or several plates that could be meant, or a global guide that leaves
-            latents out.
+            refused (``docs/howto/supports.md``), no or several plates that could be meant, or a global guide that
+            leaves latents out.
         RuntimeError: from whatever needs parameters before setup.
     """
 

@@ -120,7 +120,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
     Raises:
         ValueError: for bad settings; at setup, for a latent whose support real numbers cannot be mapped onto (discrete,
             a sphere) or that follows other latents, and for latents inside a subsampled plate, with what to do
-            instead (``docs/supports.md`` has a table); for a mask that is not that of the setup.
+            instead (``docs/howto/supports.md`` has a table); for a mask that is not that of the setup.
         RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
     """
 
@@ -311,7 +311,9 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         max_seconds: float = 30.0,
         found: Mapping[str, Tensor] | None = None,
     ) -> GaussianStart | None:
-        """Move the affine map to the best Gaussian for the model, before training.
+        """Move the affine map of a fresh guide to the best Gaussian for the model, before training.
+
+        A guide that was trained already stays where it is.
 
         Args:
             model: the model that the guide will be trained on, usually its own.
@@ -321,8 +323,8 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             found: the ``tensors`` of an earlier start, to go on from there without a search; the guide is left alone.
 
         Returns:
-            What to call after the training, so that it does not end below that Gaussian; None, with nothing done, where
-            the guide is no Gaussian any more, or the model cannot be run for many draws at a time.
+            What to call after the training, so that it does not end below this start; None, with nothing done, where
+            the model cannot be run for many draws at a time.
         """
         self._require_setup()
         density = LatentDensity(model, self, args, kwargs)

@@ -8,7 +8,6 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
-from pyro_flowkit.guides.gaussian import normal_draws
 from pyro_flowkit.guides.local_latents import Latents
 
 NUM_PAIRS = 256  # of antithetic draws
@@ -29,7 +28,7 @@ def local_quantiles(
         features: shape ``(rows, context_dim)``.
         levels: in [0, 1].
     """
-    draws = _base_draws(base).unsqueeze(1)
+    draws = FlowDistribution(base, []).fixed_draws(NUM_PAIRS).unsqueeze(1)
     parts = []
     for rows in features.split(max(1, MAX_CHUNK // draws.numel())):
         latents = draws
@@ -37,15 +36,6 @@ def local_quantiles(
             latents = transform(latents)
         parts.append(torch.quantile(latents, levels, dim=0))
     return torch.cat(parts, dim=1)
-
-
-def _base_draws(base: torch.distributions.Distribution) -> Tensor:
-    """A centre and pairs around it, shape ``(2 * NUM_PAIRS + 1, D)``; quasi-random where the base is normal."""
-    per_dimension = getattr(base, "base_dist", None)
-    if not isinstance(per_dimension, torch.distributions.Normal):
-        return FlowDistribution(base, []).fixed_draws(NUM_PAIRS)
-    pairs = normal_draws(NUM_PAIRS, per_dimension.loc, seed=0)
-    return torch.cat([torch.zeros_like(pairs[:1]), pairs])
 
 
 def global_draws(

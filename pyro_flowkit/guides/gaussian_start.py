@@ -1,5 +1,7 @@
 """The first stage of a guide's training, and its safety net: a Gaussian, found without noise.
 
+A guide that was trained before goes on from there, and has its own state for a net.
+
 With several components it is a mixture of Gaussians, each the best one at its mode; their ELBOs say how much of the
 mass each has.
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine
-from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized, normal_draws
+from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import in_words
 from pyro_flowkit.guides.mixture import MixturePosterior
@@ -33,6 +35,7 @@ from pyro_flowkit.guides.modes import (
 )
 from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
+from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
@@ -40,16 +43,17 @@ if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 
 NUM_JUDGES = 2048
-SHARE_FOR_MODES = 0.25  # of the time that is left
+SHARE_FOR_MORE = 0.5  # of the time that is left by the first Gaussian, for other modes and for the hierarchical map
+SHARE_FOR_MODES = 0.5  # of that
 MIN_LOSS, MIN_ROOM = 0.05, 0.02  # nats; what is less is not worth a word
 
 
 class GaussianStart:
-    """A guide that was put onto the best Gaussian; keeps what is needed to go back there.
+    """Where a guide's training starts: the best Gaussian, or where an earlier one ended; keeps what leads back there.
 
     Attributes:
         room: what the guide has left to gain.
-        tensors: the guide's ``state_dict`` at that Gaussian.
+        tensors: the guide's ``state_dict`` at that start.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class GaussianStart:
         max_seconds: float,
         other_starts: Callable[[], Sequence[Tensor]],
     ) -> Self | None:
-        """Put a fresh guide onto the best Gaussian.
+        """Put a fresh guide onto the best Gaussian; one that was trained stays where it is.
 
         Args:
             guide: after its setup.
@@ -81,18 +85,20 @@ class GaussianStart:
                 in a warning.
 
         Returns:
-            None, with nothing done, where the guide is no Gaussian any more, or, with a warning, where the model cannot
-            be run for many draws at a time.
+            None, with nothing done, where the model cannot be run for many draws at a time; with a warning, if the
+            guide is fresh.
         """
-        if not _is_gaussian(guide):
-            return None
+        is_fresh = _is_gaussian(guide)
         if density.obstacle is not None:
-            warnings.warn(
-                f"The search for the best Gaussian is left out, so training starts at {type(guide).__name__}'s own "
-                f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}.",
-                stacklevel=3,
-            )
+            if is_fresh:
+                warnings.warn(
+                    f"The search for the best Gaussian is left out, so training starts at {type(guide).__name__}'s own "
+                    f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}.",
+                    stacklevel=3,
+                )
             return None
+        if not is_fresh:
+            return cls(guide, density)
         affine, deadline = guide.affine, time.monotonic() + max_seconds
         flat: Density = density
         if isinstance(affine, CircularAffine):
@@ -102,6 +108,8 @@ class GaussianStart:
             scale = affine.scale if affine.kind == "full" else affine.scale.diagonal().clone()
             start = Gaussian(affine.loc.clone(), scale)
         found = best_gaussian(flat, start, max_seconds=max_seconds)
+        left = max(deadline - time.monotonic(), 0.0)
+        deadline = time.monotonic() + SHARE_FOR_MORE * left
         starts = other_starts()
         if guide.num_components > 1:
             _place_components(guide, density, _refined_modes(guide, flat, found, starts, deadline))
@@ -117,7 +125,7 @@ class GaussianStart:
 
     @torch.no_grad()
     def keep_better(self) -> bool:
-        """Go back to the Gaussian unless the flow is better; with a warning if much was lost.
+        """Go back to the start unless the flow is better; with a warning if much was lost.
 
         The better one has the larger ELBO at the same draws of the base, or, where the two are within two standard
         errors of the difference, the smaller spread of log p - log q, which importance weights come from.
@@ -129,21 +137,22 @@ class GaussianStart:
         now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
         trained, spread_trained = self._elbos()
         self._load(self.tensors)
-        gaussian, spread_gaussian = self._elbos()
-        difference = trained - gaussian
+        first, spread_first = self._elbos()
+        difference = trained - first
         gain = float(difference.mean())
         error = float(difference.std()) / len(difference) ** 0.5
-        is_level = abs(gain) <= 2.0 * error and spread_trained < spread_gaussian
+        is_level = abs(gain) <= 2.0 * error and spread_trained < spread_first
         if gain > 2.0 * error or is_level:
             self._load(now)
             return True
-        # far below, the error is large, too, and no excuse; a NaN is none either. Below a Gaussian that is all but the
+        # far below, the error is large, too, and no excuse; a NaN is none either. Below a start that is all but the
         # posterior nothing is lost.
-        room = 0.5 * spread_gaussian**2
+        room = 0.5 * spread_first**2
         if not gain >= -MIN_LOSS and not room < MIN_ROOM:
+            place = "Gaussian" if _is_gaussian(self._guide) else "trained flow"
             warnings.warn(
-                f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the Gaussian that it "
-                "started from, so the guide is that Gaussian again. More particles, more steps or a smaller learning "
+                f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the {place} that it "
+                f"started from, so the guide is that {place} again. More particles, more steps or a smaller learning "
                 "rate may help.",
                 stacklevel=3,
             )

@@ -1,25 +1,27 @@
 """Where the best Gaussian is looked for: around several starts, some of which may lead to other modes than the first.
 
-The search is that of :mod:`pyro_flowkit.guides.gaussian` with few draws and a diagonal scale, from each start: its ELBO
-is a bound on the mass around it. The height of a mode says nothing of its mass, and goes to infinity in the funnel of a
-hierarchical model.
+The search is that of :mod:`pyro_flowkit.guides.gaussian` with few draws and a diagonal scale, from all starts side by
+side: the ELBO is a bound on the mass around a mode. The height of a mode says nothing of its mass, and goes to infinity
+in the funnel of a hierarchical model.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_flowkit.guides.gaussian import Density, Gaussian, improved, normal_draws
+from pyro_flowkit.guides.gaussian import Density, Gaussian
+from pyro_flowkit.guides.side_by_side import minimized_together
+from pyro_flowkit.ops.quasi_random import normal_draws
 
-FEW_ITERATIONS = 25
+FEW_EVALUATIONS = 40
 POINTS_BETWEEN = 15
 SEPARATE = 5.0  # nats by which the density falls between two modes
 COMPARABLE = 3.0  # nats; a twentieth of the mass
 NEGLIGIBLE = 7.0  # nats; a thousandth of it
+NOTHING = 50.0  # nats; below that a search has got stuck
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,32 @@ def modes(
         density: unnormalised log-density of points ``(n, D)``, shape ``(n,)``, differentiable.
         starts: locations, shapes ``(D,)``.
         scale: initial standard deviation of every dimension.
-        deadline: a value of ``time.monotonic()``, after which no other start is looked at.
+        deadline: a value of ``time.monotonic()``, after which the search ends with what it has.
 
     Returns:
-        At least one; those whose ELBO is no number come last.
+        At least one; none where a search got stuck far below the best.
     """
     size = starts[0].shape[-1]
     draws = normal_draws(max(8, min(size, 32)), starts[0], seed=3)
     judges = normal_draws(64, starts[0], seed=4)
-    found: list[Mode] = []
-    for start in starts:
-        if found and time.monotonic() > deadline:
-            break
-        gaussian = Gaussian(start, torch.full_like(start, scale))
-        gaussian = improved(density, gaussian, draws, FEW_ITERATIONS, deadline)
-        found.append(Mode(gaussian, gaussian.elbo(density, judges)))
-    return separate(density, found)
+    first = torch.stack(list(starts))
+
+    def gaussians(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        m, log_scale = parameters.chunk(2, dim=-1)
+        return first + scale * m, scale * log_scale.exp()
+
+    def losses(parameters: Tensor) -> Tensor:
+        loc, sd = gaussians(parameters)
+        points = loc[:, None] + sd[:, None] * draws
+        log_prob = density(points.reshape(-1, size)).reshape(len(loc), -1)
+        return -log_prob.mean(-1) - sd.log().sum(-1)
+
+    start = first.new_zeros(len(first), 2 * size)
+    found = minimized_together(losses, start, FEW_EVALUATIONS, deadline)
+    each = [Gaussian(loc, sd) for loc, sd in zip(*gaussians(found), strict=True)]
+    judged = [Mode(gaussian, gaussian.elbo(density, judges)) for gaussian in each]
+    lowest = max(mode.elbo for mode in judged) - NOTHING
+    return separate(density, [mode for mode in judged if mode.elbo >= lowest])
 
 
 def separate(density: Density, found: Sequence[Mode]) -> list[Mode]:

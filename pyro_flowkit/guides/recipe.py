@@ -19,9 +19,9 @@ class Recipe:
         gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
     """
 
-    lr: float = 1e-3
-    affine_lr: float = 3e-4
-    hierarchy_lr: float = 2e-3
+    lr: float = 3e-3
+    affine_lr: float = 9e-4
+    hierarchy_lr: float = 6e-3
     num_particles: int = 128
     scheduler: str = "flat_cosine"
     max_steps: int = 4000

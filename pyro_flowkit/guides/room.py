@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.ops.psis import error_factor, gap_error, psis
+from pyro_flowkit.ops.psis import error_factor, gap_error, psis, unseen_share
 
 if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
@@ -34,11 +34,13 @@ class Gap:
         nats: the estimate.
         error: its standard error, in nats.
         elbo: the ELBO by the same draws, in nats.
+        unseen: the share of the evidence that may lie beyond the draws.
     """
 
     nats: float
     error: float
     elbo: float = math.nan
+    unseen: float = 0.0
 
     @classmethod
     def of(cls, log_weights: Tensor) -> "Gap":
@@ -50,16 +52,18 @@ class Gap:
         count = len(log_weights)
         log_evidence = smoothed.logsumexp(0) - math.log(count)
         factor = float(error_factor(pareto_k, count))
+        largest = float((smoothed.max() - smoothed.logsumexp(0)).exp())
         return cls(
             float(log_evidence - log_weights.mean()),
             factor * float(gap_error(log_weights, smoothed)),
             float(log_weights.mean()),
+            unseen_share(largest, float(pareto_k)),
         )
 
     @property
     def upper(self) -> float:
-        """What the gap is surely below: two standard errors above the estimate."""
-        return self.nats + 2.0 * self.error
+        """What the gap is surely below: two standard errors, and what no draw has seen, above the estimate."""
+        return self.nats + 2.0 * self.error + math.log1p(self.unseen)
 
 
 class Room:

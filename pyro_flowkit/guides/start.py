@@ -12,18 +12,19 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
-from pyro_flowkit.guides.gaussian import Gaussian, normal_draws
+from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import pack
 from pyro_flowkit.guides.modes import Mode, modes, spread
 from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import WithoutMasked
+from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.transforms.affine import Affine
 
 # a setup looks at a few points only
-PRIOR_DRAWS = 6
+PRIOR_DRAWS = 10
 SECONDS_FOR_MODES = 10.0
 WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from pyro_flowkit.guides.latent_values import pack, unpack
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
+from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
 
 MAX_ROWS = 1000  # that pass through the model at a time
 
@@ -68,6 +70,46 @@ class Summaries(ConstrainedLatents):
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws of all latents, ``{site: values}`` of shape ``(num_samples, *batch, *event)``, without gradients."""
         return unpack(self, self._draw(num_samples))[0]
+
+    def plot(
+        self,
+        reference: Mapping[str, Any] | None = None,
+        *,
+        num_samples: int = 2000,
+        axes: Any = None,
+    ) -> Any:
+        """Marginals and pairs of draws, over those of a reference where there is one.
+
+        Args:
+            reference: draws of the posterior by site, shape ``(draws, *batch, *event)``, as NUTS gives.
+            num_samples: draws of the guide.
+            axes: an ``(n, n)`` array of Axes; a new figure by default.
+
+        Returns:
+            The ``(n, n)`` array of Axes for the first n <= 8 latents, of those that the reference has.
+
+        Raises:
+            ValueError: if a reference has none of the guide's latents.
+        """
+        draws = {site: value.cpu().numpy() for site, value in self.sample(num_samples).items()}
+        columns = {"guide": columns_of(draws)}
+        names = list(columns["guide"])
+        if reference is not None:
+            known = {site: np.asarray(value) for site, value in reference.items() if site in draws}
+            columns = {"reference": columns_of(known), **columns}
+            names = [name for name in names if name in columns["reference"]]
+            if not names:
+                raise ValueError(
+                    f"Expected draws of some of the latents {sorted(draws)} in the reference, got {sorted(reference)}."
+                )
+        shown, note = first_variables(names)
+        return draw_panels(
+            columns,
+            shown,
+            reference=None if reference is None else "reference",
+            axes=axes,
+            note=note,
+        )
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """log q of values of all latents, in constrained space.

@@ -1,8 +1,9 @@
 """How guides map real numbers onto the support of a latent, and what is said where that does not work.
 
 A guide maps onto the support that a latent has at setup. So a support has to be one that real numbers can be mapped
-onto, and the same at every call; where it is not, the error names the latent and the way out. ``docs/supports.md`` has
-a table of supports. PyTorch's registry is left alone: :func:`bijection_to` looks there for what it does not know.
+onto, and the same at every call; where it is not, the error names the latent and the way out. There is a table
+of supports in ``docs/howto/supports.md``. PyTorch's registry is left alone: :func:`bijection_to` looks there for what
+it does not know.
 """
 
 import warnings

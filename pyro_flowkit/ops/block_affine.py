@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flowkit.ops.eager import differentiate, is_plain_eager
+from pyro_flowkit.ops.eager import differentiate, is_plain_eager, was_made_by
 from pyro_flowkit.ops.layout import Layout
 
 # a scale that follows a line would overflow far outside
@@ -107,8 +107,7 @@ def pushed_derivative(y: Tensor, derivative: Tensor) -> Tensor | None:
     node: Any = y.grad_fn
     if y.dim() != 2 and node is not None:  # the view that gave back the shape
         node = node.next_functions[0][0]
-    made_here = isinstance(node, cast(Any, _BlockAffine)._backward_cls)
-    if not made_here or derivative.dtype != y.dtype:
+    if not was_made_by(node, _BlockAffine) or derivative.dtype != y.dtype:
         return None
     x, seen, slope, *rest = node.saved_tensors
     parameters, kept = _split(rest, node.num_parameters)

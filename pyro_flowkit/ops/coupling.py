@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flowkit.ops.backend import backend
 from pyro_flowkit.ops.columns import Columns
-from pyro_flowkit.ops.eager import differentiate, is_plain_eager
+from pyro_flowkit.ops.eager import differentiate, is_plain_eager, was_made_by
 from pyro_flowkit.ops.launch import count_rows, launch, per_thread, total
 from pyro_flowkit.ops.layout import Layout
 from pyro_flowkit.ops.rational_quadratic import spline_columns
@@ -112,8 +112,7 @@ def pushed_derivative(
         ``value`` did not come from the kernel with a graph.
     """
     node: Any = value.grad_fn
-    made_here = isinstance(node, cast(Any, _Coupling)._backward_cls)
-    if not made_here or derivative.dtype != value.dtype:
+    if not was_made_by(node, _Coupling) or derivative.dtype != value.dtype:
         return None
     layout, passed, *_ = node.plan
     _, context, packed, _, kept = node.saved_tensors

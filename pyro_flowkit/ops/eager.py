@@ -2,6 +2,7 @@
 differentiated twice."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
     return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def was_made_by(node: Any, function: type[torch.autograd.Function]) -> bool:
+    """Whether a node of the autograd graph is one of a function; never where PyTorch does not tell."""
+    return isinstance(node, getattr(function, "_backward_cls", ()))
 
 
 def differentiate(

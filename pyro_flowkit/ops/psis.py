@@ -40,6 +40,7 @@ MIN_DRAWS = 25
 """The fewest draws whose tail, a fifth of them, can be fitted."""
 
 _MIN_TAIL = 5
+_HEAVIEST_K = 0.9  # of a tail that goes on
 
 
 def psis(log_weights: Tensor, *, dim: int | None = None) -> tuple[Tensor, Tensor]:
@@ -153,6 +154,20 @@ def error_factor(pareto_k: Tensor, num_samples: int) -> Tensor:
     power = s ** (2 * k)
     rate = (2 * (k - 1) * s * power + (1 - 2 * k) * power + s**2) / ((s - 1) * (s - power))
     return s ** ((1 - rate.clamp(0.0, 1.0)) / 2)
+
+
+def unseen_share(largest_weight: float, pareto_k: float) -> float:
+    """The share of the mean of the weights that may lie beyond the draws.
+
+    Pareto k has no scale: weights of 1 +- 0.04 may have one of 0.9, and hide nothing. With p the largest of the
+    normalised weights, a tail of that k which goes on adds to their mean the share ``p / (1 - min(k, 0.9))``:
+    the k of a tail that goes on for ever is below 1, as the mean is finite.
+
+    Args:
+        largest_weight: of the normalised, smoothed weights.
+        pareto_k: of the weights; ``inf`` where it is unknown.
+    """
+    return min(largest_weight / (1.0 - min(pareto_k, _HEAVIEST_K)), 1.0)
 
 
 def _smooth_(log_weights: Tensor, resolution: float) -> float:

@@ -2,7 +2,7 @@
 
 Fresh memory is slow: the C library hands what a step frees back to the system, and the next step pays for every page
 again, more than for the arithmetic on it. A buffer here is free again as soon as no tensor that was made from it is
-alive, whatever aliases there are: its storage counts them.
+alive, whatever aliases there are: its storage counts them. Where PyTorch does not tell the count, memory is fresh.
 """
 
 import sys
@@ -14,6 +14,7 @@ from torch import Tensor
 # buffers beyond this are left to PyTorch
 LIMIT_BYTES = 256 * 2**20
 
+_count_owners = getattr(torch._C, "_storage_Use_Count", None)
 _lock = threading.Lock()
 _held_bytes = 0
 
@@ -28,7 +29,8 @@ class _Buffer:
 
     def _count_owners(self) -> tuple[int, int]:
         """Of the memory in PyTorch, and of the object that stands for it in Python."""
-        return torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
+        assert _count_owners is not None
+        return _count_owners(self.storage._cdata), sys.getrefcount(self.storage)
 
     def is_free(self) -> bool:
         return self._count_owners() == self.idle
@@ -40,6 +42,8 @@ _buffers: dict[tuple[int, torch.dtype], list[_Buffer]] = {}
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor of shape ``(rows, columns)``."""
     global _held_bytes
+    if _count_owners is None:
+        return torch.empty(rows, columns, dtype=dtype, device="cpu")
     size = rows * columns
     with _lock:
         alike = _buffers.setdefault((size, dtype), [])

@@ -12,7 +12,8 @@ import torch
 # what a thread should have to do at least, in splines: about half a millisecond
 SPLINES_PER_THREAD = 16_384
 
-_pools: dict[int, ThreadPoolExecutor] = {}
+# of each process, with the number of their threads: threads do not survive a fork
+_pools: dict[int, tuple[int, ThreadPoolExecutor]] = {}
 
 
 def count_threads(num_splines: int) -> int:
@@ -24,11 +25,10 @@ def count_threads(num_splines: int) -> int:
 
 def run_in_threads(work: Callable[[int], None], count: int) -> None:
     """Run ``work(0)`` to ``work(count - 1)`` at the same time, the first in this thread."""
-    pool = _pools.get(os.getpid())  # threads do not survive a fork
-    if pool is None or pool._max_workers < count - 1:
-        pool = _pools[os.getpid()] = ThreadPoolExecutor(
-            count - 1, thread_name_prefix="pyro_flowkit"
-        )
+    size, pool = _pools.get(os.getpid(), (0, None))
+    if pool is None or size < count - 1:
+        pool = ThreadPoolExecutor(count - 1, thread_name_prefix="pyro_flowkit")
+        _pools[os.getpid()] = count - 1, pool
     futures = [pool.submit(work, i) for i in range(1, count)]
     try:
         work(0)

@@ -2,21 +2,25 @@
 
 A density needs columns that vary, that differ from each other, and that are continuous. A discrete column has
 probabilities instead: a density could grow without bound on its values. Integers get uniform noise (see
-preparation.py); other columns of few distinct values are refused.
+preparation.py); single values that many rows share, in a column that is continuous otherwise, get probabilities (see
+atoms.py); other columns of few distinct values are refused.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
+from pyro_flowkit.tables.atoms import find_atoms
 from pyro_flowkit.tables.errors import TableError
 
 DISCRETE_SHARE = 0.05  # a column with at most this share of distinct values is discrete
 INTEGER_SHARE = 0.5  # for a column of integers
 LEAST_ROWS = 20
+LARGEST = 1e300
+FARTHEST = 1e15  # times the range of most rows
 DISCRETE = ("noise", "drop", "keep")
 
 
@@ -29,23 +33,43 @@ class Table:
         columns: their D names.
         discrete: for each column whether it holds integers that need noise.
         dropped: names of discrete columns that were left out.
+        atoms: by name of a column the values that many rows share, where it is continuous otherwise.
+        rows: their numbers in the frame, shape ``(N,)``; None: 0, 1, ...
+        filled: how many of them, the last ones, had missing values.
     """
 
     values: np.ndarray
     columns: tuple[str, ...]
     discrete: tuple[bool, ...]
     dropped: tuple[str, ...] = ()
+    atoms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rows: np.ndarray | None = None
+    filled: int = 0
 
     @property
     def noisy(self) -> list[str]:
         """Names of the columns of integers that get noise."""
         return [name for name, flag in zip(self.columns, self.discrete, strict=True) if flag]
 
+    def copies(self) -> np.ndarray:
+        """For every row the number of the first one with the same values, shape ``(N,)``.
+
+        Rows of integers and atoms alone are no copies of each other: theirs coincide of themselves.
+        """
+        rows = np.arange(len(self.values))
+        continuous = np.zeros(len(rows), dtype=bool)
+        for name, noisy, column in zip(self.columns, self.discrete, self.values.T, strict=True):
+            continuous |= ~np.isin(column, self.atoms.get(name, ())) & (not noisy)
+        hashes = pd.util.hash_pandas_object(pd.DataFrame(self.values + 0.0), index=False)
+        _, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+        return np.where(continuous, first[index], rows)
+
     def fingerprint(self) -> str:
         """SHA-256 of the values, whatever the order of the columns."""
         digest = hashlib.sha256()
         for i in sorted(range(len(self.columns)), key=lambda i: self.columns[i]):
-            digest.update(f"{self.columns[i]!r},{self.discrete[i]}".encode())
+            atoms = self.atoms.get(self.columns[i], ())
+            digest.update(f"{self.columns[i]!r},{self.discrete[i]},{atoms}".encode())
             digest.update((np.ascontiguousarray(self.values[:, i]) + 0.0).astype("<f8").tobytes())
         return digest.hexdigest()
 
@@ -65,7 +89,11 @@ def without_columns(frame: pd.DataFrame, names: Sequence[str], *, where: str) ->
 
 
 def choose_columns(
-    frame: pd.DataFrame, names: Sequence[str] | None, *, where: str
+    frame: pd.DataFrame,
+    names: Sequence[str] | None,
+    *,
+    where: str,
+    allow_missing: bool = False,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The named columns (None: all) as numbers.
 
@@ -73,6 +101,7 @@ def choose_columns(
         frame: the table.
         names: columns to take, in this order.
         where: what to call the table in errors.
+        allow_missing: whether values may be NaN.
 
     Returns:
         values of shape ``(N, D)`` in float64, and the names of the columns.
@@ -97,13 +126,15 @@ def choose_columns(
             f"{_first_text(frame[text[0]])}: leave them out (exclude)"
         )
     values = np.column_stack([frame[name].to_numpy(np.float64, na_value=np.nan) for name in names])
-    bad = ~np.isfinite(values)
+    bad = np.isinf(values) if allow_missing else ~np.isfinite(values)
     if bad.any():
         worst = [name for name, count in zip(names, bad.sum(0), strict=True) if count]
         rows = np.flatnonzero(bad.any(1))
+        kind = "infinite" if allow_missing else "NaN or infinite"
         raise TableError(
-            f"Expected finite numbers in {where}, got NaN or infinite values in {len(rows)} of {len(values)} rows "
-            f"(first: row {rows[0]}, counted from 0), in the columns {listed(worst)}: fill them in or leave them out"
+            f"Expected finite numbers in {where}, got {kind} values in {len(rows)} of {len(values)} rows "
+            f"(first: row {rows[0]}, counted from 0), in the columns {listed(worst)}: fill them in or leave them out "
+            "(missing: drop or impute)"
         )
     return values, tuple(names)
 
@@ -117,7 +148,7 @@ def check_table(
         values: shape ``(N, D)``, finite.
         columns: D names.
         discrete: "noise": integers get uniform noise and other discrete columns are refused; "drop": discrete columns
-            are left out; "keep": they are treated as continuous.
+            are left out; "keep": they are treated as continuous, and no atoms are looked for.
         where: what to call the table in errors.
 
     Raises:
@@ -126,13 +157,21 @@ def check_table(
     rows = len(values)
     if rows < LEAST_ROWS:
         raise TableError(f"Expected at least {LEAST_ROWS} rows in {where}, got {rows}")
-    constant = [name for name, column in zip(columns, values.T, strict=True) if np.ptp(column) == 0]
+    constant = [
+        name for name, column in zip(columns, values.T, strict=True) if column.min() == column.max()
+    ]
     if constant:
         raise TableError(
             f"Expected columns that vary in {where}, got one value only in {listed(constant)}: "
             "leave them out (exclude)"
         )
-    integer, few = np.array([_kind_of(column) for column in values.T]).T
+    _refuse_far_values(values, columns, where)
+    atoms = {} if discrete == "keep" else _atoms_of(values, columns)
+    beside = [
+        column[~np.isin(column, atoms.get(name, ()))]
+        for name, column in zip(columns, values.T, strict=True)
+    ]
+    integer, few = np.array([_kind_of(column) for column in beside]).T
     if discrete == "drop" and few.any():
         if few.all():
             raise TableError(f"Expected a continuous column in {where}, got discrete ones only")
@@ -154,7 +193,33 @@ def check_table(
             "leave such columns out (discrete: drop), recode them as integers, or insist (discrete: keep)"
         )
     noisy = few if discrete == "noise" else np.zeros(len(columns), dtype=bool)
-    return Table(values, columns, tuple(bool(flag) for flag in noisy), dropped)
+    return Table(values, columns, tuple(bool(flag) for flag in noisy), dropped, atoms)
+
+
+def check_integers(
+    values: np.ndarray, columns: Sequence[str], integers: Sequence[str], *, where: str
+) -> None:
+    """Raises a TableError if the named columns of values of shape ``(N, D)`` hold anything but integers."""
+    broken = [
+        name
+        for name, column in zip(columns, values.T, strict=True)
+        if name in integers and (column != np.round(column)).any()
+    ]
+    if broken:
+        raise TableError(
+            f"Expected integers in {where}, as in training, got other values in {listed(broken)}"
+        )
+
+
+def _atoms_of(values: np.ndarray, columns: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Atoms by the name of the column, of columns that are continuous beside them."""
+    found = {}
+    for name, column in zip(columns, values.T, strict=True):
+        atoms = find_atoms(column)
+        rest = column[~np.isin(column, atoms)]
+        if atoms and len(rest) >= LEAST_ROWS and not _kind_of(rest)[1]:
+            found[name] = atoms
+    return found
 
 
 def _kind_of(column: np.ndarray) -> tuple[bool, bool]:
@@ -162,6 +227,20 @@ def _kind_of(column: np.ndarray) -> tuple[bool, bool]:
     integer = bool((column == np.round(column)).all())
     share = len(np.unique(column)) / len(column)
     return integer, share <= (INTEGER_SHARE if integer else DISCRETE_SHARE)
+
+
+def _refuse_far_values(values: np.ndarray, columns: tuple[str, ...], where: str) -> None:
+    """A single number that far away leaves all others no digits to differ in."""
+    for name, column in zip(columns, values.T, strict=True):
+        largest = np.abs(column).max()
+        low, middle, high = np.quantile(column / largest, (0.1, 0.5, 0.9))
+        distance = np.abs(column / largest - middle)
+        row = int(distance.argmax())
+        if largest > LARGEST or (high > low and distance[row] > FARTHEST * (high - low)):
+            raise TableError(
+                f"Expected numbers of one magnitude in {where}, got {column[row]:g} in {name} (row {row}, counted from "
+                "0): leave the row or the column out (exclude)"
+            )
 
 
 def _refuse_equal(values: np.ndarray, columns: tuple[str, ...], where: str) -> None:

@@ -1,16 +1,24 @@
 """``TableDensity``: from a frame to its density, in three lines."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pyro_flowkit.diagnostics import Verdict
-from pyro_flowkit.tables.columns import Table, check_table, choose_columns, without_columns
+from pyro_flowkit.tables.columns import (
+    Table,
+    check_integers,
+    check_table,
+    choose_columns,
+    without_columns,
+)
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.flow import FlowSettings
 from pyro_flowkit.tables.metrics import metrics_of, table_verdict
+from pyro_flowkit.tables.missing import MISSING, fill_in
 from pyro_flowkit.tables.split import Split, split_rows
 from pyro_flowkit.tables.training import BATCH_SIZE, LEARNING_RATE, Trained, TrainOptions, train
 
@@ -32,6 +40,8 @@ class TableDensity:
         exclude: names of those to leave out.
         discrete: of columns of few distinct values: "noise": integers get uniform noise and count by their
             probability, others are refused; "drop": they are left out; "keep": they are treated as continuous.
+        missing: of rows with NaN: "refuse": an error; "drop": they are left out; "impute": they are filled in from rows
+            like them, and train, but neither choose nor test.
         settings: structure of the flow.
         seed: of the split, and of the training.
         name: what to call the table in errors.
@@ -51,16 +61,45 @@ class TableDensity:
         columns: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         discrete: str = "noise",
+        missing: str = "refuse",
         settings: FlowSettings | None = None,
         seed: int = 0,
         name: str = "the table",
     ):
         frame = without_columns(as_frame(frame), exclude, where=name)
-        values, names = choose_columns(frame, columns, where=name)
-        self.table: Table = check_table(values, names, discrete=discrete, where=name)
-        self.split: Split = split_rows(len(self.table.values), len(self.table.columns), seed)
+        if missing not in MISSING:
+            raise TableError(f"Expected missing to be one of {', '.join(MISSING)}, got {missing!r}")
+        values, names = choose_columns(
+            frame, columns, where=name, allow_missing=missing != "refuse"
+        )
+        lacks = np.isnan(values).any(1)
+        complete = f"{name} without missing values" if lacks.any() else name
+        table = check_table(values[~lacks], names, discrete=discrete, where=complete)
+        split = split_rows(len(table.values), len(table.columns), seed, table.copies())
+        self.table: Table = replace(table, rows=np.flatnonzero(~lacks))
+        self.split: Split = split
+        if missing == "impute" and lacks.any():
+            kept = [names.index(column) for column in table.columns]
+            self._fill_in(values[lacks][:, kept], np.flatnonzero(lacks), seed, name)
         self._settings, self._seed = settings or FlowSettings(), seed
         self._trained: Trained | None = None
+
+    def _fill_in(self, rows: np.ndarray, numbers: np.ndarray, seed: int, name: str) -> None:
+        """Add rows with missing values to those that train."""
+        table, split = self.table, self.split
+        filled = fill_in(rows, table.values[split.train], seed=seed)
+        check_integers(filled, table.columns, table.noisy, where=name)
+        count = len(table.values)
+        added = np.arange(count, count + len(rows))
+        self.table = replace(
+            table,
+            values=np.vstack([table.values, filled]),
+            rows=np.concatenate([np.asarray(table.rows), numbers]),
+            filled=len(rows),
+        )
+        order = np.random.default_rng(seed).permutation(np.concatenate([split.train, added]))
+        copy_of = np.concatenate([split.copy_of, added])
+        self.split = replace(split, train=order, copy_of=copy_of)
 
     def fit(
         self,
@@ -90,11 +129,13 @@ class TableDensity:
     def log_prob(self, frame: pd.DataFrame | np.ndarray) -> np.ndarray:
         """Exact log density (nats) of every row of a frame with at least the table's columns, shape ``(N,)``.
 
+        Rows with missing values have none; theirs is NaN.
+
         Raises:
             TableError: if columns are missing, or values are no numbers of the kind that the density was trained on.
             RuntimeError: before :meth:`fit`.
         """
-        return self.trained.density.log_prob_of(as_frame(frame))
+        return self.trained.density.log_prob_of(as_frame(frame), allow_missing=True)
 
     def sample(self, count: int, *, seed: int = 0) -> pd.DataFrame:
         """A frame of ``count`` rows drawn from the density.

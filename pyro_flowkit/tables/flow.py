@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 import pyro_flowkit.transforms as T
+from pyro_flowkit.bases import StudentTBase, make_base
 from pyro_flowkit.flow_distribution import FlowDistribution
 
 COLUMN_BINS = 16
@@ -38,6 +38,7 @@ class FlowSettings:
         bound: the splines live on [-bound, bound], in units of standard deviations.
         dropout: probability of dropping a hidden unit while training.
         order: numbers of the columns, those to be transformed next to the data last; None is the order they have.
+        base: "normal" or "student_t", with degrees of freedom for each column; None leaves it to the rows.
     """
 
     layers: int | None = None
@@ -47,6 +48,7 @@ class FlowSettings:
     bound: float = 5.0
     dropout: float = 0.0
     order: tuple[int, ...] | None = None
+    base: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """By name."""
@@ -54,21 +56,22 @@ class FlowSettings:
 
 
 class TableFlow(nn.Module):
-    """A flow over rows w of a table, the standard normal at first.
+    """A flow over rows w of a table, its base at first.
 
     Args:
         input_dim: number of columns D.
         settings: its structure.
+        degrees: of freedom of each column, shape ``(D,)``, to begin with, for a base of Student's t.
 
     Raises:
         ValueError: for settings that make no flow, with the numbers.
     """
 
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, input_dim: int, settings: FlowSettings):
+    def __init__(self, input_dim: int, settings: FlowSettings, degrees: Tensor | None = None):
         super().__init__()
+        if settings.base not in (None, "normal", "student_t"):
+            raise ValueError(f'Expected base "normal" or "student_t", got {settings.base!r}')
+        self.settings = settings
         count = min(input_dim, DEFAULT_LAYERS) if settings.layers is None else settings.layers
         if count < 1:
             raise ValueError(f"Expected at least one layer, got {count}")
@@ -83,8 +86,9 @@ class TableFlow(nn.Module):
             now = order
         self._permute(now, identity)
         self.layers.append(T.spline(input_dim, COLUMN_BINS, settings.bound))
-        self.register_buffer("loc", torch.zeros(input_dim))
-        self.register_buffer("scale", torch.ones(input_dim))
+        self.base = make_base(settings.base or "normal", input_dim, 0)
+        if degrees is not None and isinstance(self.base, StudentTBase):
+            self.base.log_df.data = degrees.log().float()
 
     def _permute(self, now: Tensor, order: Tensor) -> None:
         if not torch.equal(now, order):
@@ -92,9 +96,8 @@ class TableFlow(nn.Module):
 
     def distribution(self) -> FlowDistribution:
         """Of one row w, event shape ``(D,)``."""
-        base = dist.Normal(self.loc, self.scale).to_event(1)
         transforms: list[Transform] = [layer for layer in self.layers]  # type: ignore[misc]
-        return FlowDistribution(base, transforms)
+        return FlowDistribution(self.base(), transforms)
 
     def log_prob(self, w: Tensor) -> Tensor:
         """Exact log density (nats) of ``w`` of shape ``(N, D)``, shape ``(N,)``."""

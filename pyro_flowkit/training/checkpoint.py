@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pyro_flowkit.training.files import DamagedFileError, read_file, write_file
+from pyro_flowkit.training.lock import HeldError, locked
 from pyro_flowkit.training.ranks import Ranks
 
 KIND = "checkpoint"
@@ -27,7 +29,7 @@ class Checkpoints:
         ranks: The processes that share the fit, of which the first writes.
 
     Raises:
-        ValueError: If the folder holds checkpoints and ``resume`` is False.
+        ValueError: If another fit is using the folder, or it holds checkpoints and ``resume`` is False.
     """
 
     def __init__(
@@ -35,6 +37,9 @@ class Checkpoints:
     ) -> None:
         self._folder, self._every, self._ranks = Path(folder), every, ranks
         self._folder.mkdir(parents=True, exist_ok=True)
+        if ranks.leads:
+            with locked(self._folder):
+                pass
         found = self._paths()
         if found and not resume:
             raise ValueError(
@@ -65,6 +70,25 @@ class Checkpoints:
             raise DamagedFileError(f"{problems[0]}. Without it, the fit would start afresh.")
         return None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other fits out of the folder.
+
+        Raises:
+            ValueError: On all processes, if another fit is using it.
+        """
+        with ExitStack() as stack:
+            problem = ""
+            if self._ranks.leads:
+                try:
+                    stack.enter_context(locked(self._folder))
+                except HeldError as error:
+                    problem = str(error)
+            problem = self._ranks.share(problem)
+            if problem:
+                raise ValueError(problem)
+            yield
+
     def is_due(self) -> bool:
         """Whether it is time for the next one, for any of the processes."""
         now = float(time.perf_counter() >= self._next)
@@ -87,7 +111,7 @@ class Checkpoints:
                         f"expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
                         "Training goes on.",
                         RuntimeWarning,
-                        stacklevel=6,
+                        stacklevel=7,
                     )
                 self._warned = True
         self.saved, self._next = step, time.perf_counter() + self._every

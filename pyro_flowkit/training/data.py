@@ -173,12 +173,13 @@ class LoaderBatches:
         self._epoch = 0  # epochs begun
         self._position = 0  # batches taken in this epoch
         self._held: tuple[int, Batch] | None = None
+        self.check: Callable[[Batch, str], None] | None = None  # of the batches of the first epoch
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step; steps are asked for in their order, the last one again if need be.
 
         Raises:
-            ValueError: If the loader has no batches.
+            ValueError: If the loader has no batches, or one of the first epoch does not pass the check.
         """
         if self._held is None or self._held[0] != step:
             batch = next(self._iterator, None)
@@ -189,6 +190,8 @@ class LoaderBatches:
                 raise ValueError("expected a DataLoader with at least one batch, got none")
             self._position += 1
             self._held = step, as_batch(batch, "every batch of the DataLoader", self._device)
+            if self.check is not None and self._epoch == 1:
+                self.check(self._held[1], f"batch {self._position - 1} of the DataLoader")
         return self._held[1]
 
     def _begin(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pyro_flowkit.training.state import modules_of
+from pyro_flowkit.programs.modules import modules_of
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 import warnings
 from types import FrameType
 from typing import Any
@@ -15,12 +16,15 @@ from torch import Tensor
 from pyro_flowkit.programs.sites import scored_sites
 from pyro_flowkit.training.losses import Batch, MaximumLikelihood, Variational
 
+SAME_WISH = 0.25  # seconds in which a second signal says nothing new
+
 
 class Interruption:
     """Takes note of Ctrl-C (SIGINT), and of SIGTERM, as schedulers of clusters send it, until a step is done.
 
-    The second signal interrupts at once. Handlers that somebody else has set are left alone, and outside the main
-    thread nothing is caught.
+    A later signal interrupts at once, but not one that comes with the first, as of a key that bounces or is pressed
+    twice: that would lose what the first is to give. Handlers that somebody else has set are left alone, and outside
+    the main thread nothing is caught.
 
     Attributes:
         reason: "interrupted" or "terminated" once a signal has come, else None.
@@ -31,6 +35,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -41,13 +46,16 @@ class Interruption:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._before and self.reason is not None:
+            time.sleep(max(0.0, self._since + SAME_WISH - time.monotonic()))
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None:
+        if self.reason is None:
+            self.reason, self._since = self._REASONS[signal.Signals(number)], time.monotonic()
+        elif time.monotonic() >= self._since + SAME_WISH:
             raise KeyboardInterrupt
-        self.reason = self._REASONS[signal.Signals(number)]
 
 
 def caused_by_numbers(error: Exception) -> bool:

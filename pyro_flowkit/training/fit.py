@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from pyro_flowkit.training.arguments import (
     check_finite_rows,
     check_optimizer,
     check_programs,
+    check_rows_of_model,
     warn_of_far_rows,
     whole,
 )
@@ -28,7 +30,7 @@ from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.callbacks import FitState
 from pyro_flowkit.training.checkpoint import open_checkpoints
 from pyro_flowkit.training.compilation import compile_where_it_pays
-from pyro_flowkit.training.data import RowBatches, open_batches
+from pyro_flowkit.training.data import LoaderBatches, RowBatches, open_batches
 from pyro_flowkit.training.device import chosen_device, move_modules, moved
 from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
@@ -51,8 +53,12 @@ DEFAULT_LR = 3e-3
 DEFAULT_CAP = 20_000
 DEFAULT_PATIENCE = 5
 WINDOW = 100
+WINDOW_OF_RECIPE = 50
 VALIDATION_ROWS = 100  # at a time, where training has no batch size of its own
 GAUSSIAN_SECONDS = 30.0
+SHARE_FOR_GAUSSIAN = (
+    0.9  # of max_seconds, where the search needs so much: without it a flow gets no farther
+)
 
 
 @torch.enable_grad()
@@ -126,9 +132,9 @@ def fit(
         guide: Its guide. Options that are None are read from the fields of ``guide.recipe()`` where
             there is one: max_steps, lr, num_particles, scheduler, clip_norm. An ``AutoSplineFlow`` that
             sees all of the data at every step starts at the best Gaussian found without noise, whose
-            location and log scale at each site follow those before it in a line; up to a quarter of
-            max_seconds is used for that. It ends there, too, with best_step = 0, if the flow gains
-            less than 0.02 nats on it.
+            location and log scale at each site follow those before it in a line; where it must, nearly all of
+            max_seconds is used for that. It ends there, too, with best_step = 0, unless the flow is better. A guide
+            that was trained before goes on from there, and does not end below it either.
         data: Tensor with ``N`` rows, or a tuple of such tensors, or numpy arrays or pandas' frames of numbers in their
             place. Its batches are the leading positional arguments of model and guide; of a dict of arrays its keys
             say which (they are the model's first parameters, the guide's have the same order). Rows are reshuffled
@@ -182,8 +188,8 @@ def fit(
         check_plates: Compare the plates with the data on the first batch.
         trackers: Where the history goes while the fit runs: ``CsvTracker``, ``TensorBoardTracker``,
             ``MLflowTracker``, or anything with their three methods.
-        checkpoint_dir: A folder for checkpoints: of the state between two steps, of which the two
-            newest are kept. They hold plain tensors, are written whole or not at all, and are
+        checkpoint_dir: A folder for checkpoints, of one fit at a time: of the state between two steps, the two
+            newest. They hold plain tensors, are written whole or not at all, and are
             written at the end and at an interruption, too.
         checkpoint_every: Seconds between checkpoints.
         resume: Go on from the newest readable checkpoint in checkpoint_dir, if there is one. The
@@ -204,7 +210,7 @@ def fit(
 
     Returns:
         A ``FitResult``. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
-        ``stop_reason="interrupted"``, once a step is done (at once if pressed again).
+        ``stop_reason="interrupted"``, once a step is done (at once if pressed again, later than a double press).
 
     Raises:
         TypeError: If model, guide, data, args, objective, optimizer, callbacks or the scheduler's result are of the
@@ -262,8 +268,11 @@ def fit(
     first = batches[0]
     if guide is None and isinstance(model, SplineFlow):
         for name, rows in (("data", getattr(batches, "rows", ())), ("val_data", held_out)):
-            if isinstance(rows, tuple):
+            if isinstance(rows, tuple) and rows:
                 check_finite_rows(rows, name)
+        if isinstance(batches, LoaderBatches):
+            check_finite_rows(first, "batch 0 of the DataLoader")
+            batches.check = check_finite_rows
     if guide is None and first:
         warn_of_far_rows(model, first[0])
 
@@ -310,6 +319,8 @@ def fit(
         taken_off = len(held_out[0]) if val_fraction else 0
         sizes = batches.size, batches.size + taken_off
     loss.prepare(first, sizes, check_plates)
+    if isinstance(loss, Variational) and isinstance(batches, RowBatches) and batches.rows:
+        check_rows_of_model(loss, batches.rows, batches.batch_size)
     if kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
         raise ValueError(
             f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"
@@ -319,8 +330,7 @@ def fit(
     if isinstance(guide, AutoSplineFlow) and recipe.gaussian_start and not batches.minibatched:
         inputs = (*first, *args)
         if earlier is None:
-            quarter = GAUSSIAN_SECONDS if max_seconds is None else max_seconds / 4
-            seconds = min(GAUSSIAN_SECONDS, quarter)
+            seconds = min(GAUSSIAN_SECONDS, SHARE_FOR_GAUSSIAN * (max_seconds or math.inf))
             try:
                 start = guide.start_at_gaussian(model, inputs, keywords, max_seconds=seconds)
             except KeyboardInterrupt:
@@ -358,6 +368,8 @@ def fit(
         loss.objective, Trace_ELBO | TraceGraph_ELBO
     )
     watch = None
+    is_own_plan = max_steps is None and max_epochs is None and average is None
+    window = _window(limits.max_steps, bool(held_out))
     if (
         isinstance(guide, AutoSplineFlow)
         and is_elbo
@@ -365,7 +377,6 @@ def fit(
         and not interrupted
     ):
         room = guide.room(model, (*first, *args), keywords) if start is None else start.room
-        is_own_plan = max_steps is None and max_epochs is None and average is None
         watch = watch_gap(
             room, ranks, tolerance, limits.max_steps if is_own_plan else None, scheduler
         )
@@ -402,7 +413,7 @@ def fit(
         judge=Judge(
             loss,
             Validator(held_out, chunk, place) if held_out else None,
-            _window(limits.max_steps, bool(held_out)),
+            window if watch is None or not is_own_plan else min(window, WINDOW_OF_RECIPE),
             None if average is None else Average(average),
             ranks,
         ),

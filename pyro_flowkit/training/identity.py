@@ -17,16 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyro_flowkit.programs.modules import modules_of
 from pyro_flowkit.training.data import Batch, Batches, RowBatches
 from pyro_flowkit.training.files import digest_of
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.state import (
-    evaluating,
-    modules_of,
-    random_state,
-    set_random_state,
-)
+from pyro_flowkit.training.state import evaluating, random_state, set_random_state
 
 PROBE_SEED = 20_241_129
 SAME = 1e-4  # relative difference of the objective that another processor may make

@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,26 @@ class Loop:
         Args:
             settings: What to tell the trackers of the call.
         """
+        checkpoints = self._checkpoints
+        with (
+            Interruption() as self._interruption,
+            checkpoints.held() if checkpoints else nullcontext(),
+        ):
+            self._train(settings)
+            try:
+                kept = self._finish()
+            except KeyboardInterrupt:
+                self._loss.set_mode(training=False)
+                raise
+            result = self._result(kept)
+            self._call("on_end")
+            steps = self._state.step
+            summary = {"stop_reason": result.stop_reason, "best_step": kept, "steps": steps}
+            self._trackers.end(summary)
+            return result
+
+    def _train(self, settings: Mapping[str, Any]) -> None:
+        """All steps; what ended them is the reason."""
         state = self._state
         self._call("on_start")
         self._bar.begin_at(state.step)
@@ -118,7 +139,7 @@ class Loop:
             check_plain({"schedule": self._schedule.state_dict()})
         self._trackers.start({key: str(value) for key, value in settings.items()}, state.step)
         self._start = time.perf_counter()
-        with warnings.catch_warnings(), self._bar, Interruption() as self._interruption:
+        with warnings.catch_warnings(), self._bar:
             # Non-finite steps are counted and reported here, once, instead of by each warning.
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+inf|-inf)")
             try:
@@ -132,18 +153,15 @@ class Loop:
             except BaseException as error:
                 self._trackers.end({"stop_reason": type(error).__name__, "steps": state.step})
                 raise
-        kept = self._finish()
-        result = self._result(kept)
-        self._call("on_end")
-        summary = {"stop_reason": result.stop_reason, "best_step": kept, "steps": state.step}
-        self._trackers.end(summary)
-        return result
 
     def _steps(self) -> str:
         state, limits = self._state, self._limits
         if state.stop is not None:  # before it began
             return state.stop
         self._judge.begin()
+        if state.step == 0 and self._tolerance is not None and self._starts_near(self._tolerance):
+            self._is_final = True
+            return "tolerance"
         while True:
             if limits.max_steps is not None and state.step >= limits.max_steps:
                 return limits.steps_reason
@@ -273,7 +291,7 @@ class Loop:
                     f"expected a finite objective on the validation data, got {found} at step {self._state.step}: "
                     "states that cannot be judged are not kept",
                     RuntimeWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
             self._state.validation = self._history[-1][-1] = found
             self._call("on_validation")
@@ -285,6 +303,13 @@ class Loop:
             return ""
         lost = self._judge.has_diverged and limits.patience_reason != "patience"
         return "diverged" if lost or limits.patience is None else limits.patience_reason
+
+    def _starts_near(self, tolerance: Tolerance) -> bool:
+        """Whether the guide need not be trained."""
+        if isinstance(self._loss, Variational) and self._loss.kl_weight != 1.0:
+            return False
+        self._state.gap = tolerance.judge_start()
+        return tolerance.is_met
 
     def _is_near(self, tolerance: Tolerance) -> bool:
         """Whether the guide is near enough to the posterior; moves the end where more steps at this rate are no use."""

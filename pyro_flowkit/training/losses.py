@@ -23,6 +23,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.programs.derivative import Graph
+from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
 from pyro_flowkit.programs.pairs import trace_pair
 from pyro_flowkit.programs.plates import (
     TrainingRows,
@@ -30,12 +31,16 @@ from pyro_flowkit.programs.plates import (
     check_plates,
     effective_size,
 )
-from pyro_flowkit.programs.sites import enumerated_names, latent_names
+from pyro_flowkit.programs.sites import (
+    enumerated_names,
+    latent_names,
+    scored_sites,
+    unscaled_log_prob,
+)
 from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.training.device import moved
 from pyro_flowkit.training.messengers import KLWeight, ParamCapture
-from pyro_flowkit.training.registered import DIVIDER, buffers_of, registered_modules
-from pyro_flowkit.training.state import module_tensors, modules_of, write_into
+from pyro_flowkit.training.state import module_tensors, write_into
 
 Batch = tuple[torch.Tensor, ...]
 STORE = "param_store."  # before the names of its entries
@@ -282,7 +287,7 @@ class Variational(Loss):
 
         Args:
             batch: The first batch.
-            sizes: Number of data, and of data with what `val_fraction` took off; None where unknown.
+            sizes: Number of data, and of data with what ``val_fraction`` took off; None where unknown.
             check: Whether to compare the plates with them.
 
         Raises:
@@ -348,6 +353,22 @@ class Variational(Loss):
         ):
             return None
         return self._objective.density_graph(self._guide, (*batch, *self._args), self._kwargs)
+
+    def is_finite(self, batch: Batch) -> bool:
+        """Whether all sites have finite densities on a batch; the caller's random numbers are left alone."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+            try:
+                traces = self.traces(batch)
+                densities = [
+                    unscaled_log_prob(
+                        site | {"unscaled_log_prob": site["fn"].log_prob(site["value"])}
+                    )
+                    for trace in traces
+                    for _, site in scored_sites(trace)
+                ]
+            except Exception:  # a program that is given other rows may do anything
+                return False
+        return all(bool(density.isfinite().all()) for density in densities)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         if not self._differentiable:

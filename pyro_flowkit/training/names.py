@@ -18,8 +18,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_flowkit._pyro import StoreModule
-from pyro_flowkit.training.registered import DIVIDER
-from pyro_flowkit.training.state import modules_of
+from pyro_flowkit.programs.modules import DIVIDER, modules_of
 
 _names: set[str] = set()  # that were ever trained under
 _owners: weakref.WeakValueDictionary[str, PyroModule] = weakref.WeakValueDictionary()

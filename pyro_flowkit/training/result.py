@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import pyro
 import torch
 
+from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
 from pyro_flowkit.training.files import read_file, write_file
-from pyro_flowkit.training.registered import DIVIDER, buffers_of, registered_modules
-from pyro_flowkit.training.state import check_fit, copied, module_tensors, modules_of, write_into
+from pyro_flowkit.training.state import check_fit, copied, module_tensors, write_into
 
 KIND = "fit result"
 HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")
@@ -100,16 +101,14 @@ class FitResult:
     param_names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        steps, elbo = len(self.history["step"]), self.history["elbo"]
-        late = elbo[-max(1, steps // 10) :]
-        finite = late[np.isfinite(late)]
+        elbo, count = self._late_elbo()
         parts = [
             f"stop_reason={self.stop_reason!r}",
-            f"{steps} steps",
+            f"{len(self.history['step'])} steps",
             f"best_step={self.best_step}",
         ]
-        if len(finite):
-            parts.append(f"elbo={finite.mean():.5g} (mean of the last {len(late)} steps)")
+        if elbo is not None:
+            parts.append(f"elbo={elbo:.5g} (mean of the last {count} steps)")
         if len(self.validation["elbo"]):
             parts.append(f"validation={self.validation['elbo'].max():.5g} (best)")
         if self.gap is not None:
@@ -119,6 +118,32 @@ class FitResult:
         if self.divergence:
             parts.append(f"divergence={self.divergence!r}")
         return f"FitResult({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        elbo, count = self._late_elbo()
+        validations = self.validation["elbo"]
+        rows = {
+            "stopped by": self.stop_reason,
+            "steps": f"{len(self.history['step']):,}; the state of step {self.best_step:,} was kept",
+            "ELBO": "" if elbo is None else f"{elbo:.5g} nats, mean of the last {count:,} steps",
+            "validation": f"{validations.max():.5g} nats, the best" if len(validations) else "",
+            "gap": "" if self.gap is None else f"{self.gap:.2g} nats",
+            "steps left out": self.skipped_steps or "",
+            "divergence": self.divergence,
+            "notes": "; ".join(self.notes),
+        }
+        lines = "".join(
+            f"<tr><th style='text-align: left'>{name}</th><td style='text-align: left'>{escape(str(text))}</td></tr>"
+            for name, text in rows.items()
+            if text
+        )
+        return f"<table>{lines}</table>"
+
+    def _late_elbo(self) -> tuple[float | None, int]:
+        """The mean ELBO of the last tenth of the steps, and their number."""
+        late = self.history["elbo"][-max(1, len(self.history["step"]) // 10) :]
+        finite = late[np.isfinite(late)]
+        return (float(finite.mean()) if len(finite) else None), len(late)
 
     @property
     def validation(self) -> dict[str, np.ndarray]:

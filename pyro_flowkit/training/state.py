@@ -12,16 +12,6 @@ import torch
 from torch import Tensor, nn
 
 
-def modules_of(*functions: Any) -> list[nn.Module]:
-    """The modules among callables; a bound method stands for the module that it belongs to."""
-    found: list[nn.Module] = []
-    for function in functions:
-        module = getattr(function, "__self__", function)
-        if isinstance(module, nn.Module) and all(module is not other for other in found):
-            found.append(module)
-    return found
-
-
 def module_tensors(modules: list[nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers, those that are in no ``state_dict`` included, as ``"<module>.<path>"``."""
     return {

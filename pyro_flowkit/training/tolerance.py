@@ -20,7 +20,7 @@ from pyro_flowkit.training.schedule import FLAT_SHARE
 TOLERANCE = 0.01
 CONFIRMING_DRAWS = 8192
 OTHER_SEEDS = 2**32
-SPAN = 4  # judgements that are compared with as many before them
+SPAN = 8  # judgements that are compared with as many before them
 PROGRESS = 0.9  # of the gap before: what is more is none
 
 
@@ -69,10 +69,17 @@ class Tolerance:
         self.is_met = False
         self.end: int | None = None
 
+    def judge_start(self) -> float:
+        """Estimates the gap before the first step (nats)."""
+        return self._judged(0)
+
     def judge(self, step: int) -> float:
         """Estimates the gap after so many steps (nats)."""
+        self._seen.append(self._judged(step))
+        return self._seen[-1]
+
+    def _judged(self, step: int) -> float:
         found = self._estimate(step)
-        self._seen.append(found.nats)
         if self._nats is not None and found.upper <= self._nats:
             # once more, by other draws: the first may have had luck
             again = self._estimate(OTHER_SEEDS + step, CONFIRMING_DRAWS)

@@ -57,7 +57,7 @@ def test_the_gaussian_is_that_of_maximum_likelihood_in_the_units_of_the_file(tmp
 
 
 def test_a_flow_without_a_gain_on_validation_rows_gives_way_to_the_gaussian(tmp_path, capsys):
-    rows = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 5)), columns=list("abcde"))
+    rows = pd.DataFrame(np.random.default_rng(0).normal(size=(90, 5)), columns=list("abcde"))
     rows.to_csv(tmp_path / "noise.csv", index=False)
     options = ["--steps", "30", "--lr", "0.05", *SMALL]
     assert main(["fit", str(tmp_path / "noise.csv"), "-o", str(tmp_path / "run"), *options]) == 0

@@ -200,7 +200,7 @@ def test_a_damaged_list_of_files(trained, tmp_path, fails):
     assert "a whole run in" in fails("diagnose", folder)
     info = json.loads(text)
     (folder / "run.json").write_text(json.dumps({**info, "format_version": 99}))
-    assert "format 1, got 99" in fails("diagnose", folder)
+    assert "format 2, got 99" in fails("diagnose", folder)
     info["settings"]["width"] = 17
     (folder / "run.json").write_text(json.dumps(info))
     assert "a whole run in" in fails("diagnose", folder)

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -110,3 +111,19 @@ def test_bits_per_dimension_only_where_the_dimension_is_known():
 def test_what_cannot_be_compared_is_refused(datasets, message):
     with pytest.raises(ValueError, match=message):
         compare_densities(datasets)
+
+
+def test_a_printed_table_begins_with_nats_and_errors_within_80_columns():
+    table = compare_densities({"VAE, flow prior, flow posterior": bounds(-3.0), "flow": exact(0.0)})
+    header, _, *rows = lines = str(table).splitlines()
+    assert header.split() == ["nats", "se", "kind", "gap"]
+    assert max(map(len, lines)) <= 80
+    assert f"{table.loc[('flow', 'log p'), 'nats']:.3f}" in rows[0]
+    assert rows[-1].endswith("n") and "diff_kind" in str(
+        table
+    )  # the names of those that are not shown
+    assert str(table[["elpd"]]) == str(pd.DataFrame(table)[["elpd"]])
+    long = compare_densities(
+        {"a model whose name is as long as the line of a terminal is" * 2: exact(0.0)}
+    )
+    assert str(long).splitlines()[0].split() == ["nats", "se"]

@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 
 from pyro_flowkit.diagnostics import plot_guides
-from pyro_flowkit.diagnostics.plot_guides import _density, _levels
+from pyro_flowkit.pictures import _density, _levels
 
 matplotlib.use("Agg")
 RNG = np.random.default_rng(0)
@@ -137,7 +137,11 @@ def infinite():
     [
         ({}, {}, "got none"),
         ({"a": {"x": np.zeros(3)}}, {"reference": {"y": np.zeros(3)}}, r"got 0 \(none\)"),
-        ({"a": {"x": np.zeros((3, 9))}}, {}, r"1 to 8 variables .* got 9 .*choose with var_names"),
+        (
+            {"a": {"x": np.zeros((3, 9))}},
+            {"var_names": "x"},
+            r"1 to 8 variables .* got 9 .*choose with var_names",
+        ),
         ({"a": {"x": np.zeros(3)}}, {"var_names": ["y"]}, r"among \['x'\], got 'y'"),
         ({"a": {"x": np.float64(3)}}, {}, "draws of 'x' in 'a', got a single number"),
         ({"a": infinite()}, {}, "finite draws of 'mu' in 'a'"),
@@ -168,3 +172,14 @@ def test_a_single_name_and_tensors_with_gradients_are_taken():
 def test_a_tree_without_a_name_is_refused():
     with pytest.raises(ValueError, match="guides by name, .* got a DataTree"):
         plot_guides(as_tree())
+
+
+def test_of_many_variables_the_first_are_drawn_and_the_legend_says_so():
+    import matplotlib.pyplot as plt
+
+    draws = np.random.default_rng(0).normal(size=(50, 10))
+    panels = plot_guides({"a": {"x": draws}})
+    assert panels.shape == (8, 8)
+    assert panels[-1, -1].get_xlabel() == "x[7]"
+    assert "first 8 of 10 variables" in panels[0, -1].get_legend().get_title().get_text()
+    plt.close(panels[0, 0].figure)

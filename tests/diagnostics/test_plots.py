@@ -88,11 +88,13 @@ def test_tree_without_history_is_refused(ax):
 
 def test_pareto_k_counts_what_is_above_the_threshold(ax):
     assert plot_pareto_k(bounds(0.0), ax) is ax
-    assert ax.get_title() == "2 of 4 above 0.67"
+    assert ax.get_title() == "2 of 4 above 0.67, the most for 1,000 draws"
     below, above, infinite = ax.collections
     assert [len(c.get_offsets()) for c in (below, above, infinite)] == [2, 1, 1]
     assert np.isfinite(infinite.get_offsets()).all()
     assert {0.5, 0.7, 1.0} <= {line.get_ydata()[0] for line in ax.lines}
+    names = ["0.5: finite variance below", "0.7: smoothing helps below", "1: finite mean below"]
+    assert [text.get_text() for text in ax.texts] == names
     with pytest.raises(ValueError, match=r"pareto_k, got \['log_prob'\]"):
         plot_pareto_k(exact(0.0), ax)
 
@@ -143,12 +145,24 @@ def test_gaps_that_are_not_split_are_refused(ax):
         plot_gap(bounds(0.0), ax)
 
 
-def test_a_figure_is_made_where_none_is_given():
+PICTURES = {
+    "plot_elbo": lambda: plot_elbo({"step": np.arange(200), "elbo": -1.0 / np.arange(1, 201)}),
+    "plot_bounds": lambda: plot_bounds({"a": bounds(-5.0), "a flow of some name": exact(-1.0)}),
+    "plot_pareto_k": lambda: plot_pareto_k(bounds(0.0)),
+    "plot_gap": lambda: plot_gap(gaps(np.linspace(0.0, 0.4, 30), np.linspace(0.3, 1.3, 30))),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_all_of_a_new_figure_is_inside_of_it(name):
     import matplotlib.pyplot as plt
 
-    ax = plot_pareto_k(bounds(0.0))
-    assert ax.figure is not None
-    plt.close(ax.figure)
+    figure = PICTURES[name]().figure
+    figure.canvas.draw()
+    drawn, whole = figure.get_tightbbox(), figure.bbox_inches
+    plt.close(figure)
+    assert min(drawn.x0, drawn.y0) > -0.01
+    assert drawn.x1 < whole.x1 + 0.01 and drawn.y1 < whole.y1 + 0.01
 
 
 def test_import_loads_neither_arviz_nor_matplotlib():

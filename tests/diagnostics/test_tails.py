@@ -6,8 +6,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_flowkit.diagnostics.tails import Tail, unseen_share
-from pyro_flowkit.ops.psis import error_factor, log_mean_error
+from pyro_flowkit.diagnostics.tails import Tail
+from pyro_flowkit.ops.psis import error_factor, log_mean_error, unseen_share
 
 
 def test_factor_runs_from_one_to_the_root_of_the_draws():

@@ -326,3 +326,10 @@ def test_a_tail_without_a_mean_is_not_smoothed_for_the_ess():
     weights = log_weight.softmax(0)
     assert float(found["ess"]) == pytest.approx(float(1 / weights.square().sum()), rel=1e-6)
     assert float(found["largest_weight"]) == pytest.approx(float(weights.max()), rel=1e-6)
+
+
+def test_a_notebook_shows_level_reason_advice_and_limits_as_text():
+    shown = Verdict("bad", "gap > 1", "Train <longer>.", "Blind.")._repr_html_()
+    for part in ("<strong>bad</strong>", "gap &gt; 1.", "Train &lt;longer&gt;.", "Blind."):
+        assert part in shown
+    assert Verdict("good", "a", "b")._repr_html_().count("<p>") == 2

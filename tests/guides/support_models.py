@@ -74,8 +74,8 @@ def simplex_counts() -> None:
     pyro.sample("y", dist.Multinomial(4, probs=z), obs=torch.tensor([4.0, 0.0]))
 
 
-# Every support of the table in docs/supports.md: model, exact log evidence, range and number of points of a quadrature
-# in unconstrained space for each dimension.
+# Every support of the table in docs/howto/supports.md: model, exact log evidence, range and number of points of a
+# quadrature in unconstrained space for each dimension.
 WORKS = {
     "real": (latent(dist.Normal(1.0, 2.0)), 0.0, [(-15, 15, 400)]),
     "positive": (latent(dist.Gamma(2.0, 1.0)), 0.0, [(-20, 6, 400)]),

@@ -12,8 +12,9 @@ from torch.distributions import biject_to
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian, normal_draws
+from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian
 from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.training import Callback
 
@@ -205,12 +206,54 @@ def test_each_part_of_the_guide_has_its_rate_unless_the_caller_gives_one() -> No
     assert [lr for _, lr in seen[-1]] == [0.01]
 
 
-def test_a_trained_guide_is_not_started_again() -> None:
+def test_a_trained_guide_is_not_started_again_and_is_its_own_net(recwarn) -> None:
     guide = AutoSplineFlow(correlated, **TINY).setup()
     perturb_(guide.flow, 0.3)
-    before = guide.affine.loc.clone()
-    assert guide.start_at_gaussian(correlated) is None
-    assert torch.equal(guide.affine.loc, before)
+    before = {name: tensor.clone() for name, tensor in guide.state_dict().items()}
+    start = guide.start_at_gaussian(correlated)
+    torch.testing.assert_close(dict(guide.state_dict()), before, rtol=0, atol=0)
+    perturb_(guide.flow, 1.0)
+    assert start is not None and not start.keep_better()
+    torch.testing.assert_close(dict(guide.state_dict()), before, rtol=0, atol=0)
+    assert "nats below the trained flow that it started from" in str(recwarn.pop().message)
+
+
+def test_a_second_fit_goes_on_from_the_first_and_never_ends_below_it() -> None:
+    guide = AutoSplineFlow(skewed, **TINY)
+    fit(skewed, guide, max_steps=100, seed=0, progress=False)
+    first = elbo_of(skewed, guide)
+    rates = []
+
+    class Look(Callback):
+        def on_step(self, state):
+            rates.append([group["lr"] for group in state.optimizer.param_groups])
+
+    class Spoil(Callback):
+        def on_step(self, state):
+            if state.step == 5:
+                perturb_(state.guide.flow, 1.0)
+
+    more = {"scheduler": "constant", "progress": False}
+    fit(skewed, guide, max_steps=60, seed=1, callbacks=[Look()], **more)
+    assert rates[0] == [guide.recipe().lr, guide.recipe().affine_lr]
+    better = elbo_of(skewed, guide)
+    assert better > first + 0.02
+    result = fit(skewed, guide, max_steps=5, seed=2, callbacks=[Spoil()], **more)
+    assert result.best_step == 0
+    assert elbo_of(skewed, guide) == pytest.approx(better, abs=0.05)
+
+
+@pytest.mark.parametrize(("max_seconds", "expected"), [(3.0, 2.7), (1000.0, 30.0), (None, 30.0)])
+def test_the_search_may_take_nearly_all_of_a_short_budget(monkeypatch, max_seconds, expected):
+    seen = []
+
+    def search(self, *args, max_seconds, **kwargs):
+        seen.append(max_seconds)
+
+    monkeypatch.setattr(AutoSplineFlow, "start_at_gaussian", search)
+    guide = AutoSplineFlow(correlated, **TINY)
+    fit(correlated, guide, max_steps=1, max_seconds=max_seconds, progress=False)
+    assert seen == [pytest.approx(expected)]
 
 
 def test_a_vague_prior_does_not_decide_where_the_guide_starts() -> None:

@@ -58,7 +58,7 @@ def test_where_no_start_has_a_derivative_that_is_said_with_the_site():
         pyro.sample("y", dist.Normal((0.0 * x).sqrt(), 1.0), obs=torch.tensor(1.0))
 
     with pytest.warns(
-        UserWarning, match="medians, the origin and 6 draws of the prior.*respect to x = "
+        UserWarning, match="medians, the origin and 10 draws of the prior.*respect to x = "
     ):
         AutoSplineFlow(model, **TINY).setup()
 

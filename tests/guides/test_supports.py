@@ -98,7 +98,7 @@ def test_mass_that_float32_loses_at_one_is_said_with_the_name_of_the_latent() ->
 
     guide = AutoSplineFlow(model, **TINY, init_scale=10.0).setup()
     lost = -math.expm1(quadrature(guide, model, [(-20, 120, 4000)]))
-    assert lost == pytest.approx(0.17, abs=0.01), "as docs/supports.md has it"
+    assert lost == pytest.approx(0.17, abs=0.01), "as docs/howto/supports.md has it"
     with pytest.warns(UserWarning, match="draws of 'z' within the numbers"):
         guide.evidence(num_samples=1000)
 

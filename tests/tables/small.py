@@ -17,3 +17,12 @@ def small_table(rows: int = 400, seed: int = 0) -> pd.DataFrame:
             "visits": rng.poisson(np.exp(1.0 + 0.5 * z)),
         }
     )
+
+
+def table_with_holes() -> pd.DataFrame:
+    """The small table, of which rows 0, 5, 10, ... lack one value."""
+    table = small_table()
+    table["visits"] = table["visits"].astype(float)
+    for i in range(0, 400, 5):
+        table.iloc[i, i % 3] = np.nan
+    return table

@@ -16,6 +16,7 @@ def difference(value, error=0.01):
 
 METRICS = {
     "kept": "flow",
+    "columns": 3,
     "steps": 120,
     "skipped_steps": 0,
     "stop_reason": "max_steps",

@@ -6,7 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flowkit import SplineFlow, fit
 from pyro_flowkit.guides import AmortizedSplineFlow, AutoSplineFlow
@@ -156,15 +158,58 @@ def test_rows_without_a_density_are_named(batch_size, bad):
         trained(val_data=rows, batch_size=batch_size)
 
 
-def test_many_steps_that_are_left_out_are_said():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_of_a_loader_without_a_density_are_named_in_its_first_epoch(bad):
+    rows = X.clone()
+    rows[73, 1] = bad
+    loader = DataLoader(TensorDataset(rows), batch_size=10)
+    with pytest.raises(ValueError, match=r"finite batch 7 of the DataLoader.* 1 of 10 rows: 3"):
+        trained(data=loader, max_steps=20)
+
+
+def missing(y):
+    """A model without a density at NaN."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 20, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0, validate_args=False), obs=y)
+
+
+def masked(y):
+    """A model that leaves NaN out by a mask, as in a survey with missing answers."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    known = y.isfinite()
+    with pyro.plate("rows", 20, subsample_size=len(y)), poutine.mask(mask=known):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y.masked_fill(~known, 0.0))
+
+
+def imputed(y):
+    """A model that draws what is missing."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    known = y.isfinite()
+    with pyro.plate("rows", 20, subsample_size=len(y)):
+        filled = y.masked_fill(~known, 0.0)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=filled, obs_mask=known)
+
+
+def imputing_guide(y):
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.3))
+    with pyro.plate("rows", 20, subsample_size=len(y)):
+        pyro.sample("y_unobserved", dist.Normal(torch.zeros(len(y)), 1.0))
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_model_without_a_density_at_some_rows_says_which(batch_size):
     y = torch.zeros(20)
-    y[:2] = torch.nan
+    y[[3, 17]] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or inf in 2 of 20 rows: 3, 17.*obs_mask"):
+        trained(missing, AutoNormal(missing), data=y, batch_size=batch_size, max_steps=2)
 
-    def model(y):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 20, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(z, 1.0, validate_args=False), obs=y)
 
-    with pytest.warns(RuntimeWarning, match=r"\d+ of 20 steps were left out, the last one for"):
-        result = trained(model, AutoNormal(model), data=y, batch_size=5, max_steps=20)
-    assert 2 < result.skipped_steps < 20
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize(("model", "guide"), [(masked, None), (imputed, imputing_guide)])
+def test_a_model_that_means_its_missing_numbers_goes_on(model, guide, batch_size):
+    y = torch.zeros(20)
+    y[[3, 17]] = torch.nan
+    own = AutoNormal(model) if guide is None else guide
+    result = trained(model, own, data=y, batch_size=batch_size, max_steps=8)
+    assert result.skipped_steps == 0 and len(result.history["elbo"]) == 8

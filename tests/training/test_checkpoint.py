@@ -1,5 +1,6 @@
 """Checkpoints: a fit that is stopped and resumed ends bit for bit where it would have ended; damage is found."""
 
+import itertools
 import os
 import pickle
 import signal
@@ -207,8 +208,10 @@ def test_a_parameter_that_came_late_is_in_a_finished_fit_that_is_given_back(
 
 
 def test_a_fit_stopped_by_the_time_can_be_given_more_of_it(
-    rows: torch.Tensor, tmp_path: Path
+    rows: torch.Tensor, tmp_path: Path, monkeypatch
 ) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: 1e-3 * next(ticks))
     options = {"seed": 0, "checkpoint_dir": tmp_path, "progress": False}
     first = density(rows, max_seconds=0.3, **options)
     assert first.stop_reason == "max_seconds"
@@ -361,6 +364,52 @@ def test_a_write_that_fails_leaves_the_old_file(
         write_file(path, KIND, {"step": 2})
     assert [file.name for file in tmp_path.iterdir()] == ["file.pt"]
     assert read_file(path, KIND)["step"] == 1
+
+
+class AnotherFit(Callback):
+    """Starts a fit in the folder of the one that it is called by."""
+
+    def __init__(self, rows: torch.Tensor, **options) -> None:
+        self.rows, self.options = rows, options
+        self.said = ""
+
+    def on_step(self, state: FitState) -> None:
+        try:
+            density(self.rows, **self.options)
+        except ValueError as error:
+            self.said = str(error)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_fits_in_one_folder_do_not_mix(rows: torch.Tensor, tmp_path: Path, resume) -> None:
+    options = {"max_steps": 2, "seed": 0, "checkpoint_dir": tmp_path, "progress": False}
+    other = AnotherFit(rows, resume=resume, **options)
+    density(rows, callbacks=[other], **options)
+    assert f"in which process {os.getpid()} on " in other.said
+    assert density(rows, resume=True, **options).stop_reason == "max_steps"
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
+def test_the_lock_of_a_process_that_has_died_is_taken_over(
+    rows: torch.Tensor, tmp_path: Path
+) -> None:
+    (tmp_path / ".lock").write_text("process 1 on elsewhere (since yesterday)\n")
+    options = {"max_steps": 2, "seed": 0, "checkpoint_dir": tmp_path, "progress": False}
+    assert density(rows, **options).stop_reason == "max_steps"
+
+
+def test_a_fit_that_fails_gives_its_folder_back(rows: torch.Tensor, tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_step(self, state: FitState) -> None:
+            raise LookupError("on purpose")
+
+    options = {"max_steps": 2, "seed": 0, "checkpoint_dir": tmp_path, "progress": False}
+    with pytest.raises(LookupError) as kept:  # and with it the frames of the fit
+        density(rows, callbacks=[Fails()], **options)
+    assert density(rows, **options).stop_reason == "max_steps"
+    assert kept.type is LookupError
 
 
 TRAINS = """

@@ -1,4 +1,4 @@
-"""`compile=True` for a recorded model: its density, if it is the same and faster; and without a compiler as before."""
+"""``compile=True`` for a recorded model: its density, if the same and faster; and without a compiler as before."""
 
 import functools
 

@@ -1,5 +1,6 @@
 """``fit`` without a guide: exact likelihood, validation, stopping, faults, seeds, files."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -364,7 +365,9 @@ def test_a_callback_sees_the_run_and_can_stop_it(rows: torch.Tensor) -> None:
     assert events == ["start 0", "validation 2", "validation 4", "validation 5", "end 5"]
 
 
-def test_max_seconds_ends_the_fit(rows: torch.Tensor) -> None:
+def test_max_seconds_ends_the_fit(rows: torch.Tensor, monkeypatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: 1e-3 * next(ticks))
     result = fit(GaussianFlow(), data=rows, max_seconds=0.2, progress=False)
     assert result.stop_reason == "max_seconds"
     assert result.history["learning_rate"][-1] < 0.2 * result.history["learning_rate"][0]

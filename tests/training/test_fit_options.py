@@ -27,7 +27,7 @@ from torch.utils.data import (
 
 from pyro_flowkit import SplineFlow, ops
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.training import Callback, CsvTracker, FitState, fit
+from pyro_flowkit.training import Callback, CsvTracker, FitState, faults, fit
 from pyro_flowkit.training.schedule import kl_weight
 
 
@@ -349,7 +349,9 @@ def test_an_interruption_waits_for_the_end_of_the_step(rows: torch.Tensor) -> No
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_second_interruption_ends_at_once(rows: torch.Tensor) -> None:
+def test_a_later_interruption_ends_at_once(rows: torch.Tensor, monkeypatch) -> None:
+    monkeypatch.setattr(faults, "SAME_WISH", 0.0)
+
     class Stuck(Location):
         def log_prob(self, x: torch.Tensor) -> torch.Tensor:
             value = super().log_prob(x)
@@ -361,6 +363,32 @@ def test_a_second_interruption_ends_at_once(rows: torch.Tensor) -> None:
 
     result = fit(Stuck(), data=rows, max_steps=50, progress=False)
     assert (result.stop_reason, len(result.history["step"])) == ("interrupted", 3)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("moment", ["step", "end"])
+def test_a_double_press_loses_nothing(rows: torch.Tensor, monkeypatch, moment: str) -> None:
+    """The second signal comes in the same step, or while the result is made ready."""
+    monkeypatch.setattr(faults, "SAME_WISH", 5.0)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    class Pressed(Location):
+        def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+            if len(self.seen) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+                if moment == "step":
+                    os.kill(os.getpid(), signal.SIGINT)
+            return super().log_prob(x)
+
+        def train(self, mode: bool = True) -> "Pressed":
+            if not mode and moment == "end" and len(self.seen) > 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().train(mode)
+
+    flow = Pressed()
+    result = fit(flow, data=rows, max_steps=50, progress=False)
+    assert (result.stop_reason, len(result.history["step"])) == ("interrupted", 5)
+    assert not flow.training
 
 
 def test_device_moves_model_data_and_arguments(rows: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Plates in `fit`: where their size matters, where it does not, and sites that a guide leaves out."""
+"""Plates in ``fit``: where their size matters, where it does not, and sites that a guide leaves out."""
 
 import pyro
 import pyro.distributions as dist

@@ -12,8 +12,8 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_flowkit.programs.modules import registered_modules
 from pyro_flowkit.training import Callback, FitResult, FitState, fit
-from pyro_flowkit.training.registered import registered_modules
 
 Program = Callable[..., Any]
 

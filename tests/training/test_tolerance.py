@@ -13,6 +13,7 @@ from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.tolerance import OTHER_SEEDS, Tolerance
 
 DATA = torch.tensor([1.0, 2.0, 0.5, 1.5], dtype=torch.float64)
+TINY = {"num_transforms": 2, "hidden_dims": [8]}
 
 
 def conjugate(y):
@@ -20,6 +21,14 @@ def conjugate(y):
     mu = pyro.sample("mu", dist.Normal(y.new_zeros(2), 2.0).to_event(1))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(mu.sum(-1, keepdim=True), 1.0), obs=y)
+
+
+def scaled(y):
+    """Mean and standard deviation; the best Gaussian is some hundredths of a nat below."""
+    mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 2.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(2.0 + y.new_zeros(())))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, sigma), obs=y)
 
 
 def banana():
@@ -80,11 +89,25 @@ def test_gap_with_a_weight_that_is_no_number_is_infinite(bad):
 
 
 def test_fit_by_itself_stops_when_nothing_is_left_to_gain():
+    rows = DATA.repeat(3)
+    guide = AutoSplineFlow(scaled, **TINY)
+    result = fit(scaled, guide, args=(rows,), seed=0, progress=False)
+    assert result.stop_reason == "tolerance"
+    assert 0 < len(result.history["step"]) < 1000
+    assert 0 <= result.gap < 0.01
+    assert f"gap={result.gap:.2g}" in repr(result)
+    again = fit(scaled, guide, args=(rows,), seed=1, progress=False)
+    assert len(again.history["step"]) == 0  # it is there already
+    assert again.stop_reason == "tolerance"
+
+
+def test_fit_takes_no_step_where_the_best_gaussian_is_the_posterior():
     result = fit(conjugate, AutoSplineFlow(conjugate), args=(DATA,), seed=0, progress=False)
     assert result.stop_reason == "tolerance"
-    assert len(result.history["step"]) == 100
+    assert len(result.history["step"]) == 0
+    assert result.best_step == 0
     assert 0 <= result.gap < 1e-3
-    assert f"gap={result.gap:.2g}" in repr(result)
+    assert "0 steps" in repr(result)
 
 
 def test_fit_with_steps_of_the_caller_goes_to_their_end():
@@ -107,7 +130,7 @@ def test_tolerance_of_the_caller_ends_a_fit_with_steps():
         progress=False,
     )
     assert result.stop_reason == "tolerance"
-    assert len(result.history["step"]) == 10
+    assert len(result.history["step"]) == 0
 
 
 def test_fit_goes_on_while_the_gap_is_above_the_tolerance():
@@ -119,22 +142,21 @@ def test_fit_goes_on_while_the_gap_is_above_the_tolerance():
 
 
 def test_resumed_fit_stops_where_the_uninterrupted_one_does(tmp_path):
-    whole = fit(conjugate, AutoSplineFlow(conjugate), args=(DATA,), seed=0, progress=False)
+    settings = {"args": (DATA,), "tolerance": 0.05, "seed": 0, "progress": False}
+    whole = fit(scaled, AutoSplineFlow(scaled, **TINY), **settings)
     pyro.clear_param_store()
 
     def resumed(*callbacks):
         return fit(
-            conjugate,
-            AutoSplineFlow(conjugate),
-            args=(DATA,),
-            seed=0,
-            progress=False,
+            scaled,
+            AutoSplineFlow(scaled, **TINY),
+            **settings,
             checkpoint_dir=tmp_path,
             resume=True,
             callbacks=callbacks,
         )
 
-    resumed(StopAt(50))
+    resumed(StopAt(30))
     pyro.clear_param_store()
     second = resumed()
     assert second.stop_reason == whole.stop_reason == "tolerance"
@@ -161,32 +183,33 @@ def test_gap_must_be_below_the_tolerance_with_its_error_and_once_more():
 
 
 def test_rate_begins_to_fall_when_the_gap_does_not():
-    gaps = [Gap(nats, 0.0) for nats in (0.4, 0.2, 0.1, 0.05, 0.06, 0.04, *[0.05] * 5)]
-    tolerance = watch(FakeRoom(*gaps), max_steps=4000)
+    gaps = [Gap(nats, 0.0) for nats in (0.4, 0.2, 0.1, 0.05, 0.06, 0.04, *[0.05] * 13)]
+    tolerance = watch(FakeRoom(*gaps), max_steps=6000)
     found = []
-    for step in range(100, 1200, 100):
+    for step in range(100, 2000, 100):
         tolerance.judge(step)
         found.append(tolerance.look_ahead(step))
-    assert found == [False] * 10 + [True]
-    assert tolerance.end == 2750
-    assert not tolerance.look_ahead(1100)  # once
+    assert found == [False] * 18 + [True]
+    assert tolerance.end == 4750
+    assert not tolerance.look_ahead(1900)  # once
 
 
 def test_rate_stays_while_the_gap_falls_and_after_its_time():
     gaps = [Gap(0.9**i, 0.0) for i in range(20)]
-    tolerance = watch(FakeRoom(*gaps), max_steps=4000)
+    tolerance = watch(FakeRoom(*gaps), max_steps=6000)
     for step in range(100, 2100, 100):
         tolerance.judge(step)
         assert not tolerance.look_ahead(step)
-    level = watch(FakeRoom(*[Gap(0.1, 0.0)] * 8), max_steps=1000)
-    for step in range(100, 900, 100):
-        level.judge(step)
-    assert not level.look_ahead(800)  # it falls already
+    for step, begins in ((700, True), (800, False)):  # by then it falls already
+        level = watch(FakeRoom(*[Gap(0.1, 0.0)] * 16), max_steps=2000)
+        for number in range(16):
+            level.judge(number)
+        assert level.look_ahead(step) == begins
 
 
 def test_tolerance_remembers_what_it_saw():
-    first = watch(FakeRoom(*[Gap(0.1, 0.0)] * 8), max_steps=4000)
-    for step in range(100, 900, 100):
+    first = watch(FakeRoom(*[Gap(0.1, 0.0)] * 16), max_steps=4000)
+    for step in range(100, 1700, 100):
         first.judge(step)
     assert first.look_ahead(800)
     second = watch(FakeRoom(), max_steps=4000)

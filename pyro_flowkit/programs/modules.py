@@ -1,8 +1,8 @@
-"""Modules that plain functions register by ``pyro.module``.
+"""The modules of programs: what a method belongs to, and what plain functions register by ``pyro.module``.
 
-The param store knows their parameters, but neither their buffers (the running statistics of batch normalisation) nor
-their mode (dropout in training, none in validation). Both belong to a fit. The modules are found among what the
-functions mention: in their closures, globals and defaults, and in the object or partial that they are bound to.
+Of the latter the param store knows the parameters, but neither their buffers (the running statistics of batch
+normalisation) nor their mode (dropout in training, none in validation), which both matter. The modules are found among
+what the functions mention: in closures, globals and defaults, and in the object or partial that they are bound to.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
-from pyro_flowkit.training.state import modules_of
-
 DIVIDER = "$$$"  # Pyro's, between the name of a module and that of its parameter
+
+
+def modules_of(*functions: Any) -> list[nn.Module]:
+    """The modules among callables; a bound method stands for the module that it belongs to."""
+    found: list[nn.Module] = []
+    for function in functions:
+        module = getattr(function, "__self__", function)
+        if isinstance(module, nn.Module) and all(module is not other for other in found):
+            found.append(module)
+    return found
 
 
 def registered_modules(*programs: Callable[..., Any] | None) -> dict[str, nn.Module]:

@@ -1,0 +1,65 @@
+"""Sphinx's settings: ``make docs`` builds the site without a network, and takes every warning for an error."""
+
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
+
+import pyro_flowkit  # noqa: E402
+
+project = "pyro_flowkit"
+copyright = "the pyro_flowkit authors"
+version = release = pyro_flowkit.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",
+]
+exclude_patterns = ["_build", "_templates"]
+templates_path = ["_templates"]
+
+html_theme = "furo"
+html_title = f"pyro_flowkit {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+
+# Notebooks show the outputs that they were committed with.
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signature says them, with the defaults
+autodoc_inherit_docstrings = False
+autodoc_default_options = {"members": True, "inherited-members": True, "show-inheritance": True}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+# Sphinx reads files below its own folder only.
+for folder, pattern, copies in (
+    ("tutorials", "[0-9][0-9]_*.ipynb", "tutorials"),
+    ("benchmarks/results", "*.md", "benchmark_results"),
+):
+    shutil.rmtree(DOCS / copies, ignore_errors=True)
+    (DOCS / copies).mkdir()
+    for original in sorted((ROOT / folder).glob(pattern)):
+        shutil.copy2(original, DOCS / copies)
+
+
+def of_others(app, what, name, member, skip, options):
+    """Leave out what our classes have from PyTorch, Pyro and Lightning: it is documented there."""
+    owner = getattr(getattr(member, "fget", member), "__module__", None)
+    return True if isinstance(owner, str) and not owner.startswith("pyro_flowkit") else None
+
+
+def setup(app):
+    app.connect("autodoc-skip-member", of_others)
