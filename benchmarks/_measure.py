@@ -24,7 +24,7 @@ from pyro_flowkit import ops
 
 torch.set_num_threads(1)
 
-LIBRARIES = ("torch", "pyro-ppl", "nflows", "normflows", "zuko", "jax", "flowjax")
+LIBRARIES = ("torch", "pyro-ppl", "nflows", "normflows", "zuko", "jax", "flowjax", "numpyro")
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "asimd")
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,8 +22,9 @@ from pyro.infer.autoguide.initialization import init_to_value
 
 from models._targets import Target, targets
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.training.compilation import compile_where_it_pays
 from pyro_flowkit.training.objective import chosen_loss
-from pyro_flowkit.training.optimizer import build_optimizer
+from pyro_flowkit.training.optimizer import GradientNorm, build_optimizer
 
 HIDDEN_DIMS = [32, 32]
 NUM_TRANSFORMS = 4
@@ -100,25 +101,34 @@ def loop_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], o
     return step
 
 
-def fit_step(problem: Target, guide: Any, num_particles: int) -> Callable[[], object]:
-    """A step as ``fit`` takes it by the guide's recipe: the model as a recording, the same Adam."""
+def fit_step(
+    problem: Target, guide: Any, num_particles: int, *, compile: bool = False
+) -> tuple[Callable[[], object], str]:
+    """A step as ``fit`` takes it by the guide's recipe, with its optimizer and the norm of the gradient, after many.
+
+    Returns:
+        The step, and what was compiled, in words.
+    """
     options: dict[str, Any] = {"objective": None, "num_particles": num_particles}
     loss = chosen_loss(problem.model, guide, (), problem.args, {}, **options)
     loss.prepare((), None, False)
-    optimizer = build_optimizer(None, loss.parameters(), LR, LR)
+    loss.begin_step(SETTLING)
+    note = compile_where_it_pays(loss, ()) if compile else ""
+    parameters = loss.parameters()
+    optimizer, norm = build_optimizer(None, parameters, LR, LR), GradientNorm()
     guide.pace.is_resting = True
 
-    loss.begin_step(SETTLING)
-
     def step() -> None:
-        for parameter in loss.parameters():
+        for parameter in parameters:
             parameter.grad = None
         loss.backward(())
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm(parameters, grads).item()
         optimizer.step()
 
     for _ in range(WARM_UP):
         step()
-    return step
+    return step, note
 
 
 DRIVERS = {"SVI, pyro.optim.Adam": svi_step, "loop, torch.optim.Adam(fused=True)": loop_step}

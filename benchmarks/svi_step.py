@@ -2,7 +2,9 @@ r"""A step of variational inference with AutoSplineFlow, beside Pyro's own guide
 
 Flows are 4 transforms with networks of two hidden layers of 32. Every guide takes the same steps: ``Trace_ELBO`` with
 vectorised particles, once through Pyro's ``SVI`` and once in a loop by hand, whose optimizer is the cheapest of
-PyTorch. ``benchmarks/_svi_models.py`` has the models, guides and steps.
+PyTorch. A last table has the same step as ``fit`` takes it, as it is and with the density compiled, and that of
+NumPyro's flows of the same sizes where NumPyro is installed. ``benchmarks/_svi_models.py`` has the models, guides and
+steps.
 
     python -m benchmarks.svi_step
     python -m benchmarks.svi_step --problems seeds --particles 64 --profile
@@ -11,13 +13,25 @@ PyTorch. ``benchmarks/_svi_models.py`` has the models, guides and steps.
 import argparse
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import torch
 
-from benchmarks._measure import RESULTS, Report, Timing, cpu_times, number, table
+from benchmarks._measure import (
+    RESULTS,
+    Report,
+    Timing,
+    cpu_times,
+    is_installed,
+    number,
+    table,
+)
 from benchmarks._svi_models import (
     DRIVERS,
+    HIDDEN_DIMS,
+    LR,
+    NUM_TRANSFORMS,
     REFERENCE_GUIDE,
     SPLINE,
     fit_step,
@@ -25,6 +39,7 @@ from benchmarks._svi_models import (
     loop_step,
     problems,
 )
+from benchmarks._svi_numpyro import numpyro_steps
 from benchmarks._svi_split import PARTS, profiles, split
 from models._targets import Target
 
@@ -54,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for particles in args.particles
         }
         report.add(f"## {driver}", "", *_comparison(columns), "")
-    report.add("## A step of fit beside the loop", "", *_beside_the_loop(chosen, rounds), "")
+    report.add("## A step of fit beside the loop", "")
+    report.add(*_beside_the_loop(chosen, rounds, compile=not args.quick), "")
     if args.profile:
         for name, problem in chosen.items():
             for particles in args.particles:
@@ -87,21 +103,37 @@ def _comparison(columns: dict[tuple[str, int], dict[str, Timing]]) -> list[str]:
     return table(header, rows)
 
 
-def _beside_the_loop(chosen: dict[str, Target], rounds: int) -> list[str]:
-    """What ``fit`` takes for a step of AutoSplineFlow, times what a loop by hand takes."""
-    rows = []
+def _beside_the_loop(chosen: dict[str, Target], rounds: int, *, compile: bool) -> list[str]:
+    """What ``fit`` takes for a step of AutoSplineFlow, and NumPyro for one of its flows, times what a loop takes."""
+    columns: dict[str, dict[str, Timing]] = {}
+    notes = []
     for name, problem in chosen.items():
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        first, second = (guides(problem)[f"{SPLINE}, path gradient"] for _ in range(2))
+        loop, plain, compiled = (guides(problem)[f"{SPLINE}, path gradient"] for _ in range(3))
         steps = {
-            "loop": loop_step(problem, first, FIT_PARTICLES),
-            "fit": fit_step(problem, second, FIT_PARTICLES),
+            "loop by hand": loop_step(problem, loop, FIT_PARTICLES),
+            "fit": fit_step(problem, plain, FIT_PARTICLES)[0],
         }
-        timings = cpu_times(steps, repeats=rounds, calls=CALLS)
-        ratio = timings["fit"].times(timings["loop"])
-        rows.append([name, str(timings["loop"]), str(timings["fit"]), f"{ratio:.2f}"])
-    return table([f"{FIT_PARTICLES} particles", "loop by hand", "step of fit", "x"], rows)
+        if compile:
+            steps["fit(compile=True)"], note = fit_step(
+                problem, compiled, FIT_PARTICLES, compile=True
+            )
+            notes.append(f"{name}: {note}.")
+        if is_installed("numpyro"):
+            sizes: dict[str, Any] = {"hidden_dims": HIDDEN_DIMS, "num_transforms": NUM_TRANSFORMS}
+            steps |= numpyro_steps(name, problem, FIT_PARTICLES, lr=LR, **sizes)
+        columns[name] = cpu_times(steps, repeats=rounds, calls=CALLS)
+    header = [f"{FIT_PARTICLES} particles"]
+    for name in columns:
+        header += [name, "x"]
+    rows = []
+    for task in next(iter(columns.values())):
+        row = [task]
+        for timings in columns.values():
+            row += [str(timings[task]), f"{timings[task].times(timings['loop by hand']):.2f}"]
+        rows.append(row)
+    return [*table(header, rows), "", *notes] if notes else table(header, rows)
 
 
 def _words(particles: int) -> str:

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+IS_POSSIBLE = (
+    hasattr(torch, "_fused_adam_")
+    and hasattr(torch, "_foreach_add_")
+    and hasattr(torch_optimizer, "_global_optimizer_pre_hooks")
+    and hasattr(torch_optimizer, "_global_optimizer_post_hooks")
+)
+"""Whether PyTorch has what :class:`Adam` is made of, which it does not promise."""
+
 
 class Adam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)`` with the same numbers and the same state.

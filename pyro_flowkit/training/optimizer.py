@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from pyro_flowkit.training.adam import Adam
+from pyro_flowkit.training.adam import IS_POSSIBLE, Adam
 
 MAX_COPIED = 2**18  # numbers
 
@@ -30,7 +30,8 @@ def build_optimizer(
     """
     if factory is None:
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-        kind = Adam if all(p.device.type == "cpu" for p in params) and fused else torch.optim.Adam
+        is_own = IS_POSSIBLE and fused and all(p.device.type == "cpu" for p in params)
+        kind = Adam if is_own else torch.optim.Adam
         return kind(params, lr=default_lr if lr is None else lr, fused=fused)
     built = factory(params) if lr is None else factory(params, lr=lr)
     if not isinstance(built, torch.optim.Optimizer) or isinstance(built, torch.optim.LBFGS):

@@ -133,7 +133,7 @@ def test_noise_is_measured_before_the_last_layer(instruction_set, is_path):
     assert_same([squares], [affine.in_units(torch.stack(each)).square().flatten(1).mean(-1)])
 
 
-def test_what_a_chain_is_not_for():
+def test_what_a_chain_is_not_for(fused_kernel):
     layers = make(5)
     z = numbers(4, 5, seed=5, dtype=torch.float64)
     links = links_of(layers)
@@ -156,7 +156,7 @@ def test_what_a_chain_is_not_for():
     assert SplineFlow(5, activation=torch.nn.Tanh).layers[0].link() is None
 
 
-def test_permutations_follow_their_buffer():
+def test_permutations_follow_their_buffer(fused_kernel):
     layer = next(part for part in make(11) if type(part).__name__ == "Permute")
     order = torch.arange(11).roll(1)
     layer.link()
