@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.bases import make_base
+from pyro_flowkit.flow import Flow
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.nn import Activation, checked_hidden_dims
 from pyro_flowkit.ops import Tails
-from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
 from pyro_flowkit.transforms.autoregressive import (
     conditional_spline_autoregressive,
     spline_autoregressive,
@@ -36,7 +35,7 @@ from pyro_flowkit.transforms.permute import Permute
 MAX_ORDERED_DIM = 128
 
 
-class SplineFlow(StoreModule):
+class SplineFlow(Flow):
     """A rational-quadratic spline flow: density, prior or (with a context) conditional distribution.
 
     Calling it gives a :class:`FlowDistribution` with event shape ``(input_dim,)``::
@@ -100,10 +99,8 @@ class SplineFlow(StoreModule):
         dropout: float = 0.0,
         seed: int = 0,
     ):
-        super().__init__(name="SplineFlow")
+        super().__init__(input_dim, context_dim, name="SplineFlow")
         _validate_flow(input_dim, context_dim, num_transforms, tails, mixing, base)
-        self.input_dim = input_dim
-        self.context_dim = context_dim
         self.bound, self.tails = bound, tails
         hidden_dims = checked_hidden_dims(hidden_dims, input_dim)
         settings = {
@@ -142,17 +139,7 @@ class SplineFlow(StoreModule):
     def forward(
         self, context: Tensor | None = None, *, path_gradient: bool = False
     ) -> FlowDistribution:
-        """The distribution, for a context of shape ``(*batch, context_dim)`` where the flow has one.
-
-        Args:
-            context: conditions every coupling and the affine map; its batch shape becomes the distribution's.
-            path_gradient: see :class:`FlowDistribution`.
-
-        Raises:
-            ValueError: if a context is missing, unexpected or of another size.
-        """
-        self.sync_with_store()
-        distribution = self._distribution(context, path_gradient)
+        distribution = super().forward(context, path_gradient=path_gradient)
         if self.affine is not None:
             self.head_start.give(distribution, self.layers, self.affine)
         return distribution
@@ -167,80 +154,6 @@ class SplineFlow(StoreModule):
             else cast(Transform, layer)
             for layer in layers
         ]
-
-    def _distribution(
-        self, context: Tensor | None, path_gradient: bool = False
-    ) -> FlowDistribution:
-        return FlowDistribution(
-            self.base(),
-            [*self.transforms(context), self.standardization],
-            path_gradient=path_gradient,
-        )
-
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Exact log-density (nats) of ``x`` of shape ``(*batch, D)``, shape ``(*batch,)``.
-
-        Raises:
-            ValueError: if shapes do not fit, or (while validation is on, as it is by default) a value is NaN.
-        """
-        self.sync_with_store(lend=False)
-        return self._distribution(context).log_prob(x)
-
-    def sample(self, n: int | Sequence[int], context: Tensor | None = None) -> Tensor:
-        """Draws without gradient, shape ``(n, *batch, D)`` where batch is the batch shape of the context.
-
-        Args:
-            n: how many, or a shape ``S`` of them, for ``(*S, *batch, D)``.
-            context: as for a call.
-        """
-        self.sync_with_store(lend=False)
-        return self._distribution(context).sample((n,) if isinstance(n, int) else n)
-
-    def plot(
-        self,
-        data: Tensor | None = None,
-        context: Tensor | None = None,
-        *,
-        num_samples: int = 2000,
-        axes: Any = None,
-    ) -> Any:
-        """Marginals and pairs of draws, over those of data where they are given.
-
-        Args:
-            data: rows to lay the flow over, shape ``(n, D)``.
-            context: a single one, shape ``(C,)``, where the flow has one.
-            num_samples: draws of the flow.
-            axes: an ``(n, n)`` array of Axes; a new figure by default.
-
-        Returns:
-            The ``(n, n)`` array of Axes for the first n = min(D, 8) dimensions.
-        """
-        columns = {} if data is None else {"data": columns_of({"x": data.detach().cpu().numpy()})}
-        columns["flow"] = columns_of({"x": self.sample(num_samples, context).cpu().numpy()})
-        names, note = first_variables(list(columns["flow"]))
-        reference = None if data is None else "data"
-        return draw_panels(columns, names, reference=reference, axes=axes, note=note)
-
-    def standardize(
-        self, data: Tensor, kind: Literal["diagonal", "full"] = "diagonal"
-    ) -> "SplineFlow":
-        """Fit shift and scale of the outermost layer to data, so that the splines see it within their bound.
-
-        The layer is part of the density, log-det included, and of ``state_dict`` and param store; it is not learned.
-
-        Args:
-            data: shape ``(n, D)``, finite.
-            kind: "diagonal" divides each column by its standard deviation; "full" whitens, so that a fresh flow with a
-                normal base is the Gaussian of maximum likelihood.
-
-        Returns:
-            The flow itself.
-
-        Raises:
-            ValueError: if the data is not finite, of another shape, or has no spread.
-        """
-        self.standardization.fit(data, kind)
-        return self
 
 
 def _couplings(count: int, settings: dict[str, Any]) -> list[nn.Module]:

@@ -23,7 +23,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_flowkit.diagnostics.diagnosis import diagnose
-from pyro_flowkit.diagnostics.schema import EXACT, LOWER_BOUND, as_tree
+from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, LOWER_BOUND, as_tree
 
 _PRINTED = ("nats", "se", "kind", "gap", "diff", "diff_se", "diff_kind")
 _PRINTED_WIDTH = 80
@@ -70,11 +70,12 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         ``ELBO`` and ``IWAE-K`` for a VAE, with the columns
 
         - ``nats``: the mean per datum, ``se``: its standard error over data;
-        - ``kind``: "exact" or "lower bound";
+        - ``kind``: "exact", "exact to 1e-05" where a solver of differential equations has that mean
+          error in nats, "estimate" (Hutchinson's trace), or "lower bound";
         - ``gap``, ``gap_se``: IWAE-K - ELBO of the same model (NaN in other rows);
         - ``diff``, ``diff_se``: the value minus that of the best model, paired over data, and
           ``diff_kind``: "exact", or what it says about the difference of the exact values, "at
-          least", "at most", or "between bounds" (neither);
+          least", "at most", "between bounds" (neither) or "estimate";
         - ``mc_se``: the part of ``se`` that comes from the draws of the guide (0 for exact values);
         - ``bits_per_dim``, where the attribute ``event_size`` is known (an upper bound for a
           lower bound in nats);
@@ -111,12 +112,12 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                     "quantity": quantity["quantity"],
                     "nats": nats,
                     "se": error,
-                    "kind": quantity["kind"],
+                    "kind": quantity.get("label", quantity["kind"]),
                     "gap": gap,
                     "gap_se": gap_se,
                     "diff": diff,
                     "diff_se": diff_se,
-                    "diff_kind": "best" if is_best else _DIFF_KINDS[quantity["kind"], best["kind"]],
+                    "diff_kind": "best" if is_best else _diff_kind(quantity, best),
                     "mc_se": quantity["mc_se"],
                     "bits_per_dim": -nats / (event_size * math.log(2)) if event_size else math.nan,
                     "rank": rank,
@@ -212,8 +213,11 @@ def _check_same_data(trees: Mapping[str, xr.DataTree]) -> None:
 def _quantities(name: str, dataset: xr.Dataset) -> list[dict[str, Any]]:
     """The rows of one model, the tightest one last."""
     if "log_prob" in dataset and dataset["log_prob"].dims == ("obs_id",):
-        values = dataset["log_prob"].to_numpy()
-        return [{"quantity": "log p", "kind": EXACT, "values": values, "mc_se": 0.0}]
+        values, kind = dataset["log_prob"].to_numpy(), dataset["log_prob"].attrs.get("kind", EXACT)
+        error = dataset.attrs.get("solver_error", 0.0)
+        label = f"{kind} to {_rounded_up(error)}" if error else kind
+        row = {"quantity": "log p", "kind": kind, "label": label, "values": values, "mc_se": 0.0}
+        return [row]
     if "elbo" not in dataset or dataset["elbo"].dims != ("obs_id",):
         raise ValueError(
             f"Expected log_prob or elbo per obs_id in Dataset '{name}', got "
@@ -225,6 +229,17 @@ def _quantities(name: str, dataset: xr.Dataset) -> list[dict[str, Any]]:
             one = dataset.sel(n_particles=count)
             rows.append(_bound_row(f"IWAE-{count}", one["iwae"], one["iwae_se"]))
     return rows
+
+
+def _diff_kind(quantity: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    kinds = quantity["kind"], best["kind"]
+    return ESTIMATE if ESTIMATE in kinds else _DIFF_KINDS[kinds]
+
+
+def _rounded_up(error: float) -> str:
+    """The error to one digit, no smaller than it is."""
+    exponent = math.floor(math.log10(error))
+    return f"{math.ceil(error / 10**exponent) * 10**exponent:.0e}"
 
 
 def _bound_row(quantity: str, values: xr.DataArray, errors: xr.DataArray) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
 from pyro_flowkit.diagnostics.point_estimates import no_bound
-from pyro_flowkit.diagnostics.schema import EXACT, schema_attrs
+from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, schema_attrs
 from pyro_flowkit.programs.sites import plates_of, scored_sites, unscaled_log_prob
 
 ROWS_AT_ONCE = 16_384
+ERROR_ROWS = 256
 
 
 def pointwise_bounds(
@@ -119,7 +120,9 @@ def heldout_log_prob(
 
     Returns:
         A Dataset with ``log_prob`` (dim ``obs_id``) in nats, exact: it has no Monte-Carlo error.
-        The attribute ``event_size`` is the number of values per datum.
+        The attribute ``event_size`` is the number of values per datum. Of a flow that solves an equation (a
+        ``ContinuousFlow``) the attribute ``solver_error`` is how far its solver is off, the mean over the first 256
+        rows at most; with Hutchinson's trace the kind of the values is "estimate".
 
     Raises:
         ValueError: if data or context are empty, of unequal length or not finite, or if the flow
@@ -136,13 +139,18 @@ def heldout_log_prob(
                     f"got {tuple(log_prob.shape)}"
                 )
             values.append(log_prob.double().cpu())
+        extra: dict[str, Any] = {}
+        if hasattr(flow, "solver_error"):
+            rows = flow.solver_error(*(tensor[:ERROR_ROWS] for tensor in tensors))
+            extra["solver_error"] = float(rows.double().mean())
     log_prob = torch.cat(values)
     if log_prob.isnan().any():
         raise ValueError(f"Expected finite log_prob, got NaN in {int(log_prob.isnan().sum())} rows")
+    kind = ESTIMATE if getattr(flow, "is_estimate", False) else EXACT
     return xr.Dataset(
-        {"log_prob": ("obs_id", log_prob.numpy(), {"kind": EXACT, "units": "nats"})},
+        {"log_prob": ("obs_id", log_prob.numpy(), {"kind": kind, "units": "nats"})},
         {"obs_id": np.arange(len(log_prob))},
-        schema_attrs(kind_log_prob=EXACT, event_size=math.prod(data.shape[1:])),
+        schema_attrs(kind_log_prob=kind, event_size=math.prod(data.shape[1:]), **extra),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoGuide
 
-from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.flow import Flow
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training.arguments import (
     as_tensors,
@@ -69,7 +69,7 @@ def fit(
     data: Any = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    objective: ELBO | None = None,
+    objective: ELBO | Literal["likelihood"] | None = None,
     num_particles: int | None = None,
     max_steps: int | None = None,
     max_epochs: int | None = None,
@@ -102,7 +102,8 @@ def fit(
     """Trains a flow by maximum likelihood, or a Pyro model and guide by variational inference.
 
     ``fit(flow, data=x)`` with a module that has ``log_prob`` (a ``SplineFlow``) maximises the mean of
-    ``flow.log_prob(x)``. ``fit(model, guide, ...)`` maximises the ELBO; a Pyro model without latents
+    ``flow.log_prob(x)``; a ``ContinuousFlow`` is trained by flow matching, unless
+    ``objective="likelihood"``. ``fit(model, guide, ...)`` maximises the ELBO; a Pyro model without latents
     needs no guide. With data the objective is counted per datum: the estimate of the full-data
     ELBO divided by the number of data, so that learning rate and clipping do not depend on it.
     Without data (``args`` only) it is the plain ELBO.
@@ -142,9 +143,10 @@ def fit(
             that epoch. Or a ``DataLoader`` of such batches, or a function from the step (from 0) to a batch.
         args: Further positional arguments.
         kwargs: Keyword arguments.
-        objective: An instance of ``pyro.infer.ELBO``; default ``Trace_ELBO(num_particles)``. Its particles run at once,
-            whatever the style of the model: as a recording of its tensor operations, or in a plate, where that
-            gives the log-densities of plain runs (:mod:`pyro_flowkit.programs.vectorized`).
+        objective: "likelihood" for that of a ``ContinuousFlow``; of a Pyro model an instance of ``pyro.infer.ELBO``,
+            default ``Trace_ELBO(num_particles)``. Its particles run at once, whatever the style of the model: as a
+            recording of its tensor operations, or in a plate, where that gives the log-densities of plain runs
+            (:mod:`pyro_flowkit.programs.vectorized`).
         num_particles: Particles of the default objective; default 1. Where they cannot run at once they run one
             after the other, of a recipe's at most 8, with a warning that says why.
         max_steps: Number of optimizer steps.
@@ -266,7 +268,7 @@ def fit(
     )
     has_data = not isinstance(batches, RowBatches) or bool(batches.rows)
     first = batches[0]
-    if guide is None and isinstance(model, SplineFlow):
+    if guide is None and isinstance(model, Flow):
         for name, rows in (("data", getattr(batches, "rows", ())), ("val_data", held_out)):
             if isinstance(rows, tuple) and rows:
                 check_finite_rows(rows, name)

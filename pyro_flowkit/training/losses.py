@@ -1,6 +1,7 @@
-"""The two objectives of ``fit``, each in nats per datum, with one backward pass per step.
+"""The objectives of ``fit``, each in nats per datum but flow matching, with one backward pass per step.
 
     maximum likelihood     -(1/B) sum_b log p(x_b)                   x_b: the rows of the batch
+    flow matching          (1/B) sum_b |v(x_t, t) - (x_b - z_b)|^2   see ContinuousFlow.matching_loss
     variational            -ELBO(batch) / N                          N: see plates.effective_size
 
 Dividing by N makes learning rate and clipping independent of the size of the data. Without data
@@ -224,6 +225,14 @@ class MaximumLikelihood(Loss):
     def evaluate(self, batch: Batch) -> float:
         """The loss without gradients."""
         return float(self.loss(batch))
+
+
+class FlowMatching(MaximumLikelihood):
+    """The mean loss of flow matching of a ``ContinuousFlow``, in the place of its log-density."""
+
+    def __init__(self, flow: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        super().__init__(flow, args, kwargs)
+        self.log_prob = lambda *batch, **kwargs: -flow.matching_loss(*batch, **kwargs)
 
 
 class Variational(Loss):

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.vectorized import Vectorized, Way
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood, Variational, no_guide
 
 MAX_SEQUENTIAL = 8
 AT_ONCE: tuple[Way, ...] = ("graph", "plate")
@@ -32,17 +32,18 @@ def chosen_loss(
     args: tuple,
     kwargs: dict[str, Any],
     *,
-    objective: ELBO | None,
+    objective: ELBO | str | None,
     num_particles: int | None,
 ) -> MaximumLikelihood | Variational:
-    """Maximum likelihood of a module with ``log_prob`` that has no guide, else the ELBO of a Pyro model.
+    """Flow matching of a module with ``matching_loss``, maximum likelihood of another with ``log_prob`` and no guide,
+    else the ELBO of a Pyro model.
 
     Args:
         model: The module, or the model.
         guide: Its guide, set up; or None.
         batch: The first batch.
         args, kwargs: What follows the batch in a call.
-        objective: The caller's estimator of the ELBO, or None.
+        objective: The caller's estimator of the ELBO, "likelihood" for that of a module with ``log_prob``, or None.
         num_particles: Its particles, or None: those of the guide's recipe, where there is one.
 
     Raises:
@@ -50,12 +51,16 @@ def chosen_loss(
         ValueError: If it has another number of particles, would be wrong for the guide, or is not asked for.
     """
     if guide is None and isinstance(model, torch.nn.Module) and hasattr(model, "log_prob"):
-        if objective is not None or num_particles is not None:
+        if objective not in (None, "likelihood") or num_particles is not None:
             raise ValueError(
-                "expected no objective and no num_particles for maximum likelihood, "
+                "expected no objective, or objective='likelihood', and no num_particles for a module with log_prob, "
                 f"got {objective!r} and {num_particles!r}"
             )
+        if objective is None and hasattr(model, "matching_loss"):
+            return FlowMatching(model, args, kwargs)
         return MaximumLikelihood(model, args, kwargs)
+    if isinstance(objective, str):
+        raise ValueError(f"expected an ELBO for a Pyro model, got objective={objective!r}")
     program = no_guide if guide is None else guide
     loss = Variational(model, program, args, kwargs, guide is not None)
     if objective is not None:
