@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from models.vae.likelihoods import DiscretizedLogistic
 from models.vae.networks import ConvDecoder, ConvEncoder, mlp
 from models.vae.posterior import FlowPosterior, NormalPosterior
-from pyro_flowkit import SplineFlow
+from pyro_flowkit import ContinuousFlow, SplineFlow
 
-PRIORS = ("standard", "flow")
+PRIORS = ("standard", "flow", "autoregressive", "continuous")
 POSTERIORS = ("normal", "flow")
+PRIOR_STEPS = 8  # of the solver of a continuous prior, four evaluations each
 LIKELIHOODS = ("bernoulli", "logistic", "normal")
 NETWORKS = ("mlp", "conv")
 
@@ -32,7 +33,8 @@ class VAE(PyroModule):
         latent_dim: size L of the code z.
         hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse. With ``networks="conv"``
             the last one is the number of the encoder's features, and the others are not used.
-        prior: "standard" or "flow".
+        prior: "standard"; "flow", of couplings; "autoregressive"; or "continuous", a ``ContinuousFlow``, whose density
+            takes ``32 (L + 1)`` evaluations of its field for a code.
         posterior: "normal" or "flow".
         likelihood: "bernoulli" for data in {0, 1}; "logistic", a discretised logistic with one learned scale for every
             dimension, for integers 0 to ``levels - 1``; or "normal", likewise with one scale for every dimension.
@@ -101,15 +103,21 @@ class VAE(PyroModule):
             "hidden_dims": list(flow_hidden_dims),
             "count_bins": count_bins,
         }
-        self.prior = None
+        self.prior: SplineFlow | ContinuousFlow | None = None
         self.posterior: nn.Module = NormalPosterior(latent_dim, path_gradient=path_gradient)
         self.heads = nn.Linear(widths[-1], 2 * latent_dim)
         if posterior == "flow":
             self.posterior = FlowPosterior(
                 latent_dim, widths[-1], context_dim, path_gradient=path_gradient, **flow
             )
-        if prior == "flow":
-            self.prior = SplineFlow(latent_dim, dropout=prior_dropout, **flow)
+        if prior in ("flow", "autoregressive"):
+            self.prior = SplineFlow(
+                latent_dim, coupling=prior == "flow", dropout=prior_dropout, **flow
+            )
+        elif prior == "continuous":
+            self.prior = ContinuousFlow(
+                latent_dim, hidden_dims=list(flow_hidden_dims), num_steps=PRIOR_STEPS
+            )
         self.register_buffer("loc", torch.zeros(input_dim))
         self.register_buffer("scale", torch.ones(input_dim))
         self.raw_noise = nn.Parameter(torch.zeros(input_dim)) if likelihood != "bernoulli" else None

@@ -45,7 +45,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prior", choices=PRIORS, default="standard")
+    group.add_argument(
+        "--prior",
+        choices=PRIORS,
+        default="standard",
+        help="continuous: with --two-stage, by flow matching; its bounds are slow, choose few particles",
+    )
     group.add_argument("--posterior", choices=POSTERIORS, default="normal")
     group.add_argument("--latent-dim", type=int, default=32)
     group.add_argument("--networks", choices=NETWORKS, default="mlp")

@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> xr.Dataset:
     """Trains a VAE, or loads one, and prints its bounds on the test data; returns these per datum."""
     made = parser()
     args = made.parse_args(argv)
-    if args.two_stage and args.prior != "flow":
-        made.error("expected --prior flow for --two-stage, got --prior standard")
+    if args.two_stage and args.prior == "standard":
+        made.error("expected --prior flow for --two-stage, or another flow, got --prior standard")
     if args.resume and args.checkpoints is None:
         made.error("expected --checkpoints FOLDER for --resume, got none")
     pyro.clear_param_store()

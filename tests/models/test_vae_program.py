@@ -108,8 +108,9 @@ def test_the_weight_of_the_kl_rises_for_a_few_passes_but_not_of_a_trained_vae(tm
     assert float((more["elbo"] - plain["elbo"]).mean()) > 0
 
 
-def test_two_stages_say_what_they_are(capsys):
-    main([*TINY, "--prior", "flow", "--two-stage", "5", "--refine-encoder", "5"])
+@pytest.mark.parametrize("prior", ["flow", "autoregressive"])
+def test_two_stages_say_what_they_are(prior, capsys):
+    main([*TINY, "--prior", prior, "--two-stage", "5", "--refine-encoder", "5"])
     printed = capsys.readouterr().out
     stages = ("standard prior: 20 steps", "prior on frozen codes: 20", "the model's samples: 20")
     assert all(stage in printed for stage in stages)

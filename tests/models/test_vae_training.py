@@ -41,9 +41,10 @@ def changed(before, vae):
     return {name.split(".")[0] for name in before if not torch.equal(before[name], now[name])}
 
 
-def test_the_prior_alone_is_trained_on_frozen_codes():
+@pytest.mark.parametrize("prior", ["flow", "autoregressive"])
+def test_the_prior_alone_is_trained_on_frozen_codes(prior):
     x = rows()
-    vae = make(x, prior="flow")
+    vae = make(x, prior=prior)
     train(vae, batches(x), x[:50], steps=40, lr=1e-2, **QUIET)
     before, elbo = copy_of(vae), _mean_elbo(vae, x)
     train_prior(vae, batches(x), x[:50], steps=60, lr=1e-2, **QUIET)
@@ -52,6 +53,20 @@ def test_the_prior_alone_is_trained_on_frozen_codes():
     assert all(p.requires_grad for p in vae.parameters())
     with pytest.raises(ValueError, match="flow prior to train on codes, got the standard normal"):
         train_prior(make(x, name="plain"), batches(x), x, steps=1)
+
+
+def test_a_continuous_prior_matches_frozen_codes():
+    x = rows()
+    plain = make(x)
+    train(plain, batches(x), x[:50], steps=40, lr=1e-2, **QUIET)
+    pyro.clear_param_store()
+    vae = make(x, prior="continuous", flow_hidden_dims=(16, 16))
+    start_from(vae, plain)
+    vae.eval()
+    before, elbo = copy_of(vae), _mean_elbo(vae, x)
+    train_prior(vae, batches(x), x[:50], steps=120, lr=1e-2, **QUIET)
+    assert changed(before, vae) == {"prior"}
+    assert _mean_elbo(vae, x) > elbo
 
 
 def test_a_vae_with_flows_starts_from_a_plain_one_with_the_same_bound():
