@@ -95,7 +95,8 @@ assert abs(torch.trapezoid(p, grid[:, 0]).item() - 1.0) < 1e-3
 
 # %% [markdown]
 # A steep piece of the map spreads mass thin, a flat piece piles it up: two bumps from one, and the integral is still one, because the
-# log-derivative pays for every stretch.
+# log-derivative pays for every stretch. The kinks in the density are no fault of the drawing: the map and its slope are continuous where two bins
+# meet, the slope's own slope is not.
 #
 # ### In two dimensions: a coupling
 #
@@ -151,9 +152,10 @@ plt.show()
 print(f"integral of the flow's density over the picture: {(log_p.exp().sum() * cell).item():.3f}")
 
 # %% [markdown]
-# The grid shows how a round Gaussian becomes two moons: the plane is torn apart where there are no data (cells grow) and folded together
-# where they are (cells shrink). The size of a cell is the determinant in the formula, and the density is one over it, times the Gaussian at
-# the point where the cell came from.
+# The grid shows how a round Gaussian becomes two moons: the plane is stretched where there are no data (cells grow) and pressed together
+# where they are (cells shrink). It is never torn and never folded, since the map is continuous and invertible: between the moons there is a thin bridge.
+# The size of a cell is the determinant of the Jacobian of $f$. The formula has that of $f^{-1}$, which is one over it: the density is the Gaussian at
+# the point where the cell came from, divided by how much the cell has grown.
 #
 # The log-likelihood of held-out data is exact. The only uncertainty is that there are finitely many data:
 

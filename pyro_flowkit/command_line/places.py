@@ -4,7 +4,6 @@ A run goes into a folder beside its target, which takes the target's name only w
 the target holds a run, its files are exchanged one by one; the folder itself, and what else is in it, stays.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pyro_flowkit.command_line.errors import CommandError
+from pyro_flowkit.training.lock import HeldError, locked_file
 
 FORMAT = "pyro-flowkit run"
 FILES = (
@@ -43,8 +43,12 @@ def reserved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # a link to itself
         raise CommandError(f"Expected a folder for the run, got {folder}: {error}") from error
     _old_files(target, overwrite=overwrite)
-    with _locked(target.parent / f".{target.name}.lock", folder):
-        yield target
+    expected = f"a folder that no other fit is to write, got {folder}"
+    try:
+        with locked_file(target.parent / f".{target.name}.lock", expected):
+            yield target
+    except HeldError as error:
+        raise CommandError(str(error)) from error
 
 
 def write_folder(target: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
@@ -176,28 +180,3 @@ def _exchange(scratch: Path, target: Path, old: list[str]) -> None:
         kept.rmdir()
         raise
     shutil.rmtree(kept, ignore_errors=True)
-
-
-@contextmanager
-def _locked(lock: Path, folder: Path) -> Iterator[None]:
-    """Hold a lock file; the system gives it back when the process ends, however it ends."""
-    try:
-        file = lock.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"Expected to write {folder}, got {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise CommandError(
-                f"Expected {folder} for one fit at a time, got one that process {file.read().strip() or '?'} is to "
-                "write to"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)

@@ -22,14 +22,28 @@ class HeldError(ValueError):
     """A folder in which somebody else is at work."""
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder; its file says who does.
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of a checkpoint_dir; its file says who does.
 
     Raises:
         HeldError: If another fit holds it, with the process.
     """
-    file = _taken(folder / _NAME)
+    expected = f"a checkpoint_dir that no other fit is using, got {folder}"
+    return locked_file(folder / _NAME, expected)
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, expected: str) -> Iterator[None]:
+    """Holds a lock by a file.
+
+    Args:
+        path: Of the file, which is there for as long.
+        expected: What the error says before it names the holder.
+
+    Raises:
+        HeldError: If another process holds it.
+    """
+    file = _taken(path, expected)
     try:
         yield
     finally:
@@ -38,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.close()
 
 
-def _taken(path: Path) -> IO[str] | None:
+def _taken(path: Path, expected: str) -> IO[str] | None:
     """The locked file, or None where the system has no locks."""
     if fcntl is None:
         return None
@@ -50,9 +64,7 @@ def _taken(path: Path) -> IO[str] | None:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise HeldError(
-                f"expected a checkpoint_dir that no other fit is using, got {path.parent}, in which {holder} trains"
-            ) from None
+            raise HeldError(f"expected {expected}, in which {holder} trains") from None
         except OSError:  # a file system without locks
             file.close()
             path.unlink(missing_ok=True)

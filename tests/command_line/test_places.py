@@ -72,7 +72,8 @@ def test_links_are_followed(trained, table, tmp_path, fails):
 def test_a_second_fit_into_a_folder_is_refused_at_its_start(table, tmp_path, fails):
     with reserved(tmp_path / "run", overwrite=False):
         line = fails("fit", "none.csv", "-o", tmp_path / "run")
-        assert f"one fit at a time, got one that process {os.getpid()} is to write to" in line
+        assert "a folder that no other fit is to write, got" in line
+        assert f"in which process {os.getpid()} on" in line
     assert main(["fit", str(table), "-o", str(tmp_path / "run"), *FIT]) == 0
     assert sorted(os.listdir(tmp_path)) == ["data.csv", "run"]
 
