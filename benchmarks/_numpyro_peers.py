@@ -1,4 +1,4 @@
-"""The models of `_posteriors.py` in NumPyro, its AutoIAFNormal, and NUTS, with compilation on the clock."""
+"""The models of ``_posteriors.py`` in NumPyro, its AutoIAFNormal, and NUTS, with compilation on the clock."""
 
 import math
 import time

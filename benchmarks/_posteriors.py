@@ -1,4 +1,4 @@
-r"""Posteriors for :mod:`benchmarks.time_to_posterior`: those of `models._targets`, nearly Gaussian ones, and two more.
+r"""Posteriors for :mod:`benchmarks.time_to_posterior`: ``models._targets``, nearly Gaussian ones, and two more.
 
 Gaussian process   y ~ N(B (sqrt(S) z), .3), z ~ N(0, 1)^38, S_j = sd^2 ls exp(-ls^2 w_j^2 / 2), sd ~ LogNormal(0, 1),
                    ls ~ LogNormal(log .03, .5), 38 sines of frequencies w = pi .. 38 pi; where ls is large S underflows

@@ -1,6 +1,6 @@
 """CPU seconds from the call of fit to a posterior: until the ELBO is within .05 and .01 nats of the evidence.
 
-On the posteriors of `models._targets`, ten nearly Gaussian ones, a Gaussian process and a Lotka-Volterra model, by
+On the posteriors of ``models._targets``, ten nearly Gaussian ones, a Gaussian process and a Lotka-Volterra model, by
 AutoSplineFlow with the defaults, by AutoMultivariateNormal in a loop of SVI (2,000 steps of 128 particles), and, where
 NumPyro can be imported, by its AutoIAFNormal (12,000 steps of 64 particles) and NUTS (to an effective sample size of
 400), with their compilation on the clock. A small fit and a small program of NumPyro run before, so that the import of
@@ -101,7 +101,7 @@ def _elbo(guide: Any, density: LatentDensity) -> float:
 
 
 def by_flow(posterior: Posterior, seed: int, **limits: Any) -> Course:
-    """`fit` with an AutoSplineFlow and nothing else, but for the limits given."""
+    """``fit`` with an AutoSplineFlow and nothing else, but for the limits given."""
     pyro.clear_param_store()
     guide = AutoSplineFlow(posterior.model)
     clock = _Clock(posterior)
