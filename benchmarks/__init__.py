@@ -19,8 +19,15 @@ read their number of threads when they are loaded, so it is set here, before any
 """
 
 import os
+from pathlib import Path
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"):
     os.environ[_name] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+RESULTS = Path(__file__).parent / "results"

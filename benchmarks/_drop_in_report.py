@@ -13,7 +13,7 @@ from itertools import product
 from typing import TypeVar
 
 from benchmarks._drop_in_runs import Cell, Run
-from benchmarks._measure import number, table
+from models._measure import number, table
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

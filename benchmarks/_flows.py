@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import _peers
-from benchmarks._measure import is_installed
 from benchmarks._setting import Setting, Task, TorchFlow, conditioners, perturb, torch_tasks
+from models._measure import is_installed
 from pyro_flowkit import FlowDistribution, SplineFlow, ops
 from pyro_flowkit.transforms import spline_autoregressive, spline_coupling
 

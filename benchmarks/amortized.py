@@ -30,7 +30,8 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AmortizedSplineFlow
 

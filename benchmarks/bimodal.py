@@ -18,7 +18,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_density import LatentDensity

@@ -26,7 +26,8 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from models.pyro_notebooks import flow_guide
 from pyro_flowkit import SplineFlow, fit
 from pyro_flowkit.guides import AmortizedSplineFlow

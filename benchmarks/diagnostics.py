@@ -21,8 +21,9 @@ import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, cpu_times, number, table
+from benchmarks import RESULTS
 from models import data
+from models._measure import Report, cpu_times, number, table
 from models.vae import VAE, train
 from pyro_flowkit.diagnostics import inference_gaps, latent_usage, pointwise_bounds, psis
 

@@ -19,9 +19,10 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 
+from benchmarks import RESULTS
 from benchmarks._drop_in_report import lines
 from benchmarks._drop_in_runs import Cell, Run, append, has_steps, programs, read, train
-from benchmarks._measure import RESULTS, Report
+from models._measure import Report
 from models.drop_in import GUIDES
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 5e-2)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit.training import DamagedFileError
 from pyro_flowkit.training.checkpoint import KIND
 from pyro_flowkit.training.files import read_file

@@ -23,7 +23,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit import SplineFlow, fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training import Callback, FitState

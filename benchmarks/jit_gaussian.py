@@ -16,7 +16,8 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit.guides import AutoSplineFlow
 
 LOC = (1.0, -2.0, 3.0)

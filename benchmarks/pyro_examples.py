@@ -21,8 +21,9 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
 from benchmarks._pyro_examples import DMM, VAE, BayesianRegression, sequences
+from models._measure import Report, table
 from models.data import digits
 from pyro_flowkit import fit
 

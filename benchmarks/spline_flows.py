@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from benchmarks import RESULTS
 from benchmarks._flows import (
     AUTOREGRESSIVE,
     AUTOREGRESSIVE_BUILDERS,
@@ -31,8 +32,8 @@ from benchmarks._flows import (
     float32_errors,
     missing,
 )
-from benchmarks._measure import RESULTS, Report, Timing, cpu_times, number, table
 from benchmarks._setting import QUANTITIES, Setting, Task
+from models._measure import Report, Timing, cpu_times, number, table
 
 SIZES = ((2, 256), (8, 512), (32, 1024), (64, 4096))
 LARGEST_AUTOREGRESSIVE = 8  # beyond it a draw of others, D passes, takes seconds

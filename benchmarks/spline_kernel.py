@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, Timing, cpu_times, number, table
+from benchmarks import RESULTS
+from models._measure import Report, Timing, cpu_times, number, table
 from pyro_flowkit import ops
 from pyro_flowkit.ops.settings import MIN_BIN_HEIGHT, MIN_BIN_WIDTH
 

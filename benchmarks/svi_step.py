@@ -18,15 +18,7 @@ from typing import Any
 import pyro
 import torch
 
-from benchmarks._measure import (
-    RESULTS,
-    Report,
-    Timing,
-    cpu_times,
-    is_installed,
-    number,
-    table,
-)
+from benchmarks import RESULTS
 from benchmarks._svi_models import (
     DRIVERS,
     HIDDEN_DIMS,
@@ -41,6 +33,7 @@ from benchmarks._svi_models import (
 )
 from benchmarks._svi_numpyro import numpyro_steps
 from benchmarks._svi_split import PARTS, profiles, split
+from models._measure import Report, Timing, cpu_times, is_installed, number, table
 from models._targets import Target
 
 CALLS = 5

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit.tables.columns import Table
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.flow import FlowSettings

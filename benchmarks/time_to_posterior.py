@@ -24,9 +24,10 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
 from benchmarks._posteriors import Posterior, posteriors
 from benchmarks.near_gaussian import MODELS, linear
+from models._measure import Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides import AutoSplineFlow

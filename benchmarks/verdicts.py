@@ -22,7 +22,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from benchmarks._measure import RESULTS, Report, table
+from benchmarks import RESULTS
+from models._measure import Report, table
 from pyro_flowkit.diagnostics import Verdict, diagnose, evidence_bounds, probe_modes
 
 DOUBLE = torch.float64

@@ -28,6 +28,7 @@ from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from models._drop_in import Program, programs
+from models._measure import Report, number, table
 from pyro_flowkit.guides import AutoSplineFlow
 
 GUIDES: dict[str, Callable[..., Any]] = {
@@ -158,8 +159,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _report(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
-    from benchmarks._measure import Report, number, table
-
     def cells(row: dict[str, Any]) -> list[str]:
         pairs = [
             [format_(row[f"{column}, {guide}"]) for guide in GUIDES]

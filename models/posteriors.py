@@ -39,6 +39,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.initialization import init_to_value
 
+from models._measure import Report, table
 from models._nuts import errors, reference, run_nuts
 from models._targets import Target, targets
 from pyro_flowkit.diagnostics import evidence_bounds
@@ -258,8 +259,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _report(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
-    from benchmarks._measure import Report, table
-
     driver = "a loop of SVI" if args.loop else "fit"
     text = (
         f"After {args.seconds:g} CPU seconds of {driver}, by {NUM_DRAWS:,} draws; nats, standard errors in brackets. "

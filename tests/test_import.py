@@ -149,6 +149,34 @@ def test_no_room_imports_from_its_own_floor_or_above(path):
             assert FLOORS[other] < FLOORS[room], f"{room} imports {name}"
 
 
+# What a program outside of the package may not look up to, in the order of the floors above it.
+ABOVE = {
+    "pyro_flowkit": ("models", "benchmarks", "tutorials", "tests"),
+    "models": ("benchmarks", "tutorials", "tests"),
+    "benchmarks": ("tutorials", "tests"),
+    "tutorials": ("benchmarks", "tests"),
+}
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_no_program_imports_from_a_floor_above(room):
+    files = sorted((PACKAGE.parent / room).rglob("*.py"))
+    assert files
+    for path in files:
+        tops = {
+            name.partition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
+        }
+        assert tops.isdisjoint(ABOVE[room]), f"{path.name} imports upwards"
+
+
 def test_imports_are_found_wherever_they_are_written(tmp_path):
     file = tmp_path / "pyro_flowkit" / "ops" / "upwards.py"
     file.parent.mkdir(parents=True)

@@ -22,11 +22,8 @@ import torch
 
 from pyro_flowkit import ops
 
-torch.set_num_threads(1)
-
 LIBRARIES = ("torch", "pyro-ppl", "nflows", "normflows", "zuko", "jax", "flowjax", "numpyro")
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "asimd")
-RESULTS = Path(__file__).parent / "results"
 
 MIN_ROUNDS = 3
 
