@@ -1,4 +1,4 @@
-"""Steps of NumPyro's flow guides on the same posteriors, compiled as a whole, for the comparison with `fit`.
+"""Steps of NumPyro's flow guides on the same posteriors, compiled as a whole, for the comparison with ``fit``.
 
 The flows have as many transforms, and hidden layers of the same widths; a block neural autoregressive flow has them in
 multiples of the number of latents, of which the nearest is taken.
