@@ -58,6 +58,9 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch.distributions.transforms.Transform", "_inverse"),
     # torch: what is going on, and the memory of tensors
     ("torch", "_C"),
+    ("torch", "_foreach_add_"),
+    ("torch", "_foreach_norm"),
+    ("torch", "_fused_adam_"),
     ("torch", "_ops"),
     ("torch", "_utils"),
     ("torch._C", "_are_functorch_transforms_active"),
@@ -68,9 +71,12 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch.autograd.forward_ad", "_current_level"),
     ("torch.autograd.Function", "_backward_cls"),
     ("torch._ops.OpOverload.__init__", "_schema"),
+    ("torch.ops.aten", "_unsafe_view"),
     ("torch.utils", "_pytree"),
     ("torch.utils", "_python_dispatch"),
     ("torch._utils", "_flatten_dense_tensors"),
+    # pandas, whose frames are made to be subclassed through this
+    ("pandas.DataFrame", "_constructor"),
     # PyTorch Lightning, where it is installed
     ("lightning.pytorch.core.module.LightningModule.__init__", "_trainer"),
 )

@@ -396,7 +396,9 @@ def test_no_trainable_parameter_is_refused(x):
 
 
 def test_maximum_likelihood_takes_no_objective(x):
-    with pytest.raises(ValueError, match="expected no objective and no num_particles"):
+    with pytest.raises(
+        ValueError, match="expected no objective, or objective='likelihood', and no num_particles"
+    ):
         FlowModule(SplineFlow(DIM), example=x, objective=Trace_ELBO())
 
 

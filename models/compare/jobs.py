@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models import density
 from models.compare.recipes import Request
-from models.vae import POSTERIORS, PRIORS, VAE, train_prior
+from models.vae import POSTERIORS, VAE, train_prior
 from models.vae.data import Prepared
 from models.vae.options import parser
 from models.vae.program import FAST_STEPS, fitted, prepared_data, vae_settings
@@ -87,7 +87,7 @@ def model_names(request: Request) -> list[str]:
 
 def jobs_of(request: Request) -> list[Job]:
     """All trainings, the slowest first."""
-    vaes = [(p, q) for q in reversed(POSTERIORS) for p in reversed(PRIORS)]
+    vaes = [(p, q) for q in reversed(POSTERIORS) for p in ("flow", "standard")]
     jobs = [Job(vae_name(p, q), seed, p, q) for p, q in vaes for seed in request.seeds]
     if request.recipe.has_densities:
         jobs += [Job(name, seed) for name in (SPLINE_FLOW, GAUSSIAN) for seed in request.seeds]

@@ -25,7 +25,7 @@ def test_nuts_samples_a_funnel_in_the_coordinates_of_the_guide() -> None:
     mcmc = MCMC(
         NUTS(neutra.reparam(funnel), max_tree_depth=3),
         num_samples=100,
-        warmup_steps=20,
+        warmup_steps=60,
         disable_progbar=True,
     )
     mcmc.run()

@@ -180,7 +180,7 @@ def test_init_loc_fn_that_cannot_sample_is_told_of_the_latent() -> None:
 
 
 def test_the_tables_of_the_page_have_the_tested_supports() -> None:
-    page = Path(__file__).parents[2] / "docs" / "supports.md"
+    page = Path(__file__).parents[2] / "docs" / "howto" / "supports.md"
     lines = page.read_text().splitlines()
     rows = {line.split("|")[1].strip() for line in lines if line.startswith("| ")}
     tested = {name.partition(",")[0] for name in WORKS} - {"bounded above by 0"}

@@ -115,7 +115,10 @@ def test_grey_pixels_are_no_binary_data():
 
 
 def test_unknown_choices_say_what_there_is():
-    with pytest.raises(ValueError, match="prior to be one of standard, flow, got 'vamp'"):
+    with pytest.raises(
+        ValueError,
+        match="prior to be one of standard, flow, autoregressive, continuous, got 'vamp'",
+    ):
         VAE(5, data_size=4, prior="vamp")
     with pytest.raises(ValueError, match=r"finite data of shape \(n, 5\), got \(4, 3\)"):
         VAE(5, data_size=4).standardize(torch.zeros(4, 3))
