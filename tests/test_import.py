@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,15 @@ def imports_of(path: Path, root: Path = PACKAGE) -> set[str]:
             # `from pyro_flowkit import flows` names a room, `from pyro_flowkit.flows import X` a thing in one
             found.update(f"{base}.{alias.name}" for alias in node.names)
     return {name for name in found if name.startswith("pyro_flowkit.")}
+
+
+def test_the_house_is_drawn_as_it_is():
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, flags=re.MULTILINE)
+    drawn = [(int(floor), set(re.findall(r"`(\w+)`", rooms))) for floor, rooms in rows]
+    assert drawn == list(reversed(list(enumerate(HOUSE, 1))))
+    for path in re.findall(r"`((?:\w+/)+\w+\.py)`", page):
+        assert (PACKAGE / path).exists() or (PACKAGE.parent / path).exists(), path
 
 
 SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
