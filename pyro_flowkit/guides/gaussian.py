@@ -34,6 +34,7 @@ Density = Callable[[Tensor], Tensor]
 FEW_ITERATIONS = 25  # to see whether another start leads to another mode
 LITTLE_ROOM = 0.1  # nats; a Gaussian that is nearer is the best one at its mode
 SETTLED = 1e-5  # nats that an iteration brings
+FIRST_STEPS = (1.0, 0.1, 0.01, 1e-3)
 _LOG_2PI_E = 1.0 + math.log(2.0 * math.pi)
 
 
@@ -187,12 +188,18 @@ def _curvature(density: Density, point: Tensor) -> tuple[Tensor, Tensor]:
 def minimized(
     loss: Callable[[Tensor], Tensor], start: Tensor, max_iterations: int, deadline: float
 ) -> Tensor:
-    """L-BFGS from ``start``; the best point seen before the deadline, a value of ``time.monotonic()``."""
+    """L-BFGS from ``start``; the best point seen before the deadline, a value of ``time.monotonic()``.
+
+    Its first step has length one, whatever the function; where that or a later one leads to what is no number, the
+    line search ends at once. It then begins anew at the best point, with a first step a tenth as long.
+    """
     import scipy.optimize  # changes the filters of warnings
 
     best: list[Any] = [math.inf, start]
+    left_the_finite = False
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal left_the_finite
         if time.monotonic() > deadline:
             raise TimeoutError
         parameters = torch.from_numpy(x).to(start).requires_grad_()
@@ -201,24 +208,35 @@ def minimized(
             (gradient,) = torch.autograd.grad(value, parameters)
         found = float(value.detach())
         if not (math.isfinite(found) and bool(gradient.isfinite().all())):
+            left_the_finite = True
             return 1e30, np.zeros_like(x)  # the line search steps back
         if found < best[0]:
             best[:] = found, parameters.detach()
         return found, gradient.double().cpu().numpy()
 
     with contextlib.suppress(TimeoutError):
-        first = start.double().cpu().numpy()
-        size = abs(value_and_gradient(first)[0])
-        scipy.optimize.minimize(
-            value_and_gradient,
-            first,
-            jac=True,
-            method="L-BFGS-B",
-            options={
-                "maxiter": max_iterations,
-                "maxcor": 20,
-                "ftol": SETTLED / max(size, 1.0),
-                "gtol": 1e-6,
-            },
-        )
+        size = abs(value_and_gradient(start.double().cpu().numpy())[0])
+        for first_step in FIRST_STEPS:
+            left_the_finite, origin = False, best[1].double().cpu().numpy()
+
+            def in_steps(
+                y: np.ndarray, origin: np.ndarray = origin, unit: float = first_step
+            ) -> tuple[float, np.ndarray]:
+                value, gradient = value_and_gradient(origin + unit * y)
+                return value, unit * gradient
+
+            scipy.optimize.minimize(
+                in_steps,
+                np.zeros_like(origin),
+                jac=True,
+                method="L-BFGS-B",
+                options={
+                    "maxiter": max_iterations,
+                    "maxcor": 20,
+                    "ftol": SETTLED / max(size, 1.0),
+                    "gtol": 1e-6 * first_step,
+                },
+            )
+            if not left_the_finite:
+                break
     return best[1]

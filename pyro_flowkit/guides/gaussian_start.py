@@ -88,7 +88,7 @@ class GaussianStart:
             None, with nothing done, where the model cannot be run for many draws at a time; with a warning, if the
             guide is fresh.
         """
-        is_fresh = _is_gaussian(guide)
+        is_fresh = _is_gaussian(guide, hierarchical=False)
         if density.obstacle is not None:
             if is_fresh:
                 warnings.warn(
@@ -149,7 +149,8 @@ class GaussianStart:
         # posterior nothing is lost.
         room = 0.5 * spread_first**2
         if not gain >= -MIN_LOSS and not room < MIN_ROOM:
-            place = "Gaussian" if _is_gaussian(self._guide) else "trained flow"
+            is_gaussian = _is_gaussian(self._guide, hierarchical=True)
+            place = "Gaussian" if is_gaussian else "trained flow"
             warnings.warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the {place} that it "
                 f"started from, so the guide is that {place} again. More particles, more steps or a smaller learning "
@@ -198,13 +199,19 @@ class GaussianStart:
 
 
 @torch.no_grad()
-def _is_gaussian(guide: "AutoSplineFlow") -> bool:
-    """Whether the flow is the identity still; one with a base of Student's t counts: the splines have not begun."""
+def _is_gaussian(guide: "AutoSplineFlow", *, hierarchical: bool) -> bool:
+    """Whether the splines are the identity still; one with a base of Student's t counts.
+
+    Args:
+        guide: after its setup.
+        hierarchical: whether that is enough, or the hierarchical map is to be the identity, too.
+    """
     z = normal_draws(8, guide.affine.loc, seed=0)
     for component in guide.components:
         x = z
         for layer in component.layers()[:-1]:
-            x = layer(x)
+            if layer is not component.hierarchy or not hierarchical:
+                x = layer(x)
         if not torch.allclose(x, z, atol=1e-4):
             return False
     return True
