@@ -43,11 +43,11 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     # torch: modules
     ("torch.nn.Module", "_apply"),
     ("torch.nn.Module", "_load_from_state_dict"),
-    ("torch.nn.Module.__init__", "_non_persistent_buffers_set"),
-    ("torch.nn.Module.__init__", "_backward_hooks"),
-    ("torch.nn.Module.__init__", "_backward_pre_hooks"),
-    ("torch.nn.Module.__init__", "_forward_hooks"),
-    ("torch.nn.Module.__init__", "_forward_pre_hooks"),
+    ("torch.nn.Module", "_non_persistent_buffers_set"),
+    ("torch.nn.Module", "_backward_hooks"),
+    ("torch.nn.Module", "_backward_pre_hooks"),
+    ("torch.nn.Module", "_forward_hooks"),
+    ("torch.nn.Module", "_forward_pre_hooks"),
     # torch: distributions, which are made to be subclassed through these
     ("torch.distributions.Distribution", "_extended_shape"),
     ("torch.distributions.Distribution", "_get_checked_instance"),
