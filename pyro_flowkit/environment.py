@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    found["torch"] = str(torch.__version__)  # with the build, which the package's own version may not name
+    found["torch"] = str(torch.__version__)  # with the build
     found["splines on the CPU"] = {"fused": "the fused kernel", "reference": "PyTorch"}[backend()]
     found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
