@@ -1,9 +1,9 @@
 """Every private name of another library that the package leans on, with where it is defined.
 
 A new release may drop any of them. ``tests/test_private_names.py`` looks each up in the installed versions, and finds
-those that the code uses and this list does not have. Two of them cost no more than speed where they are gone:
-``torch._C._storage_Use_Count`` (``ops/scratch.py``) and ``Function._backward_cls`` (what the forward pass kept is then
-computed again).
+those that the code uses and this list does not have. Some cost no more than speed where they are gone:
+``torch._C._storage_Use_Count`` (``ops/scratch.py``), ``Function._backward_cls`` (what the forward pass kept is then
+computed again), and what Adam in one call is made of (``training/adam.py``).
 """
 
 PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
@@ -48,6 +48,11 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch.nn.Module", "_backward_pre_hooks"),
     ("torch.nn.Module", "_forward_hooks"),
     ("torch.nn.Module", "_forward_pre_hooks"),
+    # torch: optimizers, whose hooks Adam in one call (``training/adam.py``) has to call itself
+    ("torch.optim.optimizer", "_global_optimizer_pre_hooks"),
+    ("torch.optim.optimizer", "_global_optimizer_post_hooks"),
+    ("torch.optim.optimizer", "_optimizer_step_pre_hooks"),
+    ("torch.optim.optimizer", "_optimizer_step_post_hooks"),
     # torch: distributions, which are made to be subclassed through these
     ("torch.distributions.Distribution", "_extended_shape"),
     ("torch.distributions.Distribution", "_get_checked_instance"),

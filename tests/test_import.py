@@ -122,8 +122,13 @@ def room_of(module: str) -> str:
 
 
 def imports_of(path: Path, root: Path = PACKAGE) -> set[str]:
-    """Modules of this package that the file imports, anywhere in it; type-checking imports count."""
-    package = ["pyro_flowkit", *path.relative_to(root).parent.parts]
+    """What of this package the file imports, anywhere in it; type-checking imports count."""
+    return {name for name in all_imports_of(path, root) if name.startswith("pyro_flowkit.")}
+
+
+def all_imports_of(path: Path, root: Path) -> set[str]:
+    """The same of any package, as ``module.name`` where a name is taken from a module."""
+    package = [root.name, *path.relative_to(root).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -133,7 +138,7 @@ def imports_of(path: Path, root: Path = PACKAGE) -> set[str]:
             base = ".".join([*start, *([node.module] if node.module else [])])
             # `from pyro_flowkit import flows` names a room, `from pyro_flowkit.flows import X` a thing in one
             found.update(f"{base}.{alias.name}" for alias in node.names)
-    return {name for name in found if name.startswith("pyro_flowkit.")}
+    return found
 
 
 def test_the_house_is_drawn_as_it_is():
@@ -173,17 +178,7 @@ def test_no_program_imports_from_a_floor_above(room):
     files = sorted((PACKAGE.parent / room).rglob("*.py"))
     assert files
     for path in files:
-        tops = {
-            name.partition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom) and not node.level
-                else []
-            )
-        }
+        tops = {name.partition(".")[0] for name in all_imports_of(path, PACKAGE.parent / room)}
         assert tops.isdisjoint(ABOVE[room]), f"{path.name} imports upwards"
 
 

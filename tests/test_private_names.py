@@ -54,7 +54,9 @@ def used(node: ast.AST) -> Iterator[str]:
     match node:
         case ast.Attribute():
             yield node.attr
-        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str() as name), *_]):
+        case ast.Call(
+            func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str() as name), *_]
+        ):
             yield name
         case ast.ImportFrom(module=str() as module) if not module.startswith("pyro_flowkit"):
             yield from module.split(".")

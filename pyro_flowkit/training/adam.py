@@ -1,6 +1,6 @@
 """Adam in one call of PyTorch's fused kernel, for the many small parameters of a flow."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -32,7 +32,9 @@ class Adam(torch.optim.Adam):
             closure: evaluated first, with gradients; its value is returned.
         """
         arguments = () if closure is None else (closure,)
-        for hook in self._hooks("pre"):
+        for hook in _all(
+            self._optimizer_step_pre_hooks, torch_optimizer._global_optimizer_pre_hooks
+        ):
             hook(self, arguments, {})
         loss = None
         if closure is not None:
@@ -40,23 +42,17 @@ class Adam(torch.optim.Adam):
                 loss = closure()
         for group in self.param_groups:
             self._step_group(group)
-        for hook in self._hooks("post"):
+        for hook in _all(
+            self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
+        ):
             hook(self, arguments, {})
         return loss
 
     step.hooked = True  # type: ignore[attr-defined]  # else PyTorch would call the hooks, too
 
-    def _hooks(self, when: str) -> Iterator[Callable[..., Any]]:
-        own = getattr(self, f"_optimizer_step_{when}_hooks")
-        return chain(
-            own.values(), getattr(torch_optimizer, f"_global_optimizer_{when}_hooks").values()
-        )
-
     def _step_group(self, group: dict[str, Any]) -> None:
         moving = [p for p in group["params"] if p.grad is not None]
-        for p in moving:
-            if not self.state[p]:
-                self._begin([p for p in moving if not self.state[p]])
+        self._begin([p for p in moving if not self.state[p]])
         if len(moving) < len(group["params"]):
             self._part(moving, group["params"])
         for kind in {(p.dtype, p.device) for p in moving}:
@@ -102,3 +98,7 @@ class Adam(torch.optim.Adam):
             count = self.state[p]["step"]
             if id(count) in kept:
                 self.state[p]["step"] = counts.setdefault(id(count), count.clone())
+
+
+def _all(*hooks: Mapping[int, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
+    return chain.from_iterable(of_one.values() for of_one in hooks)

@@ -21,7 +21,6 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
-from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.programs.derivative import Graph
 from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
@@ -357,11 +356,10 @@ class Variational(Loss):
 
     def density_graph(self, batch: Batch) -> Graph | None:
         """The model's density with its derivative as a graph, if steps on such a batch are to use one."""
-        if not isinstance(self._objective, LatentELBO) or not isinstance(
-            self._guide, AutoSplineFlow
-        ):
+        if not isinstance(self._objective, LatentELBO):
             return None
-        return self._objective.density_graph(self._guide, (*batch, *self._args), self._kwargs)
+        guide: Any = self._guide  # one that such an objective is for
+        return self._objective.density_graph(guide, (*batch, *self._args), self._kwargs)
 
     def is_finite(self, batch: Batch) -> bool:
         """Whether all sites have finite densities on a batch; the caller's random numbers are left alone."""
