@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import _peers
 from benchmarks._setting import Setting, Task, TorchFlow, conditioners, perturb, torch_tasks
 from models._measure import is_installed
-from pyro_flowkit import FlowDistribution, SplineFlow, ops
+from pyro_flowkit import ContinuousFlow, FlowDistribution, SplineFlow, ops
 from pyro_flowkit.transforms import spline_autoregressive, spline_coupling
 
 FUSED = "pyro_flowkit, fused"
@@ -26,6 +26,9 @@ REFERENCE = "pyro_flowkit, reference"
 DEFAULTS = "pyro_flowkit, defaults"
 COMPILED = "pyro_flowkit, compiled"
 CONDITIONERS = "conditioners alone"
+CONTINUOUS = "pyro_flowkit, continuous"
+CONTINUOUS_STEPS = 16
+MATCHING_STEP = "matching step"
 
 
 def like_for_like(setting: Setting) -> tuple[FlowDistribution, list[Tensor]]:
@@ -108,6 +111,25 @@ def autoregressive_flow(setting: Setting) -> dict[str, Task]:
     )
 
 
+def continuous_flow(setting: Setting) -> dict[str, Task]:
+    """The flow of a velocity field with the settings' hidden layers, solved in 16 fixed steps; and flow matching."""
+    pyro.clear_param_store()
+    flow = ContinuousFlow(setting.dim, hidden_dims=setting.hidden_dims, num_steps=CONTINUOUS_STEPS)
+    parameters = perturb([flow])
+    x = setting.points()
+
+    def matching_step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        flow.matching_loss(x).mean().backward()
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        return flow().rsample_and_log_prob((n,))
+
+    tasks = torch_tasks(TorchFlow(flow.log_prob, draw, flow.sample, parameters), setting)
+    return {**tasks, MATCHING_STEP: matching_step}
+
+
 def _sampler(flow: FlowDistribution) -> Callable[[int], Tensor]:
     return lambda n: flow.sample((n,))
 
@@ -148,10 +170,16 @@ AUTOREGRESSIVE_BUILDERS: dict[str, Callable[[Setting], dict[str, Task]]] = {
 }
 """The autoregressive flows, which are compared with one another."""
 
+CONTINUOUS_BUILDERS: dict[str, Callable[[Setting], dict[str, Task]]] = {
+    CONTINUOUS: continuous_flow,
+    "zuko continuous": _peers.zuko_continuous,
+}
+"""The continuous flows, which are compared with one another."""
+
 
 def missing() -> list[str]:
     """Competitors that this environment cannot run."""
-    peers = [*PEERS, *list(AUTOREGRESSIVE_BUILDERS)[1:]]
+    peers = [*PEERS, *list(AUTOREGRESSIVE_BUILDERS)[1:], *list(CONTINUOUS_BUILDERS)[1:]]
     absent = [name for name in peers if not is_installed(name.split()[0])]
     return absent if ops.backend() == "fused" else [FUSED, *absent]
 

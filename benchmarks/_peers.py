@@ -170,11 +170,7 @@ def normflows_flow(setting: Setting) -> dict[str, Task]:
 
 
 def zuko_flow(setting: Setting, *, masked: bool = False, passes: int | None = 2) -> dict[str, Task]:
-    validation = Distribution._validate_args
-    import zuko
-
-    Distribution.set_default_validate_args(validation)  # which zuko turns off for everyone
-
+    zuko = _zuko()
     hidden: dict[str, Any] = {"hidden_features": setting.hidden_dims, "activation": nn.ReLU}
     if masked:
         flow = zuko.flows.NSF(
@@ -202,6 +198,24 @@ def zuko_flow(setting: Setting, *, masked: bool = False, passes: int | None = 2)
         )
         flow = zuko.lazy.Flow(couplings, base)
     sampler = flow if passes is None else zuko.lazy.Flow(flow.transform.inv, flow.base)
+    return _zuko_tasks(flow, sampler, setting)
+
+
+def zuko_continuous(setting: Setting) -> dict[str, Task]:
+    """zuko's ``CNF`` as it comes, with an exact trace and its adaptive solver."""
+    flow = _zuko().flows.CNF(setting.dim, hidden_features=setting.hidden_dims)
+    return _zuko_tasks(flow, flow, setting)
+
+
+def _zuko() -> Any:
+    validation = Distribution._validate_args
+    import zuko
+
+    Distribution.set_default_validate_args(validation)  # which zuko turns off for everyone
+    return zuko
+
+
+def _zuko_tasks(flow: Any, sampler: Any, setting: Setting) -> dict[str, Task]:
     tasks = torch_tasks(
         TorchFlow(
             lambda x: flow().log_prob(x),

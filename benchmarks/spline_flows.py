@@ -1,5 +1,5 @@
 r"""The same spline flow in six libraries: CPU time of what density estimation and variational inference ask of it. And
-an autoregressive one in three.
+an autoregressive one in three, and a continuous one in two.
 
     log_prob        log-density of a batch, no gradient
     training step   log-density of a batch and its gradient with respect to all parameters
@@ -25,8 +25,12 @@ from benchmarks._flows import (
     BUILDERS,
     COMPILED,
     CONDITIONERS,
+    CONTINUOUS,
+    CONTINUOUS_BUILDERS,
+    CONTINUOUS_STEPS,
     DEFAULTS,
     FUSED,
+    MATCHING_STEP,
     PEERS,
     REFERENCE,
     float32_errors,
@@ -37,6 +41,7 @@ from models._measure import Report, Timing, cpu_times, number, table
 
 SIZES = ((2, 256), (8, 512), (32, 1024), (64, 4096))
 LARGEST_AUTOREGRESSIVE = 8  # beyond it a draw of others, D passes, takes seconds
+LARGEST_CONTINUOUS = 8  # beyond it a step of maximum likelihood takes many seconds
 GROWTH = {
     "dim": (2, 4, 8, 16, 32, 64),
     "count_bins": (4, 8, 16, 32),
@@ -80,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.add("## Times the conditioners alone", "", *_floor(results, names), "")
     report.add("## Accuracy", "", *_accuracy(settings), "")
     report.add(*_autoregressive(absent, settings, repeats, args.quick))
+    report.add(*_continuous(absent, settings, repeats, args.quick))
     if not args.quick:
         for field in GROWTH:
             report.add(*_growth(field, [n for n in names if n in GROWTH_COMPETITORS], repeats), "")
@@ -152,6 +158,32 @@ def _autoregressive(
     for quantity in QUANTITIES:
         lines += [f"### {quantity}", "", *_comparison(results, names, quantity, AUTOREGRESSIVE), ""]
     return lines
+
+
+def _continuous(
+    absent: Sequence[str], settings: Sequence[Setting], repeats: int, quick: bool
+) -> list[str]:
+    names = [name for name in CONTINUOUS_BUILDERS if name not in absent]
+    small = [setting for setting in settings if setting.dim <= LARGEST_CONTINUOUS]
+    results = {s: measure(CONTINUOUS_BUILDERS, names, s, repeats, quick) for s in small}
+    if not results:
+        return []
+    lines = [
+        "## Continuous flows",
+        "",
+        "The velocity field has the hidden layers of the conditioners above, the trace is exact; ours in "
+        f"{CONTINUOUS_STEPS} fixed steps of order 4, zuko's by its adaptive solver to its tolerance of 1e-6. The "
+        f"training step is one of maximum likelihood. x: times {CONTINUOUS}.",
+        "",
+    ]
+    for quantity in QUANTITIES:
+        lines += [f"### {quantity}", "", *_comparison(results, names, quantity, CONTINUOUS), ""]
+    row = ["ms"]
+    for setting in small:
+        step = {CONTINUOUS: CONTINUOUS_BUILDERS[CONTINUOUS](setting)[MATCHING_STEP]}
+        row.append(str(cpu_times(step, repeats=repeats, budget_s=BUDGET_S)[CONTINUOUS]))
+    title = "### A step of flow matching, by which `fit` trains ours"
+    return [*lines, title, "", *table(["(D, batch)", *_sizes(small)], [row]), ""]
 
 
 def _floor(results: dict[Setting, Timings], names: Sequence[str]) -> list[str]:

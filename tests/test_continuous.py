@@ -11,7 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch import Tensor, nn
 
@@ -184,6 +185,20 @@ def test_vmap_and_jacobians_go_through_it() -> None:
     jacobian = torch.func.jacrev(log_prob)(x[0])
     by_autograd = torch.autograd.functional.jacobian(flow.log_prob, x[0])
     torch.testing.assert_close(jacobian, by_autograd)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_by_jit_is_refused_with_the_way_out() -> None:
+    prior, x = bent(2, num_steps=2), torch.randn(4, 2)
+    with pytest.raises(RuntimeError, match=r"outside of torch\.jit\.trace.*Use Trace_ELBO"):
+        torch.jit.trace(lambda x: prior.log_prob(x), (x,), check_trace=False)
+
+    def model() -> None:
+        pyro.sample("z", prior())
+
+    svi = SVI(model, AutoNormal(model), Adam({"lr": 0.01}), JitTrace_ELBO(ignore_jit_warnings=True))
+    with pytest.raises(RuntimeError, match=r"Use Trace_ELBO"):
+        svi.step()
 
 
 def test_copies_and_the_param_store_hold_all_of_it() -> None:

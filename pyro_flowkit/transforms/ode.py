@@ -8,7 +8,7 @@ r"""The flow of an ordinary differential equation as a transform: a continuous n
 The inverse is the same equation from t = 1 to t = 0. Both are as exact as their solver: what one direction misses the
 other does not take back, so ``y -> x -> y`` returns to within the solver's error.
 
-``torch.jit`` cannot trace forward-mode derivatives, nor log-densities therefore.
+``torch.jit`` cannot trace forward-mode derivatives, nor log-densities therefore: that raises a ``RuntimeError``.
 
 The trace is exact by forward-mode differentiation along all D axes at once, at the price of D evaluations; or, where
 that is asked for, Hutchinson's estimate of it along one random direction of signs for a whole solution.
@@ -93,7 +93,16 @@ class _ODE(nn.Module):
     def move_and_ladj(
         self, x: Tensor, context: Tensor | None, start: float, end: float
     ) -> tuple[Tensor, Tensor]:
-        """Where the equation takes x from the time ``start`` to ``end``, and the log-det of that."""
+        """Where the equation takes x from the time ``start`` to ``end``, and the log-det of that.
+
+        Raises:
+            RuntimeError: while ``torch.jit`` traces.
+        """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "Expected the log-density of a continuous flow outside of torch.jit.trace (JitTrace_ELBO), got a call "
+                "while it traces: it cannot record forward-mode derivatives. Use Trace_ELBO."
+            )
         dtype, value, field = self._prepared(x, context)
         divergent = _with_trace(field, value, self.solution.trace)
         state: ode.State = (value, value.new_zeros(value.shape[:-1]))

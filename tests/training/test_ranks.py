@@ -25,7 +25,7 @@ PROGRAM = """
 import math, os, signal, sys, torch, pyro, pyro.distributions as dist
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro_flowkit import SplineFlow, fit
+from pyro_flowkit import ContinuousFlow, SplineFlow, fit
 import pyro_flowkit.transforms as T
 from pyro_flowkit.training import Callback, LostRankError
 
@@ -45,6 +45,12 @@ def density(**options):
     flow = SplineFlow(2, num_transforms=2, hidden_dims=[8]).double()
     options = {"max_steps": 20, "val_data": rows[:30], **options}
     return flow, fit(flow, data=rows, batch_size=16, lr=0.01, progress=False, **options)
+
+
+def matching(**options):
+    flow = ContinuousFlow(2, hidden_dims=[8], num_steps=2).double()
+    options = {"max_steps": 20, "lr": 0.01, "seed": 3, "restore_best": False, **options}
+    return flow, fit(flow, data=rows, batch_size=16, progress=False, **options)
 
 
 class Gradients(Callback):
@@ -106,6 +112,10 @@ _, result = density(seed=3, callbacks=[Stops()], checkpoint_dir=f"{{folder}}/run
 out["stop"] = [result.stop_reason, len(result.history["step"])]
 flow, result = density(seed=3, checkpoint_dir=f"{{folder}}/run", resume=True)
 out["resumed"] = flow.state_dict()
+
+out["matched"] = matching()[0].state_dict()
+matching(callbacks=[Stops()], checkpoint_dir=f"{{folder}}/matched")
+out["matched, resumed"] = matching(checkpoint_dir=f"{{folder}}/matched", resume=True)[0].state_dict()
 
 layer = T.act_norm(2).double()
 layer.inverse_and_ladj(rows[:20] if rank else rows[20:])
@@ -187,7 +197,13 @@ def one() -> dict:
     return namespace
 
 
-@pytest.mark.parametrize("name", ["density", "guide", "late", "timed", "resumed", "act_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("density", "guide", "late", "timed", "resumed", "act_norm"),
+        *("matched", "matched, resumed"),
+    ],
+)
 def test_parameters_are_equal_bit_for_bit_on_both(two, name: str) -> None:
     first, second = (found[name] for found in two[1])
     assert first.keys() == second.keys()
@@ -240,11 +256,12 @@ def test_a_limit_of_time_ends_both_at_the_same_step(two) -> None:
     assert two[1][0]["timed reason"] == two[1][1]["timed reason"] == "max_seconds"
 
 
-def test_a_resumed_fit_ends_where_the_whole_one_does(two) -> None:
+@pytest.mark.parametrize(
+    ("resumed", "whole"), [("resumed", "density"), ("matched, resumed", "matched")]
+)
+def test_a_resumed_fit_ends_where_the_whole_one_does(two, resumed: str, whole: str) -> None:
     _, (first, _) = two
-    assert all(
-        torch.equal(first["resumed"][key], first["density"][key]) for key in first["density"]
-    )
+    assert all(torch.equal(first[resumed][key], first[whole][key]) for key in first[whole])
 
 
 def test_another_number_of_processes_is_refused(two, one) -> None:
