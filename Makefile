@@ -53,7 +53,7 @@ check: setup-dev
 	$(BIN)/python -m mypy
 
 notebooks: setup
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m jupytext --to ipynb --set-kernel python3 --execute tutorials/[0-9]*.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m jupytext --to ipynb --set-kernel python3 --execute tutorials/[0-9]*.py
 
 docs: setup-docs
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html

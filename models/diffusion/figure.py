@@ -1,7 +1,7 @@
 """What ``python -m models.diffusion --figure PATH`` draws."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from pyro_flowkit.pictures import style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TIMES = (0.0, 0.4, 0.7, 0.85, 1.0)
+TIMES = (0.0, 0.2, 0.4, 0.6, 1.0)
+MOMENTS = 40  # of a drawn path
 NUM_POINTS, NUM_PATHS, NUM_IMAGES = 1500, 12, 4
 GRID = 17
 
@@ -47,17 +48,18 @@ def draw(
     panels = above.subplots(1, len(TIMES))
     torch.manual_seed(0)
     z = torch.randn(NUM_POINTS, dataset.event_size)
-    places = along(diffusion, z)
+    places = along(diffusion, z, TIMES)
     if dataset.event_size == 2:
+        moments = [i / MOMENTS for i in range(MOMENTS + 1)]
+        paths = torch.stack(along(diffusion, z[:NUM_PATHS], moments))
         for ax, time, place in zip(panels, TIMES, places, strict=True):
-            _points(ax, diffusion, time, place, places)
+            _points(ax, diffusion, time, place, paths[: round(MOMENTS * time) + 1])
         above.suptitle("Draws along the probability-flow equation, and its field")
     else:
         for ax, time, place in zip(panels, TIMES, places, strict=True):
-            _images(ax, diffusion, time, place[: NUM_IMAGES**2])
-        above.suptitle(
-            "Draws along the probability-flow equation (standardised pixels; the data at the right)"
-        )
+            images = diffusion.standardization(place[: NUM_IMAGES**2]).detach()
+            _images(ax, time, images, dataset.levels)
+        above.suptitle("Draws along the probability-flow equation, from noise to digits")
     left, right = below.subplots(1, 2)
     _ladder(left, terms, scores)
     _steps(right, terms)
@@ -65,17 +67,15 @@ def draw(
 
 
 @torch.no_grad()
-def along(diffusion: Diffusion, z: Tensor) -> list[Tensor]:
-    """Where the flow has taken draws of the base at each of ``TIMES``, standardised, shape ``(n, D)`` each."""
+def along(diffusion: Diffusion, z: Tensor, times: Sequence[float]) -> list[Tensor]:
+    """Where the flow has taken draws of the base, at times from 0 on; standardised, shape ``(n, D)`` each."""
     places = [z]
-    for start, end in zip(TIMES, TIMES[1:], strict=False):
+    for start, end in zip(times, times[1:], strict=False):
         places.append(diffusion.ode.move(places[-1], None, start, end))
     return places
 
 
-def _points(
-    ax: "Axes", diffusion: Diffusion, time: float, place: Tensor, places: list[Tensor]
-) -> None:
+def _points(ax: "Axes", diffusion: Diffusion, time: float, place: Tensor, paths: Tensor) -> None:
     """Draws, the paths of some of them up to now, and the field as arrows."""
     reach = 2.6
     axis = torch.linspace(-reach, reach, GRID)
@@ -85,18 +85,17 @@ def _points(
         arrows = velocity(grid, angles_like(time, grid))
     ax.quiver(*grid.T.numpy(), *arrows.T.numpy(), color="0.6", angles="xy", width=0.004)
     ax.scatter(*place.T.numpy(), s=2, color="#0072B2", alpha=0.5, linewidths=0)
-    seen = torch.stack(places[: TIMES.index(time) + 1])[:, :NUM_PATHS]
-    for i in range(NUM_PATHS):
-        ax.plot(*seen[:, i].T.numpy(), color="#D55E00", linewidth=0.9)
+    for path in paths.unbind(1):
+        ax.plot(*path.T.numpy(), color="#D55E00", linewidth=0.9)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=(), yticks=(), aspect="equal")
     ax.set_title(f"t = {time:g}", fontsize="medium")
 
 
-def _images(ax: "Axes", diffusion: Diffusion, time: float, place: Tensor) -> None:
+def _images(ax: "Axes", time: float, images: Tensor, levels: int | None) -> None:
     """A square of images."""
-    side = math.isqrt(place.shape[-1])
-    tiles = place.reshape(NUM_IMAGES, NUM_IMAGES, side, side).permute(0, 2, 1, 3)
-    ax.imshow(tiles.reshape(NUM_IMAGES * side, -1).numpy(), cmap="gray_r")
+    side = math.isqrt(images.shape[-1])
+    tiles = images.reshape(NUM_IMAGES, NUM_IMAGES, side, side).permute(0, 2, 1, 3)
+    ax.imshow(tiles.reshape(NUM_IMAGES * side, -1).numpy(), cmap="gray_r", vmin=0, vmax=levels)
     for edge in range(side, NUM_IMAGES * side, side):
         ax.axhline(edge - 0.5, color="white", linewidth=1.5)
         ax.axvline(edge - 0.5, color="white", linewidth=1.5)
@@ -124,12 +123,13 @@ def _ladder(
         label = "ELBO, " + ("fitted scales" if fitted else "fixed scales")
         options: dict[str, Any] = {"marker": marker, "linestyle": line, "capsize": 3}
         ax.errorbar([*levels, end], means, errors, color=color, label=label, **options)
-    lines = (report.ITS_FLOW, report.MATCHED, report.SPLINE, report.GAUSSIAN)
+    exacts = (report.ITS_FLOW, report.MATCHED, report.SPLINE, report.GAUSSIAN)
+    lines = [name for name in exacts if name in scores]
     heights = [float(scores[name]["log_prob"].mean()) for name in lines]
     for index, (name, height) in enumerate(zip(lines, heights, strict=True)):
         color, _, line = style(index + 2)
         ax.axhline(height, color=color, linestyle=line, linewidth=1.2, label=f"{name}, log p")
-    top, low = max(heights), min(lows[0], *heights)
+    top, low = max(heights) + 0.05, min(lows[0], *heights) - 0.05
     ax.set_ylim(low - 0.15 * (top - low), top + 0.1 * (top - low))
     ax.set_xscale("log")
     ax.set_xticks([*levels, end], [*map(str, levels), "limit"])

@@ -18,7 +18,7 @@ GRID = 41
 NUM_WAVES, OWN_WIDTH = 7, 16
 SMALL_ANGLE = 0.05
 RATE = math.log(1.0 + math.pi / 2 / SMALL_ANGLE)
-"""Angles go by their difference below the small one, by their ratio above it: for network, training and solver."""
+"""Angles go by their difference below the small one, by their ratio above it: for network and solver."""
 
 
 class AngleField(nn.Module):
@@ -75,6 +75,21 @@ class ProbabilityFlow(nn.Module):
         return -RATE * (angle + SMALL_ANGLE) * self.field(x, angle)
 
 
+class StraightFlow(nn.Module):
+    """The same network as the velocity of flow matching along straight lines.
+
+    Args:
+        field: as for :class:`ProbabilityFlow`.
+    """
+
+    def __init__(self, field: nn.Module):
+        super().__init__()
+        self.field = field
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.field(x, math.pi / 2 * (1.0 - t))
+
+
 class Diffusion(ContinuousFlow):
     """A variance-preserving diffusion; see the package's docstring for its equations.
 
@@ -85,6 +100,8 @@ class Diffusion(ContinuousFlow):
         input_dim: size D of the data.
         field: a module ``(z, angle)`` to v, for standardised data, for example an :class:`AngleField`.
         num_steps: of the solver of the flow's equation.
+        small_angles: have training see small angles more often, as the integral of the ELBO weighs them, instead of all
+            alike: for the bound's sake, not the flow's.
 
     Attributes:
         spread: buffer of shape ``(41, D)``, for log signal to noise ratios from -10 to 10: the variance of a datum
@@ -93,8 +110,16 @@ class Diffusion(ContinuousFlow):
 
     spread: Tensor
 
-    def __init__(self, input_dim: int, field: nn.Module, *, num_steps: int = 32):
+    def __init__(
+        self,
+        input_dim: int,
+        field: nn.Module,
+        *,
+        num_steps: int = 32,
+        small_angles: bool = False,
+    ):
         super().__init__(input_dim, velocity=ProbabilityFlow(field), num_steps=num_steps)
+        self.small_angles = small_angles
         self.register_buffer("spread", torch.ones(GRID, input_dim))
 
     def field(self, z: Tensor, angle: Tensor) -> Tensor:
@@ -119,17 +144,19 @@ class Diffusion(ContinuousFlow):
         return (self.field(z, angle) - v).square()
 
     def matching_loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The squared error of v, a mean over the dimensions, at a time drawn for each row, shape ``(n,)``.
+        """The squared error of v, a mean over the dimensions, at an angle drawn for each row, shape ``(n,)``.
 
-        Times are uniform, so that small angles come more often, as the integral of the ELBO weighs them.
+        Uniform ones are flow matching along the arc. The integral of the ELBO weighs small ones more; a flow suffers
+        more from what is missed at large ones, which it carries all the way.
         """
         self.sync_with_store(lend=False)
         with torch.no_grad():
             x, _ = self.standardization.inverse_and_ladj(x)
             # of all parts of the way there is one in every batch
-            time = torch.arange(len(x), dtype=x.dtype, device=x.device).div(max(len(x), 1))
-            time = (time + torch.rand((), dtype=x.dtype, device=x.device)) % 1.0
-            angle = angle_at(time.unsqueeze(-1))
+            share = torch.arange(len(x), dtype=x.dtype, device=x.device).div(max(len(x), 1))
+            share = (share + torch.rand((), dtype=x.dtype, device=x.device)) % 1.0
+            share = share.unsqueeze(-1)
+            angle = angle_at(share) if self.small_angles else math.pi / 2 * share
         return self.missed(x, angle).mean(-1)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ def table(scores: Mapping[str, xr.Dataset], event_size: int | None) -> pd.DataFr
     """Means over the test rows, a row per model and quantity, in the order of ``scores``.
 
     Args:
-        scores: of each model, of the same test rows (of the first of them, where there are fewer).
+        scores: of each model, of the same test rows.
         event_size: D where bits per dimension mean something.
 
     Returns:
@@ -45,7 +45,7 @@ def table(scores: Mapping[str, xr.Dataset], event_size: int | None) -> pd.DataFr
         own = compare_densities({name: found})
         for (_, quantity), row in own.iterrows():
             values = _values(found, quantity)
-            difference = values - of_flow[: len(values)]
+            difference = values - of_flow
             rows.append(
                 {
                     "name": name,

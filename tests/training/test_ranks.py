@@ -48,6 +48,7 @@ def density(**options):
 
 
 def matching(**options):
+    pyro.set_rng_seed(3 + rank)
     flow = ContinuousFlow(2, hidden_dims=[8], num_steps=2).double()
     options = {"max_steps": 20, "lr": 0.01, "seed": 3, "restore_best": False, **options}
     return flow, fit(flow, data=rows, batch_size=16, progress=False, **options)
