@@ -15,6 +15,8 @@ class Recipe:
             the number of their terms.
         num_particles: draws of the guide in a step.
         scheduler: name of the learning rate's schedule.
+        warmup_steps: over so many first steps the rates rise in a line: Adam's first steps move every parameter by the
+            whole rate, whatever its gradient, and would lose much of a start that is nearly right.
         max_steps: optimizer steps.
         gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
     """
@@ -24,5 +26,6 @@ class Recipe:
     hierarchy_lr: float = 6e-3
     num_particles: int = 128
     scheduler: str = "flat_cosine"
+    warmup_steps: int = 30
     max_steps: int = 4000
     gaussian_start: bool = True

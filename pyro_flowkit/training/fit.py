@@ -161,7 +161,9 @@ def fit(
         scheduler: "cooldown" (constant, over the last 10 % to zero), "flat_cosine" (constant, from
             40 % on to zero), "cosine" (to zero), "constant", "step" (a tenth at 50 %, again at
             80 %), "plateau", or a callable ``optimizer -> LRScheduler``, advanced at every step.
-            Default "cooldown" with a limit on steps, epochs or seconds, otherwise "plateau".
+            Default "cooldown" with a limit on steps, epochs or seconds, otherwise "plateau". The rates of a guide's
+            recipe rise in a line over its first ``warmup_steps`` (30 of an ``AutoSplineFlow``), but for "plateau"
+            and a callable.
         clip_norm: Largest norm of the gradient; default no clipping.
         patience: Stop after so many judgements without improvement by 1e-4 nats. A judgement is a
             validation or, without validation data, the mean over a window of steps that must also
@@ -353,7 +355,8 @@ def fit(
         optimizer, loss.parameters(), lr, getattr(recipe, "lr", None) or DEFAULT_LR
     )
     loss.fresh.clear()
-    if isinstance(guide, AutoSplineFlow) and start and optimizer is None and lr is None:
+    by_recipe = recipe is not None and optimizer is None and lr is None
+    if isinstance(guide, AutoSplineFlow) and start and by_recipe:
         affine = [component.affine for component in guide.components]
         hierarchies = [c.hierarchy for c in guide.components if c.hierarchy is not None]
         add_group(built, parameters_of(affine), recipe.affine_lr)
@@ -409,7 +412,7 @@ def fit(
         loss,
         batches,
         built,
-        Schedule(built, scheduler),
+        Schedule(built, scheduler, recipe.warmup_steps if by_recipe else 0),
         limits,
         ranks=ranks,
         judge=Judge(
@@ -446,7 +449,6 @@ def fit(
             limits.max_seconds = left
         loop.load(earlier)
     settings = {**call, **{k: v for k, v in numbers.items() if v}}
-    by_recipe = recipe is not None and optimizer is None and lr is None
     with paced(guide, built, by_recipe=by_recipe):
         return loop.run(settings)
 

@@ -202,7 +202,7 @@ class Loop:
 
     def _step(self, used: float) -> None:
         state, loss = self._state, self._loss
-        self._schedule.before_step(used)
+        self._schedule.before_step(state.step, used)
         if self._kl_weight is not None and isinstance(loss, Variational):
             loss.kl_weight = self._kl_weight(state.step, used)
         loss.begin_step(state.step)
