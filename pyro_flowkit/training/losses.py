@@ -34,6 +34,7 @@ from pyro_flowkit.programs.plates import (
 )
 from pyro_flowkit.programs.sites import (
     enumerated_names,
+    gives_points,
     latent_names,
     scored_sites,
     unscaled_log_prob,
@@ -242,6 +243,7 @@ class Variational(Loss):
 
     Attributes:
         model: The model as it is trained, whose plates of all rows stand for those that are trained on.
+        is_point: Whether the guide puts every latent at a point, after :meth:`prepare`.
     """
 
     def __init__(
@@ -267,6 +269,7 @@ class Variational(Loss):
         self._has_guide = has_guide
         self._normalizer = 1.0
         self._sizes: dict[int, float] = {}
+        self.is_point = False
         self.enumerated: list[str] = []  # sites that the objective sums out
         self.objective = Trace_ELBO()
 
@@ -325,6 +328,7 @@ class Variational(Loss):
             )
         if self._has_guide:
             check_guided(model_trace, guide_trace)
+            self.is_point = gives_points(guide_trace)
         if batch:
             if check and sizes is not None:
                 check_plates(model_trace, guide_trace, len(batch[0]), *sizes)
