@@ -20,7 +20,6 @@ from torch import nn
 
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.training.callbacks import Callback
-from pyro_flowkit.training.losses import Variational
 
 MAX_FAR = 0.5  # of the rows
 
@@ -118,51 +117,6 @@ def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
     if isinstance(data, tuple | list):
         return type(data)(_as_tensor(part, name) for part in data)
     return _as_tensor(data, name)
-
-
-def check_finite_rows(rows: Sequence[torch.Tensor], name: str = "data") -> None:
-    """Raises a ValueError that names the rows with NaN or infinite numbers, which no flow has a density for."""
-    bad = rows_without_numbers(rows)
-    if bad:
-        raise ValueError(f"expected finite {name}, got {_in_words(bad, len(rows[0]))}")
-
-
-def check_rows_of_model(loss: Variational, rows: Sequence[torch.Tensor], size: int) -> None:
-    """Raises a ValueError that names the rows with NaN or infinite numbers, unless the model means them.
-
-    It does, by a mask for one, where it has a density for a batch with such rows.
-
-    Args:
-        loss: Of the model, after a first run.
-        rows: The data.
-        size: Rows of a batch.
-    """
-    bad = rows_without_numbers(rows)
-    others = sorted(set(range(len(rows[0]))) - set(bad)) if bad else []
-    if not others:
-        return
-    with_bad, without = (
-        tuple(tensor[chosen[:size]] for tensor in rows) for chosen in (bad + others, others)
-    )
-    if not loss.is_finite(with_bad) and loss.is_finite(without):
-        raise ValueError(
-            f"expected finite data, got {_in_words(bad, len(rows[0]))}, at which the model has no density: leave "
-            "these rows out, or mask what is missing (obs_mask)"
-        )
-
-
-def rows_without_numbers(rows: Sequence[torch.Tensor]) -> list[int]:
-    """The rows with NaN or infinite numbers in any of the tensors."""
-    bad: set[int] = set()
-    for tensor in rows:
-        finite = tensor.isfinite().reshape(len(tensor), -1).all(-1)
-        bad.update((~finite).nonzero()[:, 0].tolist())
-    return sorted(bad)
-
-
-def _in_words(bad: Sequence[int], count: int) -> str:
-    some = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-    return f"NaN or inf in {len(bad)} of {count} rows: {some}"
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,14 +16,13 @@ from pyro.infer.autoguide import AutoGuide
 
 from pyro_flowkit.flow import Flow
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.training.arguments import (
     as_tensors,
     check_args,
     check_callbacks,
-    check_finite_rows,
     check_optimizer,
     check_programs,
-    check_rows_of_model,
     warn_of_far_rows,
     whole,
 )
@@ -30,8 +30,14 @@ from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.callbacks import FitState
 from pyro_flowkit.training.checkpoint import open_checkpoints
 from pyro_flowkit.training.compilation import compile_where_it_pays
-from pyro_flowkit.training.data import LoaderBatches, RowBatches, open_batches
+from pyro_flowkit.training.data import RowBatches, open_batches
 from pyro_flowkit.training.device import chosen_device, move_modules, moved
+from pyro_flowkit.training.finite_rows import (
+    check_finite_rows,
+    check_rows,
+    check_rows_of_program,
+    naming_rows,
+)
 from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.loop import Limits, Loop
@@ -270,13 +276,9 @@ def fit(
     )
     has_data = not isinstance(batches, RowBatches) or bool(batches.rows)
     first = batches[0]
-    if guide is None and isinstance(model, Flow):
-        for name, rows in (("data", getattr(batches, "rows", ())), ("val_data", held_out)):
-            if isinstance(rows, tuple) and rows:
-                check_finite_rows(rows, name)
-        if isinstance(batches, LoaderBatches):
-            check_finite_rows(first, "batch 0 of the DataLoader")
-            batches.check = check_finite_rows
+    check = check_finite_rows if guide is None and isinstance(model, Flow) else None
+    if check is not None:
+        check_rows(check, batches, first, held_out)
     if guide is None and first:
         warn_of_far_rows(model, first[0])
 
@@ -302,29 +304,42 @@ def fit(
     if clip_norm is None:
         clip_norm = getattr(recipe, "clip_norm", None)
 
-    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-        getattr(guide, "setup", guide)(*first, *args, **keywords)
-        move_modules(place, guide)
-    loss = chosen_loss(
-        model, guide, first, args, keywords, objective=objective, num_particles=num_particles
-    )
-    if isinstance(loss, MaximumLikelihood):
-        if kl_schedule is not None:
-            raise ValueError(f"expected no kl_schedule for maximum likelihood, got {kl_schedule!r}")
-        if not has_data and not args:
-            raise ValueError("expected data for maximum likelihood, got none")
-    elif kl_schedule is not None and isinstance(objective, JitTrace_ELBO):
-        raise ValueError(
-            "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
+    with naming_rows(batches, first):
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+            getattr(guide, "setup", guide)(*first, *args, **keywords)
+            move_modules(place, guide)
+        sizes, rows_trained = None, None
+        if batches.size is not None:
+            sizes = batches.size, batches.size + (len(held_out[0]) if val_fraction else 0)
+            rows_trained = TrainingRows(*sizes) if val_fraction else None
+        loss = chosen_loss(
+            model,
+            guide,
+            first,
+            args,
+            keywords,
+            objective=objective,
+            num_particles=num_particles,
+            rows=rows_trained,
         )
-    loss.set_mode(training=True)
-    sizes = None
-    if batches.size is not None:
-        taken_off = len(held_out[0]) if val_fraction else 0
-        sizes = batches.size, batches.size + taken_off
-    loss.prepare(first, sizes, check_plates)
-    if isinstance(loss, Variational) and isinstance(batches, RowBatches) and batches.rows:
-        check_rows_of_model(loss, batches.rows, batches.batch_size)
+        if isinstance(loss, MaximumLikelihood):
+            if kl_schedule is not None:
+                raise ValueError(
+                    f"expected no kl_schedule for maximum likelihood, got {kl_schedule!r}"
+                )
+            if not has_data and not args:
+                raise ValueError("expected data for maximum likelihood, got none")
+        elif kl_schedule is not None and isinstance(objective, JitTrace_ELBO):
+            raise ValueError(
+                "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
+            )
+        trained = loss.model if isinstance(loss, Variational) else model
+        loss.set_mode(training=True)
+        loss.prepare(first, sizes, check_plates)
+    if check is None:
+        size = batches.batch_size if isinstance(batches, RowBatches) else None
+        check = partial(check_rows_of_program, loss, size=size)
+        check_rows(check, batches, first, held_out)
     if kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
         raise ValueError(
             f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"
@@ -336,18 +351,18 @@ def fit(
         if earlier is None:
             seconds = min(GAUSSIAN_SECONDS, SHARE_FOR_GAUSSIAN * (max_seconds or math.inf))
             try:
-                start = guide.start_at_gaussian(model, inputs, keywords, max_seconds=seconds)
+                start = guide.start_at_gaussian(trained, inputs, keywords, max_seconds=seconds)
             except KeyboardInterrupt:
                 interrupted = True
         elif earlier["start"] is not None:
-            start = guide.start_at_gaussian(model, inputs, keywords, found=earlier["start"])
+            start = guide.start_at_gaussian(trained, inputs, keywords, found=earlier["start"])
     if not loss.parameters():
         raise ValueError("expected at least one trainable parameter in model or guide, got none")
     if ranks.count > 1:
         ranks.broadcast(loss.tensors().values())
         # each process has searched for itself
         if isinstance(guide, AutoSplineFlow) and start is not None and earlier is None:
-            start = guide.start_at_gaussian(model, inputs, keywords, found=guide.state_dict())
+            start = guide.start_at_gaussian(trained, inputs, keywords, found=guide.state_dict())
         if ranks.number > 0:
             noise = np.random.SeedSequence([row_seed, ranks.number]).generate_state(1)
             pyro.set_rng_seed(int(noise[0]))
@@ -381,7 +396,7 @@ def fit(
         and not batches.minibatched
         and not interrupted
     ):
-        room = guide.room(model, (*first, *args), keywords) if start is None else start.room
+        room = guide.room(trained, (*first, *args), keywords) if start is None else start.room
         watch = watch_gap(
             room, ranks, tolerance, limits.max_steps if is_own_plan else None, scheduler
         )
@@ -417,7 +432,7 @@ def fit(
         ranks=ranks,
         judge=Judge(
             loss,
-            Validator(held_out, chunk, place) if held_out else None,
+            Validator(held_out, chunk, place, check) if held_out else None,
             window if watch is None or not is_own_plan else min(window, WINDOW_OF_RECIPE),
             None if average is None else Average(average),
             ranks,

@@ -420,5 +420,6 @@ class Loop:
             notes=self._notes,
             divergence=self._divergence,
             gap=self._state.gap,
+            is_point=isinstance(self._loss, Variational) and self._loss.is_point,
             param_names=tuple(self._loss.param_names),
         )

@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoContinuous
 
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
+from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
 from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood, Variational, no_guide
 
@@ -34,6 +35,7 @@ def chosen_loss(
     *,
     objective: ELBO | str | None,
     num_particles: int | None,
+    rows: TrainingRows | None = None,
 ) -> MaximumLikelihood | Variational:
     """Flow matching of a module with ``matching_loss``, maximum likelihood of another with ``log_prob`` and no guide,
     else the ELBO of a Pyro model.
@@ -45,6 +47,7 @@ def chosen_loss(
         args, kwargs: What follows the batch in a call.
         objective: The caller's estimator of the ELBO, "likelihood" for that of a module with ``log_prob``, or None.
         num_particles: Its particles, or None: those of the guide's recipe, where there is one.
+        rows: Lets plates of all rows stand for those that are trained on, where some are held out.
 
     Raises:
         TypeError: If the objective is no ``pyro.infer.ELBO``.
@@ -60,7 +63,7 @@ def chosen_loss(
             return FlowMatching(model, args, kwargs)
         return MaximumLikelihood(model, args, kwargs)
     program = no_guide if guide is None else guide
-    loss = Variational(model, program, args, kwargs, guide is not None)
+    loss = Variational(model, program, args, kwargs, guide is not None, rows)
     if objective is not None:
         loss.objective = checked_objective(objective, num_particles, program)
         return loss
@@ -68,7 +71,7 @@ def chosen_loss(
     inputs = (*batch, *args)
     count = num_particles or wished or 1
     found = many_particles(
-        count, num_particles is None, model, program, inputs, kwargs, num_varying=len(batch)
+        count, num_particles is None, loss.model, program, inputs, kwargs, num_varying=len(batch)
     )
     if isinstance(found, Vectorized):
         own = guide.elbo(found, count) if isinstance(guide, AutoSplineFlow) else None
