@@ -18,7 +18,6 @@ References:
     Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing. NeurIPS 2017 (``path_gradient``).
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self, cast
@@ -60,6 +59,7 @@ from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
+from pyro_flowkit.warning import warn
 
 DEFAULT_INIT_SCALE = 0.1
 HIDDEN_DIMS = [32, 32]
@@ -422,11 +422,10 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             if not bool(part.isfinite().all())
         ]
         rows = is_defined.all(-1)
-        warnings.warn(
+        warn(
             f"At {int((~rows).sum())} of {rows.numel()} draws the model's log-density has no derivative with respect "
             f"to {', '.join(sites)}, as the square root of a number that underflows to 0. Such draws are taken to be "
-            "where guide and model agree, which leaves them out of the gradient; this is said once.",
-            stacklevel=2,
+            "where guide and model agree, which leaves them out of the gradient; this is said once."
         )
 
     def get_base_dist(self) -> dist.TorchDistribution:

@@ -10,7 +10,6 @@ L-BFGS: the latents of each site are a Gaussian then whose location and log scal
 """
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -38,6 +37,7 @@ from pyro_flowkit.guides.room import Room
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
+from pyro_flowkit.warning import warn
 
 if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
@@ -91,10 +91,9 @@ class GaussianStart:
         is_fresh = _is_gaussian(guide, hierarchical=False)
         if density.obstacle is not None:
             if is_fresh:
-                warnings.warn(
+                warn(
                     f"The search for the best Gaussian is left out, so training starts at {type(guide).__name__}'s own "
-                    f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}.",
-                    stacklevel=3,
+                    f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}."
                 )
             return None
         if not is_fresh:
@@ -151,11 +150,10 @@ class GaussianStart:
         if not gain >= -MIN_LOSS and not room < MIN_ROOM:
             is_gaussian = _is_gaussian(self._guide, hierarchical=True)
             place = "Gaussian" if is_gaussian else "trained flow"
-            warnings.warn(
+            warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the {place} that it "
                 f"started from, so the guide is that {place} again. More particles, more steps or a smaller learning "
-                "rate may help.",
-                stacklevel=3,
+                "rate may help."
             )
         return False
 
@@ -250,7 +248,7 @@ def _refined_modes(
     found = separate(density, refined)
     several = comparable(found)
     if len(several) > guide.num_components:
-        warnings.warn(_several_modes(guide, several), stacklevel=4)
+        warn(_several_modes(guide, several))
     return found
 
 

@@ -37,6 +37,7 @@ from pyro_flowkit.training.result import HISTORY, FitResult, history_columns
 from pyro_flowkit.training.schedule import Schedule
 from pyro_flowkit.training.state import copied, random_state, set_random_state
 from pyro_flowkit.training.tolerance import Tolerance
+from pyro_flowkit.warning import warn
 
 NON_FINITE_LIMIT = 10
 MAX_SKIPPED = 0.1  # of the steps, without a word
@@ -287,11 +288,10 @@ class Loop:
         if found is not None:
             if not math.isfinite(found) and not self._warned_of_validation:
                 self._warned_of_validation = True
-                warnings.warn(
+                warn(
                     f"expected a finite objective on the validation data, got {found} at step {self._state.step}: "
                     "states that cannot be judged are not kept",
                     RuntimeWarning,
-                    stacklevel=6,
                 )
             self._state.validation = self._history[-1][-1] = found
             self._call("on_validation")
@@ -339,13 +339,12 @@ class Loop:
         self._loss.set_mode(training=False)
         self._optimizer.zero_grad(set_to_none=True)
         if failed:
-            warnings.warn(f"fit stopped early: {self._reason}", RuntimeWarning, stacklevel=4)
+            warn(f"fit stopped early: {self._reason}", RuntimeWarning)
         elif self._skipped > MAX_SKIPPED * self._state.step:
-            warnings.warn(
+            warn(
                 f"{self._skipped} of {self._state.step} steps were left out, the last one for its "
                 f"{self._last_failure}: look at the data of those steps, or at where the model has no density",
                 RuntimeWarning,
-                stacklevel=4,
             )
         return kept
 

@@ -6,7 +6,6 @@ that is wrong.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
 from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.warning import warn
 
 MAX_SEQUENTIAL = 8
 AT_ONCE: tuple[Way, ...] = ("graph", "plate")
@@ -120,11 +120,10 @@ def many_particles(
         if fewer < count
         else f", which takes about {count} times as long as {count} at once"
     )
-    warnings.warn(
+    warn(
         f"The model is not run for many particles at a time. {complaint[:1].upper()}{complaint[1:]}. A step runs "
         f"{fewer} particles one after the other{cost}. torch.where instead of an if, tensors instead of numbers, and "
-        "random numbers as arguments or sites of the guide let a model be recorded.",
-        stacklevel=4,
+        "random numbers as arguments or sites of the guide let a model be recorded."
     )
     return fewer
 
@@ -160,11 +159,10 @@ def checked_objective(objective: ELBO | str, particles: int | None, guide: Progr
             and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
             and not getattr(objective, "own_gradient", False)
         ):
-            warnings.warn(
+            warn(
                 f"path_gradient of {type(part).__name__} has no effect under "
                 f"{type(objective).__name__}: only Trace_ELBO, JitTrace_ELBO and TraceGraph_ELBO use "
-                "it. The gradient is the ordinary one; path_gradient=False says so too.",
-                stacklevel=4,
+                "it. The gradient is the ordinary one; path_gradient=False says so too."
             )
     return objective
 
