@@ -270,7 +270,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
 
     def recipe(self) -> Recipe:
         """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
-        return Recipe(lr=3e-3, num_particles=4, scheduler="cosine", warmup_steps=0)
+        return Recipe(lr=3e-3, num_particles=4, scheduler="cosine")
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; ``{site: value}``, with the model's arguments."""

@@ -35,6 +35,7 @@ from pyro_flowkit.guides.modes import (
 from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.ops.quasi_random import normal_draws
+from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from pyro_flowkit.warning import warn
@@ -64,8 +65,7 @@ class GaussianStart:
     ):
         self._guide, self._density = guide, density
         self.room = Room(guide, density)
-        tensors = guide.state_dict() if tensors is None else tensors
-        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.tensors = copied(guide.state_dict() if tensors is None else tensors)
 
     @classmethod
     def of(
@@ -122,6 +122,10 @@ class GaussianStart:
                 _fit_hierarchy(density, component.hierarchy, component.affine, deadline)
         return cls(guide, density)
 
+    def take_over(self) -> None:
+        """Let the guide as it is now be the start."""
+        self.tensors = copied(self._guide.state_dict())
+
     @torch.no_grad()
     def keep_better(self) -> bool:
         """Go back to the start unless the flow is better; with a warning if much was lost.
@@ -133,7 +137,7 @@ class GaussianStart:
             Whether the trained guide was kept.
         """
         self._density.look_again()
-        now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
+        now = copied(self._guide.state_dict())
         trained, spread_trained = self._elbos()
         self._load(self.tensors)
         first, spread_first = self._elbos()

@@ -14,6 +14,7 @@ from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMe
 from pyro.infer.autoguide import AutoContinuous
 
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.guides.recipe import recipe_of
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
@@ -67,7 +68,7 @@ def chosen_loss(
     if objective is not None:
         loss.objective = checked_objective(objective, num_particles, program)
         return loss
-    wished = getattr(recipe_of(guide), "num_particles", None)
+    wished = recipe_of(guide).num_particles
     inputs = (*batch, *args)
     count = num_particles or wished or 1
     found = many_particles(
@@ -82,12 +83,6 @@ def chosen_loss(
     else:
         loss.objective = Trace_ELBO(num_particles=found)
     return loss
-
-
-def recipe_of(guide: Any) -> Any:
-    """What the guide says of its training, or None."""
-    recipe = getattr(guide, "recipe", None)
-    return recipe() if callable(recipe) else None
 
 
 def many_particles(
