@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyro_flowkit.bases import StudentTBase
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.tables.errors import TableError
 from pyro_flowkit.tables.heavy_tails import HEAVY, has_heavy_tails, student_t
@@ -121,6 +122,7 @@ class _Head(nn.Module):
         self.loc.fill_(unit * loc)
         self.scale.fill_(unit * scale)
         self.slope.copy_(torch.from_numpy(slope / scale))
+        assert isinstance(self.flow.base, StudentTBase)
         self.flow.base.log_df.data.fill_(np.log(df))
 
     def outer(self, values: np.ndarray) -> np.ndarray:
