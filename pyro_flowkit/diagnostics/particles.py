@@ -11,7 +11,6 @@ says so.
 import contextlib
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,7 @@ from pyro_flowkit.programs.sites import (
     subsampled_frame,
 )
 from pyro_flowkit.programs.vectorized import Vectorized, Way
+from pyro_flowkit.warning import warn
 
 # A plate needs no recording, which pays where a model runs thousands of times.
 WAYS: tuple[Way, ...] = ("plate", "graph")
@@ -210,10 +210,9 @@ def _program(
         raise ValueError(
             f"Expected a model and a guide that can be vectorised over particles, got {reason}"
         )
-    warnings.warn(
+    warn(
         f"The model and the guide cannot be vectorised over particles ({reason}); "
-        f"running {num_samples} particles one by one",
-        stacklevel=5,
+        f"running {num_samples} particles one by one"
     )
     return None
 

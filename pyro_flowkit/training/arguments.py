@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.training.callbacks import Callback
+from pyro_flowkit.warning import warn
 
 MAX_FAR = 0.5  # of the rows
 
@@ -130,10 +130,9 @@ def warn_of_far_rows(model: Any, rows: torch.Tensor) -> None:
     far = (inside.abs() > model.bound).reshape(-1, model.input_dim).double().mean(0)
     worst = int(far.argmax())
     if float(far[worst]) > MAX_FAR:
-        warnings.warn(
+        warn(
             f"{float(far[worst]):.0%} of the rows are beyond the splines' bound of {model.bound:g} in column {worst}, "
-            "where the flow is linear and has far to go: fit(flow.standardize(data), data=data).",
-            stacklevel=4,
+            "where the flow is linear and has far to go: fit(flow.standardize(data), data=data)."
         )
 
 

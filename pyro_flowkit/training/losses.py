@@ -188,6 +188,7 @@ class MaximumLikelihood(Loss):
 
     def __init__(self, flow: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         super().__init__(args, kwargs, flow)
+        self.model = flow
         self.log_prob: Callable[..., torch.Tensor] = flow.log_prob
 
     def prepare(self, batch: Batch, sizes: tuple[int, int] | None, check: bool) -> None:

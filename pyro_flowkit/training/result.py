@@ -13,9 +13,15 @@ import numpy as np
 import pyro
 import torch
 
-from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
+from pyro_flowkit.programs.modules import (
+    DIVIDER,
+    buffers_of,
+    copied,
+    modules_of,
+    registered_modules,
+)
 from pyro_flowkit.training.files import read_file, write_file
-from pyro_flowkit.training.state import check_fit, copied, module_tensors, write_into
+from pyro_flowkit.training.state import check_fit, module_tensors, write_into
 
 KIND = "fit result"
 HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")

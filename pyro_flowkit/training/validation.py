@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.data import Batch, Device, as_batch
 from pyro_flowkit.training.faults import caused_by_numbers
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.state import Tensors, copied, evaluating
+from pyro_flowkit.training.state import Tensors, evaluating
 
 VALIDATION_SEED = 20190511
 

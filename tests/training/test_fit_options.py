@@ -606,7 +606,7 @@ def test_an_interruption_of_a_guides_start_gives_the_guide_back(
     def interrupted(self, *args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AutoSplineFlow, "start_at_gaussian", interrupted)
+    monkeypatch.setattr(AutoSplineFlow, "find_start", interrupted)
     result = fit(model, AutoSplineFlow(model), max_steps=20, progress=False)
     assert (result.stop_reason, len(result.history["step"])) == ("interrupted", 0)
 
