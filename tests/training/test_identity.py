@@ -175,7 +175,7 @@ def test_what_a_model_takes_from_elsewhere_counts(tmp_path):
 
 def test_other_versions_are_named(tmp_path, monkeypatch):
     trained(tmp_path)
-    module = sys.modules["pyro_flowkit.training.fit"]
+    module = sys.modules["pyro_flowkit.training.plan"]
     now = module.versions()
     monkeypatch.setattr(module, "versions", lambda: {**now, "numpy": "0.1"})
     with pytest.raises(ValueError, match="numpy .*, got 0.1: .* resume=False begins anew"):
