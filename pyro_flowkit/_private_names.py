@@ -82,8 +82,6 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch._utils", "_flatten_dense_tensors"),
     # pandas, whose frames are made to be subclassed through this
     ("pandas.DataFrame", "_constructor"),
-    # Python: who has called
-    ("sys", "_getframe"),
     # PyTorch Lightning, where it is installed
     ("lightning.pytorch.core.module.LightningModule.__init__", "_trainer"),
 )
