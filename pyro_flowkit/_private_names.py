@@ -57,6 +57,7 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch.distributions.Distribution", "_extended_shape"),
     ("torch.distributions.Distribution", "_get_checked_instance"),
     ("torch.distributions.Distribution", "_validate_args"),
+    ("torch.distributions.StudentT.__init__", "_chi2"),
     ("torch.distributions.Distribution", "_validate_sample"),
     ("torch.distributions.Distribution.__init__", "_batch_shape"),
     ("torch.distributions.transforms.Transform", "_call"),

@@ -1,6 +1,7 @@
 """Base distributions of a flow: small modules that make a distribution with event shape (D,)."""
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -77,6 +78,19 @@ def _with_ends(base: torch.distributions.Distribution) -> torch.distributions.Di
     return closed.to_event(len(base.event_shape))
 
 
+class _StudentT(dist.StudentT):
+    """Student's t around 0 of scale 1, whose chi-square, which draws, is not validated: that would break a graph."""
+
+    def __init__(self, df: Tensor):
+        self.df, self.loc, self.scale = df, torch.zeros_like(df), torch.ones_like(df)
+        self._chi2 = torch.distributions.Chi2(df, validate_args=False)
+        torch.distributions.Distribution.__init__(self, df.shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_StudentT":
+        """A new one of this batch shape."""
+        return super().expand(batch_shape, self._get_checked_instance(_StudentT, _instance))
+
+
 class StudentTBase(nn.Module):
     """Student's t with learned degrees of freedom for every dimension, 10 at first."""
 
@@ -85,9 +99,7 @@ class StudentTBase(nn.Module):
         self.log_df = nn.Parameter(torch.full((input_dim,), math.log(INITIAL_DF)))
 
     def forward(self) -> dist.TorchDistribution:
-        df = self.log_df.exp()
-        zero, one = torch.zeros_like(df), torch.ones_like(df)
-        return dist.StudentT(df, zero, one, validate_args=False).to_event(1)
+        return _StudentT(self.log_df.exp()).to_event(1)
 
 
 class FixedBase(nn.Module):

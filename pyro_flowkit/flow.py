@@ -96,8 +96,14 @@ class Flow(StoreModule):
         Returns:
             The ``(n, n)`` array of Axes for the first n = min(D, 8) dimensions.
         """
-        columns = {} if data is None else {"data": columns_of({"x": data.detach().cpu().numpy()})}
-        columns["flow"] = columns_of({"x": self.sample(num_samples, context).cpu().numpy()})
+        columns = (
+            {}
+            if data is None
+            else {"data": columns_of({"x": data.detach().cpu().double().numpy()})}
+        )
+        columns["flow"] = columns_of(
+            {"x": self.sample(num_samples, context).cpu().double().numpy()}
+        )
         names, note = first_variables(list(columns["flow"]))
         reference = None if data is None else "data"
         return draw_panels(columns, names, reference=reference, axes=axes, note=note)

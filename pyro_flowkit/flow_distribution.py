@@ -155,15 +155,17 @@ class FlowDistribution(dist.TransformedDistribution):
         pushed = self._push(value, inputs if self._pushes_derivatives else None)
         return self._remembered(*pushed, inputs)
 
-    @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        # the base may have no rsample, a mixture for one
-        return self._remembered(*self._push(self.base_dist.sample(torch.Size(sample_shape))), [])
+        with torch.no_grad():  # the base may have no rsample, a mixture for one
+            drawn = self._push(self.base_dist.sample(torch.Size(sample_shape)))
+            return self._remembered(*drawn, [])
 
     def _remembered(self, value: Tensor, log_prob: Tensor, inputs: list[Tensor]) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph has no memory
+            return value
         tensors = self._tracked_tensors()
         copies = None
-        if not (am_i_wrapped() or is_transformed() or torch.compiler.is_compiling()):
+        if not (am_i_wrapped() or is_transformed()):
             copies = [tensor.detach().clone() for tensor in (*tensors, value)]
         self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), copies, inputs)
         return value

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_flowkit.transforms.base import check_floating
+
 MIN_CELL = 1 / 8  # the spacing of numbers near 1, in units of a cell: eight to a cell at least
 
 
@@ -82,8 +84,13 @@ def logit(u: Tensor, *, alpha: float = 1e-6) -> tuple[Tensor, Tensor]:
 
 
 def inverse_logit(y: Tensor, *, alpha: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Undo :func:`logit`; returns ``u`` and log|det du/dy| (nats)."""
+    """Undo :func:`logit`; returns ``u`` and log|det du/dy| (nats).
+
+    Raises:
+        ValueError: if ``alpha`` is out of range, or ``y`` not in floating point.
+    """
     _check_alpha(alpha)
+    check_floating(y, "y")
     log_s, log_rest = torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
     u = (log_s.exp() - alpha) / (1.0 - 2.0 * alpha)
     return u, (log_s + log_rest - math.log1p(-2.0 * alpha)).sum(-1)

@@ -16,6 +16,7 @@ def flows():
         "plain": (perturb_(SplineFlow(2, **SETTINGS), 0.1), ()),
         "conditional": (perturb_(SplineFlow(2, 3, **SETTINGS), 0.1), (CONTEXT,)),
         "standardised": (SplineFlow(2, **SETTINGS).standardize(3 * X + 40), ()),
+        "student_t": (perturb_(SplineFlow(2, base="student_t", **SETTINGS), 0.1), ()),
     }
 
 
@@ -27,7 +28,8 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize(
-    ("name", "by_call"), [("plain", True), ("conditional", False), ("standardised", False)]
+    ("name", "by_call"),
+    [("plain", True), ("conditional", False), ("standardised", False), ("student_t", True)],
 )
 def test_a_flow_compiles_whole(name, by_call) -> None:
     flow, context = flows()[name]
@@ -59,11 +61,29 @@ def test_infinite_rows_have_no_density_in_a_graph() -> None:
     assert torch.allclose(found[2:], flow.log_prob(X)[2:], atol=1e-5)
 
 
-def test_log_prob_is_exported_with_validation_on() -> None:
+def drawn(flow, shape):
+    d = flow()
+    x = d.rsample(shape)
+    return x, d.log_prob(x)
+
+
+@pytest.mark.parametrize("base", ["plain", "student_t"])
+def test_draws_compile_whole(base: str) -> None:
+    flow, _ = flows()[base]
+    for draw in (lambda: flow.sample(5), lambda: flow().rsample((5,)), lambda: drawn(flow, (5,))):
+        torch.manual_seed(0)
+        expected = draw()
+        torch.manual_seed(0)
+        found = torch.compile(draw, fullgraph=True, backend="eager")()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["plain", "student_t"])
+def test_log_prob_is_exported_with_validation_on(base: str) -> None:
     class Density(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.flow = flows()["plain"][0]
+            self.flow = flows()[base][0]
 
         def forward(self, x):
             return self.flow.log_prob(x)

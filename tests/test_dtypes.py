@@ -1,19 +1,44 @@
 """Data of every dtype into every public function that takes data: the right numbers, or a refusal in words."""
 
+import importlib
+import inspect
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as P
 import pytest
 import torch
 from torch import Tensor
 
 import pyro_flowkit.transforms as T
-from pyro_flowkit import SplineFlow, dequantize, fit, logit
-from pyro_flowkit.diagnostics import heldout_log_prob
-from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.ops import rational_quadratic_forward, rational_quadratic_inverse
+from pyro_flowkit import ContinuousFlow, SplineFlow, dequantize, fit, inverse_logit, logit
+from pyro_flowkit.diagnostics import (
+    heldout_log_prob,
+    inference_gaps,
+    iterate_convergence,
+    latent_usage,
+    pointwise_bounds,
+    psis,
+)
+from pyro_flowkit.guides import AmortizedSplineFlow, AutoSplineFlow
+from pyro_flowkit.ops import (
+    Columns,
+    SplineSettings,
+    rational_quadratic_forward,
+    rational_quadratic_inverse,
+    spline_columns,
+    spline_elements,
+)
+from pyro_flowkit.tables import TableDensity
 from pyro_flowkit.testing import perturb_
 
-WHOLE = [torch.int64, torch.int32, torch.uint8, torch.bool]
+matplotlib.use("Agg")
+
+WHOLE = [torch.int64, torch.uint8, torch.bool]
 HALF = [torch.float16, torch.bfloat16]
 FULL = [torch.float32, torch.float64]
 X = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])  # in every dtype
@@ -41,9 +66,9 @@ def standardized(x: Tensor) -> Tensor:
     return flow().standardize(x).log_prob(torch.ones(1, 2))
 
 
-def fitted(x: Tensor) -> Tensor:
+def fitted(x: Tensor, val_data: Tensor | None = None) -> Tensor:
     trained = flow()
-    fit(trained, data=x, max_steps=2, seed=0, progress=False)
+    fit(trained, data=x, val_data=val_data, max_steps=2, seed=0, progress=False)
     return trained.log_prob(torch.ones(1, 2)).detach()
 
 
@@ -59,29 +84,273 @@ def element_wise(function) -> object:
     return lambda x: function(x, params, count_bins=4)[0]
 
 
-def coupling(x: Tensor) -> Tensor:
+def elements(x: Tensor) -> Tensor:
+    params = 0.3 * torch.randn(2, 11, generator=torch.Generator().manual_seed(0))
+    return spline_elements(x, params, SplineSettings(4, 3.0, "linear"))[0]
+
+
+def columns(x: Tensor) -> Tensor:
+    params = 0.3 * torch.randn(4, 11, generator=torch.Generator().manual_seed(0))
+    own = Columns(2, (1,), (0,))
+    return spline_columns(x, params, params[0], own, SplineSettings(4, 3.0, "linear"))[0]
+
+
+def continuous() -> ContinuousFlow:
     torch.manual_seed(0)
-    return perturb_(T.spline_coupling(2, hidden_dims=[4], count_bins=4), 0.3)(x)
+    return perturb_(ContinuousFlow(2, hidden_dims=[4]), 0.1)
 
 
+def continuous_conditional() -> ContinuousFlow:
+    torch.manual_seed(0)
+    return perturb_(ContinuousFlow(2, 2, hidden_dims=[4]), 0.1)
+
+
+def of_each_datum(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample(
+            "x",
+            dist.Normal(z[..., None], torch.ones(2)).to_event(1),
+            obs=x.to(torch.get_default_dtype()),
+        )
+
+
+def posterior(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(x.to(torch.get_default_dtype()).mean(-1), 0.6))
+
+
+def amortized() -> AmortizedSplineFlow:
+    torch.manual_seed(0)
+    settings = {"num_transforms": 1, "hidden_dims": [4]}
+    guide = AmortizedSplineFlow(of_each_datum, torch.nn.Linear(2, 3), context_dim=3, **settings)
+    guide(X)
+    return guide
+
+
+def amortized_log_prob(x: Tensor) -> Tensor:
+    return amortized().log_prob({"z": x[:, 0]}, X)
+
+
+def unpacked(x: Tensor) -> Tensor:
+    return amortized().unpack(x[:, :1])["z"]
+
+
+def drawn(x: Tensor, make=conditional) -> Tensor:
+    made = make()
+    torch.manual_seed(0)
+    return made.sample(3, x)
+
+
+def plotted(x: Tensor, make=flow) -> Tensor:
+    torch.manual_seed(0)
+    axes = make().plot(x, num_samples=20)
+    limits = [*axes[1, 0].get_xlim(), *axes[1, 0].get_ylim()]
+    plt.close(axes[0, 0].figure)
+    return torch.tensor(limits)
+
+
+def matched(x: Tensor) -> Tensor:
+    made = continuous()
+    torch.manual_seed(0)
+    return made.matching_loss(x)
+
+
+def of_values(dataset, *names: str) -> Tensor:
+    return torch.cat([torch.as_tensor(dataset[name].values).flatten() for name in names])
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    settings = {"num_samples": 40, "num_steps": 6, "num_particles": 2, "seed": 0}
+    found = inference_gaps(of_each_datum, posterior, x, train_data=x, **settings)
+    return of_values(found, "elbo")
+
+
+def in_frame(x: Tensor) -> pd.DataFrame:
+    array = x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()  # numpy has no bfloat16
+    return pd.DataFrame(np.tile(array, (10, 1)), columns=["a", "b"])
+
+
+def table_density() -> TableDensity:
+    noise = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    return TableDensity(pd.DataFrame(noise.numpy(), columns=["a", "b"])).fit(steps=1)
+
+
+def density_of_table(x: Tensor) -> Tensor:
+    frame = in_frame(x) + np.linspace(0.0, 8.0, 40)[:, None] * np.array([1.0, -0.5])
+    fitted = TableDensity(frame).fit(steps=1)
+    return torch.as_tensor(fitted.log_prob(pd.DataFrame({"a": [1.0], "b": [0.0]})))
+
+
+def standardization() -> T.Standardization:
+    made = T.Standardization(2)
+    made.fit(torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) + 1.0, "full")
+    return made
+
+
+ONES = torch.ones(4, 2)
+# By the name of what takes the data, and of which argument where there are several.
 FUNCTIONS = {
     "SplineFlow.log_prob": lambda x: flow().log_prob(x),
+    "SplineFlow.log_prob, context": lambda x: conditional().log_prob(ONES, x),
+    "SplineFlow.forward": lambda x: conditional()(x).log_prob(ONES),
+    "SplineFlow.transforms": lambda x: conditional().transforms(x)[0](ONES),
+    "SplineFlow.sample": drawn,
+    "SplineFlow.standardize": standardized,
+    "SplineFlow.plot": plotted,
+    "ContinuousFlow.log_prob": lambda x: continuous().log_prob(x),
+    "ContinuousFlow.log_prob, context": lambda x: continuous_conditional().log_prob(ONES, x),
+    "ContinuousFlow.forward": lambda x: continuous_conditional()(x).log_prob(ONES),
+    "ContinuousFlow.transforms": lambda x: continuous_conditional().transforms(x)[0](ONES),
+    "ContinuousFlow.sample": lambda x: drawn(x, continuous_conditional),
+    "ContinuousFlow.standardize": lambda x: continuous().standardize(x).log_prob(ONES),
+    "ContinuousFlow.plot": lambda x: plotted(x, continuous),
+    "ContinuousFlow.matching_loss": matched,
+    "ContinuousFlow.solver_error": lambda x: (continuous().solver_error(x) < 1e-2).float(),
     "FlowDistribution.log_prob": lambda x: flow()().log_prob(x),
-    "context": lambda x: conditional().log_prob(torch.ones(4, 2), x),
+    "FlowDistribution.score_parts": lambda x: flow()().score_parts(x).log_prob,
     "pyro.sample": sampled,
-    "standardize": standardized,
-    "heldout_log_prob": lambda x: torch.tensor(heldout_log_prob(flow(), x)["log_prob"].values),
     "fit": fitted,
+    "fit, val_data": lambda x: fitted(X, x),
+    "heldout_log_prob": lambda x: of_values(heldout_log_prob(flow(), x), "log_prob"),
+    "heldout_log_prob, context": lambda x: of_values(
+        heldout_log_prob(conditional(), ONES, context=x), "log_prob"
+    ),
+    "pointwise_bounds": lambda x: of_values(
+        pointwise_bounds(of_each_datum, posterior, x, num_samples=40, seed=0), "elbo"
+    ),
+    "latent_usage": lambda x: of_values(
+        latent_usage(of_each_datum, posterior, x, num_samples=40, seed=0), "kl"
+    ),
+    "inference_gaps": with_gaps,
+    "iterate_convergence": lambda x: of_values(iterate_convergence(x.repeat(8, 1)), "mean"),
+    "psis": lambda x: psis(x[:, 0].repeat(20))[0],
     "AutoSplineFlow.log_prob": of_guide,
-    "spline_coupling": coupling,
-    "inverse": lambda x: T.spline_coupling(2).inv(x),
-    "lu_linear": lambda x: T.lu_linear(2)(x),
-    "permute": lambda x: T.Permute(torch.tensor([1, 0]))(x),
+    "AmortizedSplineFlow.log_prob": amortized_log_prob,
+    "AmortizedSplineFlow.unpack": unpacked,
     "rational_quadratic_forward": element_wise(rational_quadratic_forward),
     "rational_quadratic_inverse": element_wise(rational_quadratic_inverse),
+    "spline_elements": elements,
+    "spline_columns": columns,
     "dequantize": lambda x: dequantize(x, 2, generator=torch.Generator().manual_seed(0))[0],
     "logit": lambda x: logit(x, alpha=0.1)[0],
+    "inverse_logit": lambda x: inverse_logit(x, alpha=0.1)[0],
+    "TableDensity": density_of_table,
+    "TableDensity.log_prob": lambda x: torch.as_tensor(table_density().log_prob(in_frame(x))),
 }
+TRANSFORMS = {
+    "ActNorm": lambda: T.act_norm(2),
+    "Affine": lambda: T.Affine(torch.tensor([1.0, -0.5]), 0.7),
+    "Compose": lambda: T.Compose([T.permute(2), T.lu_linear(2)]),
+    "ConditionalCompose": lambda: T.ConditionalCompose([T.conditional_spline(2, 2)], 2),
+    "ConditionalSpline": lambda: T.conditional_spline(2, 2, hidden_dims=[4]),
+    "ConditionalSplineAutoregressive": lambda: T.conditional_spline_autoregressive(2, 2, [4]),
+    "ConditionalSplineCoupling": lambda: T.conditional_spline_coupling(2, 2, hidden_dims=[4]),
+    "ConditionedTransform": lambda: T.conditional_spline(2, 2, hidden_dims=[4]).condition(ONES),
+    "HierarchicalAffine": lambda: T.HierarchicalAffine([1, 1], hidden_dims=[4]),
+    "InverseTransformModule": lambda: T.spline_coupling(2, hidden_dims=[4]).inv,
+    "LULinear": lambda: T.lu_linear(2),
+    "Permute": lambda: T.Permute(torch.tensor([1, 0])),
+    "Spline": lambda: T.spline(2),
+    "SplineAutoregressive": lambda: T.spline_autoregressive(2, [4]),
+    "SplineCoupling": lambda: T.spline_coupling(2, hidden_dims=[4]),
+    "Standardization": standardization,
+}
+METHODS = {
+    "call_and_ladj": lambda t, x, *c: t.call_and_ladj(x, *c)[0],
+    "inverse_and_ladj": lambda t, x, *c: t.inverse_and_ladj(x, *c)[0],
+    "call_and_event_ladj": lambda t, x, *c: t.call_and_event_ladj(x, *c)[1],
+    "inverse_and_event_ladj": lambda t, x, *c: t.inverse_and_event_ladj(x, *c)[1],
+    "log_abs_det_jacobian": lambda t, x, *c: t.log_abs_det_jacobian(x, x),
+    "pushed_derivative": lambda t, x, *c: t.pushed_derivative(
+        x, t.call_and_ladj(x, *c)[0].detach(), torch.ones_like(x), *c
+    ),
+    "forward": lambda t, x, *c: t(x),
+    "condition": lambda t, x, *c: t.condition(x)(ONES),
+    "fit": lambda t, x: t.fit(x, "diagonal") or t(ONES),
+}
+
+
+def transformed(name: str, method: str):
+    """A method of a transform as a function of the data."""
+
+    def function(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        transform = TRANSFORMS[name]()
+        if name != "Standardization":
+            perturb_(transform, 0.2) if isinstance(transform, torch.nn.Module) else None
+        takes_context = isinstance(transform, T.ConditionalFlowTransformModule)
+        context = (ONES,) if takes_context and method != "condition" else ()
+        return METHODS[method](transform, x, *context)
+
+    return function
+
+
+FUNCTIONS["ConditionedTransform"] = lambda x: T.conditional_spline(2, 2).condition(x)(ONES)
+FUNCTIONS |= {
+    f"{name}.{method}": transformed(name, method)
+    for name in TRANSFORMS
+    for method in METHODS
+    if callable(getattr(getattr(T, name), method, None))
+    and not (method == "forward" and name.startswith("Condition"))
+    and not (method == "log_abs_det_jacobian" and name.startswith("Conditional"))
+    and not (method == "fit" and name != "Standardization")
+}
+
+
+MODULES = [
+    "pyro_flowkit",
+    *(f"pyro_flowkit.{m}" for m in ("diagnostics", "guides", "ops", "tables", "transforms")),
+]
+DATA = {
+    "x",
+    "y",
+    "u",
+    "value",
+    "values",
+    "data",
+    "train_data",
+    "val_data",
+    "rows",
+    "context",
+    "counts",
+}
+DATA |= {"inputs", "log_weights", "iterates", "latent", "frame"}
+ABSTRACT = {"Bijection", "FlowTransformModule", "ConditionalFlowTransformModule"}
+
+
+def takers(module: str) -> set[str]:
+    """The public functions and methods of a module that take data."""
+    imported = importlib.import_module(module)
+    found = {}
+    for name in set(imported.__all__) - ABSTRACT:
+        public = getattr(imported, name)
+        if module.endswith("transforms") and public is getattr(P, name, None):
+            continue  # Pyro's
+        if inspect.isclass(public):
+            found[name] = public.__init__
+            methods = inspect.getmembers(public, inspect.isfunction)
+            found |= {f"{name}.{m}": f for m, f in methods if not m.startswith("_")}
+        elif callable(public):
+            found[name] = public
+    return {
+        name
+        for name, function in found.items()
+        if getattr(function, "__module__", "").startswith("pyro_flowkit")
+        and DATA & set(inspect.signature(function).parameters)
+    }
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_public_function_that_takes_data_is_left_out(module: str):
+    tried = {name.split(",")[0] for name in FUNCTIONS}
+    assert takers(module) - tried == set()
+
+
+def test_what_is_tried_is_public():
+    public = set().union(*map(takers, MODULES))
+    tried = {name.split(",")[0] for name in FUNCTIONS}
+    assert tried - public - {"pyro.sample"} == set()
 
 
 @pytest.mark.parametrize("dtype", WHOLE)
@@ -100,13 +369,17 @@ def test_whole_numbers_are_taken_for_what_they_are_or_refused(name: str, dtype: 
 @pytest.mark.parametrize("dtype", [*HALF, *FULL])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_floating_point_data_give_what_float64_gives(name: str, dtype: torch.dtype):
-    if name in ("dequantize", "fit"):  # draw noise in the dtype of the data; train in it
+    if name in (
+        "dequantize",
+        "fit",
+        "ContinuousFlow.matching_loss",
+    ):  # draw noise in the dtype of the data; train in it
         expected = FUNCTIONS[name](X)
     else:
         expected = FUNCTIONS[name](X.double())
     found = FUNCTIONS[name](X.to(dtype))
     tolerance = 0.05 if dtype in HALF else 1e-5
-    if name == "dequantize":
+    if name in ("dequantize", "ContinuousFlow.matching_loss"):
         tolerance = 1.0  # other noise for another dtype
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 

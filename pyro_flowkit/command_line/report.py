@@ -32,6 +32,11 @@ def opening(density: TableDensity, source: Source) -> list[str]:
         column = table.values[:, table.columns.index(name)]
         shares = [f"{value:g} in {(column == value).mean():.0%} of the rows" for value in atoms]
         lines.append(f"atoms in {name}, which count by their probability: {', '.join(shares)}")
+    if table.rounded:
+        counts = ", ".join(f"{name} ({count} values)" for name, count in table.rounded.items())
+        lines.append(
+            f"rounded, and treated as continuous: {counts}; their density may follow the grid"
+        )
     copies = len(split.copy_of) - len(np.unique(split.copy_of))
     if copies:
         lines.append(f"{copies} rows are copies of others, and in the same part as these")

@@ -9,8 +9,8 @@ A Delta with a density gets it from auxiliary sites, as those of an ``AutoContin
 lie on a surface, which has none.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
@@ -25,10 +25,52 @@ from pyro_flowkit.programs.sites import Site, is_auxiliary, is_point_mass, score
 if TYPE_CHECKING:
     from pyro_flowkit.diagnostics.particles import Particles
 
+MOST_NUMBERS = 64
+SAME = 0.01  # nats, for each number
+
 _REMEDY = (
     "A normal around the point has one: AutoLaplaceApproximation(model), trained in the same way, and its "
     "laplace_approximation(); or train AutoNormal or AutoSplineFlow"
 )
+
+
+def checked_points(
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+    guide: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    is_known: bool,
+) -> tuple[str, ...]:
+    """The latents that a guide puts at a point, by name, after a look at its other Deltas.
+
+    Args:
+        model_trace: of a run with the guide's draws.
+        guide_trace: of the guide.
+        guide: the guide, which runs again; the random numbers of the caller are left alone.
+        args, kwargs: of it.
+        is_known: whether it is one of Pyro's or ours, which count their maps.
+
+    Raises:
+        ValueError: if Deltas have no density, or not the one that they say.
+    """
+
+    def run(given: poutine.Trace) -> poutine.Trace:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.rand(1)
+            return poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
+
+    given = guide_trace.copy()
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample" and (is_auxiliary(site) or is_point_mass(site["fn"])):
+            given.remove_node(name)
+    again = run(given)
+    points = point_estimates(model_trace, guide_trace, again)
+    check_density(model_trace, guide_trace, again, points)
+    if not is_known:
+        check_log_density(model_trace, guide_trace, points, run)
+    return points
 
 
 def point_estimates(
@@ -39,7 +81,8 @@ def point_estimates(
     Args:
         model_trace: of a run with the guide's draws.
         guide_trace: of the guide.
-        again: another one, with other auxiliary sites and the same other latents.
+        again: another one, with other auxiliary sites and the same other latents. A Delta that follows from other
+            latents is then where it was.
     """
     return tuple(
         name
@@ -105,6 +148,60 @@ def check_density(
             f"Expected a guide with a density, got {moved} numbers in Delta sites, {names}, that follow from "
             f"{behind} of auxiliary sites: they have none. Draw each from a distribution, or from as many auxiliary "
             "numbers (infer={'is_auxiliary': True}), with the map's log_density in the Delta"
+        )
+
+
+def check_log_density(
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+    points: Sequence[str],
+    run: Callable[[poutine.Trace], poutine.Trace],
+) -> None:
+    """Raise a ValueError where Deltas say another log_density than the map from auxiliary sites to them has.
+
+    Of as many numbers as the auxiliary sites have, at most 64: others are not looked at.
+
+    Args:
+        model_trace, guide_trace, points: as for :func:`check_density`.
+        run: of the guide, with the values of a trace.
+    """
+    given = guide_trace.copy()
+    leaves = []
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample" and is_point_mass(site["fn"]):
+            given.remove_node(name)
+        elif site["type"] == "sample" and is_auxiliary(site):
+            leaves.append(site["value"].detach().clone())
+            given.nodes[name] = {**site, "value": leaves[-1]}
+    count = sum(leaf.numel() for leaf in leaves)
+    if not 0 < count <= MOST_NUMBERS or not all(leaf.is_floating_point() for leaf in leaves):
+        return
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        trace = run(given)
+        sites = {
+            name: site
+            for name, site in scored_sites(trace)
+            if is_point_mass(site["fn"]) and name in model_trace.nodes and name not in points
+        }
+        outputs = [value for site in sites.values() for value in site["value"].flatten()]
+        plain = all(site["mask"] is None and site["scale"] == 1.0 for site in sites.values())
+        if len(outputs) != count or not plain or not all(out.requires_grad for out in outputs):
+            return
+        rows = [
+            torch.autograd.grad(
+                out, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for out in outputs
+        ]
+    jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    right = -float(torch.linalg.slogdet(jacobian.double())[1])
+    said = float(sum(site["fn"].log_prob(site["value"]).sum() for site in sites.values()))
+    if not abs(said - right) <= SAME * count:
+        raise ValueError(
+            f"Expected log_density = {right:.4g} in all of the Delta sites {list(sites)}, minus the log-det of the map "
+            f"from the auxiliary sites, got {said:.4g}: without it the guide's density is another one"
         )
 
 

@@ -94,10 +94,11 @@ class AmortizedDraws(AutoGuide):
         left = {n: values[n].shape[: values[n].dim() - len(shape)] for n, shape in shapes.items()}
         sample_shape = torch.broadcast_shapes(*left.values())
         count = sample_shape.numel()
-        flat = {
-            name: values[name].expand((*sample_shape, *shape)).reshape((count, *shape))
-            for name, shape in shapes.items()
-        }
+        flat = {}
+        for name, shape in shapes.items():
+            drawn, value = plain.nodes[name]["value"], values[name]
+            value = value if value.is_floating_point() else value.to(drawn.dtype)
+            flat[name] = value.expand((*sample_shape, *shape)).reshape((count, *shape))
         trace = self._given(flat, plain, args, kwargs)
         trace.compute_log_prob()
         parts = [site["log_prob"] for _, site in scored_sites(trace)]

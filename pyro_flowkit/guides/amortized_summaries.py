@@ -15,6 +15,7 @@ from pyro_flowkit.guides.fixed_draws import global_draws, local_quantiles
 from pyro_flowkit.guides.global_context import centred
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.transforms.base import check_floating
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 
@@ -40,8 +41,12 @@ class AmortizedSummaries(AutoGuide):
 
         Args:
             latent: unconstrained, shape ``(*sample_shape, batch, D)``.
+
+        Raises:
+            ValueError: if they are not in floating point.
         """
         self._require_setup()
+        check_floating(latent, "latents")
         return {
             site.name: bijection_to(site.support)(unconstrained)
             for site, unconstrained in self._local.unpack_rows(latent)

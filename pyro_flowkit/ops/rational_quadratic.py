@@ -106,13 +106,14 @@ def spline_columns(
         Values ``(*batch, columns.dim)`` and log-dets ``(*batch,)`` (nats) in the dtype of ``x``.
 
     Raises:
-        ValueError: for parameters of another size.
+        ValueError: for parameters of another size, and for integers.
     """
     for given, numbers, name in (
         (params, columns.own, "params"),
         (shared_params, columns.shared, "shared_params"),
     ):
         _check_size(given, len(numbers) * settings.num_params, settings, name)
+    _check_floating(x=x, params=params, shared_params=shared_params)
     if shared_params is not None and shared_params.dim() != 1:
         raise ValueError(
             f"Expected shared_params of one dimension, got shape {tuple(shared_params.shape)}."
@@ -195,9 +196,7 @@ def spline_elements(
 ) -> tuple[Tensor, Tensor]:
     """:func:`rational_quadratic_forward`, or its inverse, for settings that are there already."""
     _check_size(params, settings.num_params, settings, "params")
-    for name, tensor in (("inputs", inputs), ("params", params)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"Expected {name} in floating point, got {tensor.dtype}.")
+    _check_floating(inputs=inputs, params=params)
     if not fused.applies(inputs, params):
         return _in_pytorch(inputs, params, settings, inverse)
     dtype, working = inputs.dtype, _working(inputs, params)
@@ -235,6 +234,12 @@ def _working(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None and tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"Expected {name} in floating point, got {tensor.dtype}.")
 
 
 def _check_size(params: Tensor | None, size: int, settings: SplineSettings, name: str) -> None:

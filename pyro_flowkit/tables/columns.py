@@ -3,7 +3,8 @@
 A density needs columns that vary, that differ from each other, and that are continuous. A discrete column has
 probabilities instead: a density could grow without bound on its values. Integers get uniform noise (see
 preparation.py); single values that many rows share, in a column that is continuous otherwise, get probabilities (see
-atoms.py); other columns of few distinct values are refused.
+atoms.py); other columns of few distinct values are refused. A rounded column that has more of them counts as
+continuous, and is named: its density is one of the numbers in the file, and may follow their grid.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from pyro_flowkit.tables.errors import TableError
 
 DISCRETE_SHARE = 0.05  # a column with at most this share of distinct values is discrete
 INTEGER_SHARE = 0.5  # for a column of integers
+ROUNDED_SHARE = 0.5  # of distinct values among the rows, at most
 LEAST_ROWS = 20
 LARGEST = 1e300
 FARTHEST = 1e15  # times the range of most rows
@@ -63,6 +65,18 @@ class Table:
         hashes = pd.util.hash_pandas_object(pd.DataFrame(self.values + 0.0), index=False)
         _, first, index = np.unique(hashes, return_index=True, return_inverse=True)
         return np.where(continuous, first[index], rows)
+
+    @property
+    def rounded(self) -> dict[str, int]:
+        """Columns that count as continuous though most rows share their value, and how many values there are."""
+        found = {}
+        originals = self.values[np.unique(self.copies())]
+        for name, noisy, column in zip(self.columns, self.discrete, originals.T, strict=True):
+            beside = column[~np.isin(column, self.atoms.get(name, ()))]
+            count = len(np.unique(beside))
+            if not noisy and count <= ROUNDED_SHARE * len(beside):
+                found[name] = count
+        return found
 
     def fingerprint(self) -> str:
         """SHA-256 of the values, whatever the order of the columns."""

@@ -42,11 +42,11 @@ def robust_scale(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         scatter = (weight[:, None] * centred).T @ centred / len(rows)
     factor = np.linalg.cholesky(scatter)
     whitened = np.linalg.solve(factor, (scaled - centre).T)
-    degrees, scales = np.array([_student_t(column) for column in whitened]).T
+    degrees, scales = np.array([student_t(column) for column in whitened]).T
     return loc + spread * centre, spread[:, None] * factor * scales, degrees
 
 
-def _student_t(column: np.ndarray) -> tuple[float, float]:
+def student_t(column: np.ndarray) -> tuple[float, float]:
     """Degrees of freedom and scale of maximum likelihood, around 0."""
     from scipy import stats  # its import adds to the filters of warnings
 

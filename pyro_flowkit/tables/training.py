@@ -215,7 +215,7 @@ def _with_heads(density: RowDensity, table: Table, values: np.ndarray) -> RowDen
     if not table.atoms:
         return density
     heads = AtomHeads(table.columns, table.atoms)
-    heads.start(values, _seen(replace(density, heads=heads), values)[0])
+    heads.start(values, _seen(replace(density, heads=heads), values)[0], table.values)
     return replace(density, heads=heads)
 
 

@@ -157,7 +157,8 @@ def fit(
             (max_seconds). Call with the same arguments and a model and guide built in the same way: other data, args,
             settings, structure or library versions, or a model whose objective is another one at the checkpoint, are
             an error that says what differs. Free are max_steps, max_epochs, max_seconds, patience, tolerance,
-            trackers, callbacks, progress, device, compile, check_plates and checkpoint_every. A DataLoader is run
+            trackers, callbacks, progress, device, compile, check_plates, checkpoint_every and restarts (each start has
+            a folder). A DataLoader is run
             through up to the batch where the fit had been.
         callbacks: ``Callback`` objects.
         progress: Show a bar, which also says what is done before the first step; False is silent.

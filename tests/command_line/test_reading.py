@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import threading
 
@@ -89,6 +90,21 @@ def test_draws_are_rows_again(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("read draws.csv: separator ',', names of columns in line 1\n")
     assert "draws.csv: 1000 rows, 3 columns" in out
+
+
+@pytest.mark.parametrize("names", ["a,b", "0,1", "2019,2020"])
+@pytest.mark.parametrize("index", [False, True])
+def test_frames_of_pandas_have_the_density_of_their_columns(names, index, tmp_path, capsys):
+    # with the header as a row, or the index as a column, the mean log density was -1619 and -158
+    rows = np.random.default_rng(0).normal(size=(1000, 2))
+    frame = pd.DataFrame(rows, columns=names.split(","))
+    frame.to_csv(tmp_path / "frame.csv", index=index)
+    run = str(tmp_path / "run")
+    assert main(["fit", str(tmp_path / "frame.csv"), "-o", run, *FIT]) == 0
+    assert "frame.csv: 1000 rows, 2 columns" in capsys.readouterr().out
+    assert main(["score", run, str(tmp_path / "frame.csv")]) == 0
+    said = re.match(r"1000 rows .*mean log density (\S+) nats", capsys.readouterr().err)
+    assert float(said[1]) == pytest.approx(-(np.log(2 * np.pi) + 1.0), abs=0.1)  # -2.8379
 
 
 def test_what_is_said_of_a_file_reaches_its_reader(tmp_path, capsys):

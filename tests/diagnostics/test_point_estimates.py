@@ -203,6 +203,19 @@ def test_a_delta_with_as_many_auxiliary_numbers_has_a_density():
     assert float(found[0]["elbo"]) == pytest.approx(float(found[1]["elbo"]), abs=0.1)
 
 
+def test_a_delta_whose_map_is_not_counted_is_refused():
+    def guide(x):
+        u = pyro.sample(
+            "u", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer={"is_auxiliary": True}
+        )
+        pyro.sample("a", dist.Delta(0.5 + 0.4 * u[..., 0]))
+        pyro.sample("s", dist.Delta((0.4 * u[..., 1]).exp()))
+
+    # -log 0.4 twice, and what the exponential is at this draw
+    with pytest.raises(ValueError, match=r"log_density = .* Delta sites \['a', 's'\], .* got 0:"):
+        evidence_bounds(model, guide, args=(X,), num_samples=50)
+
+
 @pytest.mark.parametrize("make", [auto_delta, lambda: by_hand], ids=["AutoDelta", "by hand"])
 def test_a_fit_of_a_point_has_no_elbo(make, tmp_path):
     pyro.clear_param_store()

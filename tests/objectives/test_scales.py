@@ -106,6 +106,23 @@ def test_no_bound_of_weighted_data_passes_their_evidence(scale):
     assert floor - 4 * error < sum(losses) / 20 < floor + 0.2
 
 
+@pytest.mark.parametrize(
+    ("scale", "floor"),
+    [(3.0, 19.062), (torch.tensor(3.0), 19.062), (torch.tensor([3.0, 3.0, 1.0, 1.0]), 11.348)],
+)
+def test_four_rows_with_weights_have_a_loss_right_above_their_evidence(scale, floor):
+    # a tensor gave 17.077 and 10.360, below minus the log evidence
+    x = torch.tensor([-1.0, 0.3, 0.7, 2.0], dtype=torch.float64)
+    evidence = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x)
+    assert -float((scale * evidence).sum()) == pytest.approx(floor, abs=1e-3)
+    pyro.set_rng_seed(0)
+    objective = ImportanceWeightedELBO(50, vectorize_particles=True, max_plate_nesting=1)
+    losses = torch.tensor([objective.loss(*programs(scale), x) for _ in range(100)])
+    error = losses.std() / 10.0
+    assert floor - 4 * error < losses.mean() < floor + 0.1 + 4 * error
+    assert error < 0.1
+
+
 @pytest.mark.parametrize("scale", [2.0, torch.tensor(2.0), torch.tensor([3.0, 3.0, 1.0, 1.0])])
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "forward_kl"])
 def test_annealing_inside_of_a_scale_is_a_power_and_the_scale_is_not(name, scale):

@@ -416,7 +416,11 @@ def test_save_covers_the_param_store(rows: torch.Tensor, tmp_path) -> None:
         ),
         ({"data": torch.zeros(0, 2)}, ValueError, r"non-zero length, got shapes \(0, 2\)"),
         ({"data": (torch.zeros(3), torch.zeros(4))}, ValueError, r"shapes \(3,\), \(4,\)"),
-        ({"data": torch.full((3, 2), math.nan)}, ValueError, "without NaN, got 6 NaN among 6"),
+        (
+            {"data": torch.full((3, 2), math.nan)},
+            ValueError,
+            "got NaN or inf in 3 of 3 rows: 0, 1, 2",
+        ),
         ({"data": torch.zeros(3, 2), "batch_size": 5}, ValueError, "len.data. = 3, got 5"),
         ({"data": torch.zeros(3, 2), "lr": -1.0}, ValueError, "expected lr > 0, got -1.0"),
         ({"data": torch.zeros(3, 2), "scheduler": "linear"}, ValueError, "got 'linear'"),

@@ -340,14 +340,15 @@ def test_a_guide_of_anybodys_has_its_start_and_its_rates(rows: torch.Tensor) -> 
 
     class Look(Callback):
         def on_step(self, state: FitState) -> None:
-            seen.append(([g["lr"] for g in state.optimizer.param_groups], float(guide.locs.mu)))
+            rates = [group["lr"] for group in state.optimizer.param_groups]
+            seen.append((rates, guide.locs.mu.item()))
 
     seen: list[tuple[list[float], float]] = []
     guide = Guide(full_model)
     result = fit(full_model, guide, data=rows, callbacks=[Look()], progress=False)
     assert [rates for rates, _ in seen] == [[0.01, 0.5]] * 3
     assert 6.9 < seen[-1][1] < 7.0, "it moved from its start"
-    assert float(guide.locs.mu) == 7.0 and result.best_step == 0, "and went back"
+    assert guide.locs.mu.item() == 7.0 and result.best_step == 0, "and went back"
 
 
 def test_a_recipes_particles_are_few_and_said_where_they_run_one_by_one(rows: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_flowkit import SplineFlow, fit
+from pyro_flowkit.training import ground
 from pyro_flowkit.training.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(
@@ -303,6 +304,6 @@ def test_batches_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.Monke
             monkeypatch.setattr(ranks, "share", lambda value: value)
             return ranks
 
-    monkeypatch.setattr(sys.modules["pyro_flowkit.training.ground"], "Ranks", Three)
+    monkeypatch.setattr(ground, "Ranks", Three)
     with pytest.raises(ValueError, match="multiple of the number of processes, 3, got 16"):
         fit(SplineFlow(2), data=dist.Normal(0.0, 1.0).sample((64, 2)), batch_size=16, max_steps=1)
