@@ -73,7 +73,7 @@ def snapshot():
         "xarray options": str(dict(xarray.get_options())),
     }
 
-heavy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "lightning", "mlflow", "tensorboard")
+heavy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "lightning", "mlflow", "tensorboard", "wandb")
 """
 
 IMPORT = """

@@ -189,7 +189,7 @@ def fit(
             result's ``notes`` say what was done; without a C++ compiler fit goes on as it is.
         check_plates: Compare the plates with the data on the first batch.
         trackers: Where the history goes while the fit runs: ``CsvTracker``, ``TensorBoardTracker``,
-            ``MLflowTracker``, or anything with their three methods.
+            ``MLflowTracker``, ``WandbTracker``, or anything with their three methods.
         checkpoint_dir: A folder for checkpoints, of one fit at a time: of the state between two steps, the two
             newest. They hold plain tensors, are written whole or not at all, and are
             written at the end and at an interruption, too.

@@ -1,4 +1,5 @@
-"""Trackers: where the numbers of a running fit go. CSV files here, TensorBoard and MLflow in ``library_trackers``.
+"""Trackers: where the numbers of a running fit go. CSV files here, TensorBoard, MLflow and W&B in
+``library_trackers``.
 
 A step of a small model takes a millisecond, and writing a row would be a good part of that. So ``log`` only puts a
 row aside, and the rows are written together, a few times per second.
