@@ -112,7 +112,7 @@ def measure(
     pyro.set_rng_seed(seed)
     model, args = regression
     gaussian = AutoSplineFlow(model, hierarchical=False).setup(*args)
-    gaussian.start_at_gaussian(model, args)
+    gaussian.find_start(model, args)
     density = LatentDensity(model, gaussian, args)
     draws = normal_draws(10_000, gaussian.affine.loc, seed=5)
     before = _elbo(gaussian, density, draws)

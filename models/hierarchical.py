@@ -117,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> HierarchicalResult:
         reference,
         args=(x, y),
         max_steps=FAST_STEPS if args.fast else args.steps // 2,
-        max_seconds=2.0 if args.fast else None,
         seed=args.seed,
         progress=progress,
     )

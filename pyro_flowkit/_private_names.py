@@ -64,7 +64,6 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     # torch: what is going on, and the memory of tensors
     ("torch", "_C"),
     ("torch", "_foreach_add_"),
-    ("torch", "_foreach_norm"),
     ("torch", "_fused_adam_"),
     ("torch", "_ops"),
     ("torch", "_utils"),

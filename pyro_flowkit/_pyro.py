@@ -18,7 +18,6 @@ for gradients and never get any.
 
 import gc
 import itertools
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from pyro.nn.module import _Context, _is_module_local_param_enabled
 from torch import Tensor, nn
 
 from pyro_flowkit.transforms.base import forget_unconstrained
+from pyro_flowkit.warning import warn
 
 # What the store has as the constraint of an entry that was lent. Pyro looks at the type alone, and puts its own object
 # in the place of this one where a state is loaded or set.
@@ -120,10 +120,9 @@ class StoreModule(PyroModule):
         if not lend and name != self._pyro_name:
             return False
         if name != self._pyro_name and self._store_name is None and self._warns_of_other_name:
-            warnings.warn(
+            warn(
                 f"The param store holds the parameters of another live {self._pyro_name}: this one starts fresh, under "
-                f"the name {name}.",
-                stacklevel=4,
+                f"the name {name}."
             )
         if _is_left_over(name, self):
             if not lend:
@@ -274,10 +273,9 @@ def _drop(name: str, entries: list[str]) -> None:
     _short_lives[name] = _short_lives[name] + 1 if was_trained and _uses[name] == 1 else 0
     _uses[name] = 0
     if _short_lives[name] == 2:
-        warnings.warn(
+        warn(
             f"{name} was built anew for every step, the third time now, so that it never learns: build it once, "
-            "outside of model and guide.",
-            stacklevel=5,
+            "outside of model and guide."
         )
 
 

@@ -36,15 +36,15 @@ class Draw(NamedTuple):
         value: the draw.
         log_prob: its log-density.
         stamp: what the two depend on.
-        numbers: what these hold, as writing to ``.data`` leaves no trace; None where that cannot be read, and for a
-            draw in a Pyro program, which asks for the log-density in the same call.
+        copies: of these tensors and the value, as writing to ``.data`` leaves no trace; None where they cannot be
+            read, and for a draw in a Pyro program, which asks for the log-density in the same call.
         inputs: of every transform, where a path gradient may be asked for.
     """
 
     value: "weakref.ref[Tensor]"
     log_prob: Tensor
     stamp: tuple
-    numbers: Tensor | None
+    copies: list[Tensor] | None
     inputs: list[Tensor]
 
 
@@ -67,7 +67,8 @@ class FlowDistribution(dist.TransformedDistribution):
     ``S + B``, in nats.
 
     The last draw is remembered with its log-density, which ``log_prob`` uses once, for that very tensor, if neither it
-    nor a parameter was written to since, ``.data`` included, and the grad mode is the same. Copies and pickles do not
+    nor a parameter, a buffer or the context was written to since, ``.data`` included, and the grad mode is the same.
+    Outside of Pyro programs it takes a copy of these along, to be sure. Copies and pickles of the distribution do not
     carry it.
     """
 
@@ -161,8 +162,10 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _remembered(self, value: Tensor, log_prob: Tensor, inputs: list[Tensor]) -> Tensor:
         tensors = self._tracked_tensors()
-        numbers = None if am_i_wrapped() else _numbers_of(tensors, value)
-        self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), numbers, inputs)
+        copies = None
+        if not (am_i_wrapped() or is_transformed() or torch.compiler.is_compiling()):
+            copies = [tensor.detach().clone() for tensor in (*tensors, value)]
+        self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), copies, inputs)
         return value
 
     def _is_unchanged(self, draw: Draw, value: Tensor) -> bool:
@@ -170,10 +173,9 @@ class FlowDistribution(dist.TransformedDistribution):
         tensors = self._tracked_tensors()
         if draw.stamp != stamp(tensors, value):
             return False
-        if draw.numbers is None:
+        if draw.copies is None:
             return True
-        numbers = _numbers_of(tensors, value)
-        return numbers is not None and torch.equal(draw.numbers, numbers)
+        return not is_transformed() and all(map(torch.equal, draw.copies, (*tensors, value)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Exact log-density (nats) of values of shape ``(*, D)``, shape ``(*,)``.
@@ -396,15 +398,6 @@ def _with_batch_of_contexts(
 def _is_empty(value: Tensor) -> bool:
     """Whether there is nothing in it: torch's distributions and constraints fail on an empty batch."""
     return not torch.jit.is_tracing() and value.numel() == 0
-
-
-@torch.no_grad()
-def _numbers_of(tensors: Sequence[Tensor], value: Tensor) -> Tensor | None:
-    """A norm of each parameter, and norm and sum of a value: what they hold, at a small part of a draw's cost."""
-    if is_transformed() or torch.compiler.is_compiling():
-        return None
-    norms = torch._foreach_norm([*(tensor for tensor in tensors if tensor.requires_grad), value])
-    return torch.stack([number.to(value.dtype) for number in (*norms, value.sum())])
 
 
 def _first_row(value: Tensor) -> Tensor:

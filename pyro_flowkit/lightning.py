@@ -27,13 +27,14 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_flowkit.programs.modules import DIVIDER
+from pyro_flowkit.guides.recipe import recipe_of
+from pyro_flowkit.programs.modules import DIVIDER, copied
 from pyro_flowkit.training.data import RowBatches, as_batch, as_rows
 from pyro_flowkit.training.losses import STORE, Variational
-from pyro_flowkit.training.objective import chosen_loss, recipe_of
+from pyro_flowkit.training.objective import chosen_loss
 from pyro_flowkit.training.optimizer import Factory, build_optimizer
 from pyro_flowkit.training.schedule import SCHEDULES
-from pyro_flowkit.training.state import copied, random_state, set_random_state, write_into
+from pyro_flowkit.training.state import random_state, set_random_state, write_into
 
 OLDEST = (2, 6, 6)
 
@@ -124,9 +125,9 @@ class FlowModule(LightningModule):
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             getattr(guide, "setup", guide)(*call[0], **call[1])
         recipe = recipe_of(guide)
-        self._lr, self._default_lr = lr, getattr(recipe, "lr", None) or DEFAULT_LR
+        self._lr, self._default_lr = lr, recipe.lr or DEFAULT_LR
         self._factory = optimizer
-        self._scheduler = scheduler or getattr(recipe, "scheduler", None) or "constant"
+        self._scheduler = scheduler or recipe.scheduler or "constant"
         if not callable(self._scheduler) and self._scheduler not in SCHEDULES:
             raise ValueError(
                 f"expected scheduler to be one of {', '.join(SCHEDULES)}, got {self._scheduler!r}"

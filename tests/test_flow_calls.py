@@ -278,7 +278,32 @@ def moved(flow, x):
     x.data.add_(1.0)
 
 
-@pytest.mark.parametrize("change", [scaled, from_vector, moved])
+def signs(flow, x):
+    for parameter in flow.parameters():
+        parameter.data.neg_()
+
+
+def in_reverse(flow, x):
+    for parameter in flow.parameters():
+        parameter.data.copy_(parameter.data.flip(-1))
+
+
+def rows_in_reverse(flow, x):
+    x.data.copy_(x.data.flip(0))
+
+
+def signs_of_draw(flow, x):
+    x.data.neg_()
+
+
+def of_buffer(flow, x):
+    flow.standardization.loc.data.add_(1.0)
+
+
+CHANGES = [scaled, from_vector, moved, signs, in_reverse, rows_in_reverse, signs_of_draw, of_buffer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("gradients", [True, False])
 def test_changes_that_autograd_does_not_count_are_seen(change, gradients: bool) -> None:
     flow = perturb_(SplineFlow(2, num_transforms=2, hidden_dims=[8]), 0.2)
@@ -289,3 +314,12 @@ def test_changes_that_autograd_does_not_count_are_seen(change, gradients: bool) 
     found = d.log_prob(x)
     assert torch.equal(found, flow().log_prob(x.detach().clone()))
     assert (found - before).abs().max() > 0.1
+
+
+def test_a_context_that_is_written_to_without_a_count_is_seen() -> None:
+    flow = perturb_(SplineFlow(2, 3, num_transforms=2, hidden_dims=[8]), 0.2)
+    context = torch.randn(5, 3)
+    d = flow(context)
+    x = d.sample()
+    context.data.copy_(context.data.flip(0))
+    assert torch.equal(d.log_prob(x), flow(context).log_prob(x.clone()))

@@ -20,7 +20,6 @@ where ``c_i >= 1`` makes up for weights of infinite variance (``psis.error_facto
 """
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from pyro_flowkit.diagnostics.reweight import guide_weights
 from pyro_flowkit.diagnostics.schema import DRAWS, arviz_generation, as_tree
 from pyro_flowkit.diagnostics.tails import Tail
 from pyro_flowkit.ops.psis import error_factor, psis
+from pyro_flowkit.warning import warn
 
 _DATA_AT_ONCE = 256
 
@@ -81,7 +81,7 @@ def loo_approximate_posterior(
 
     above = int((~(pareto_k <= guide.threshold)).sum())
     if above or not guide.is_light:
-        warnings.warn(
+        warn(
             f"At {guide.num_samples} draws pareto k can be trusted up to {guide.threshold:.2f}; it "
             f"is above for {above} of {len(rows)} data (largest {float(pareto_k.max()):.2f}), and "
             f"{guide.pareto_k:.2f} +- {guide.error:.2f} for the guide itself: leave-one-out "
@@ -92,8 +92,7 @@ def loo_approximate_posterior(
                 if guide.is_light
                 else "The guide may miss a part of the posterior: take more draws, a more flexible "
                 "guide, or NUTS."
-            ),
-            stacklevel=2,
+            )
         )
     scored = (rows != 0).any(-1)
     template = likelihood.isel(chain=0, draw=0, drop=True)

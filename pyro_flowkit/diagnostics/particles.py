@@ -11,7 +11,6 @@ says so.
 import contextlib
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,18 +22,21 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyro_flowkit.diagnostics.point_estimates import no_bound, point_estimates
+from pyro_flowkit.diagnostics.point_estimates import check_density, no_bound, point_estimates
 from pyro_flowkit.programs.modules import registered_modules
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.sites import (
     PARTICLES,
     Site,
     guided_names,
+    is_auxiliary,
+    is_point_mass,
     nesting_of,
     scored_sites,
     subsampled_frame,
 )
 from pyro_flowkit.programs.vectorized import Vectorized, Way
+from pyro_flowkit.warning import warn
 
 # A plate needs no recording, which pays where a model runs thousands of times.
 WAYS: tuple[Way, ...] = ("plate", "graph")
@@ -208,10 +210,9 @@ def _program(
         raise ValueError(
             f"Expected a model and a guide that can be vectorised over particles, got {reason}"
         )
-    warnings.warn(
+    warn(
         f"The model and the guide cannot be vectorised over particles ({reason}); "
-        f"running {num_samples} particles one by one",
-        stacklevel=5,
+        f"running {num_samples} particles one by one"
     )
     return None
 
@@ -343,18 +344,29 @@ def _prototype(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, 
             f"{sorted(latents - guided)} in the model only and {sorted(guided - latents)} in the "
             "guide only (a latent that is enumerated, not guided, must be summed out in the model)"
         )
-    points = point_estimates(model_trace, guide_trace, _another_run(guide, args, kwargs))
+    again = _another_run(guide, guide_trace, args, kwargs)
+    points = point_estimates(model_trace, guide_trace, again)
+    check_density(model_trace, guide_trace, again, points)
     nesting = nesting_of(model_trace, guide_trace)
     return Particles(
         model_trace, guide_trace, 1, nesting, points=points, all_points=latents == set(points)
     )
 
 
-def _another_run(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
-    """A run with other random numbers, without effect on those of the caller."""
+def _another_run(
+    guide: Callable, before: poutine.Trace, args: tuple, kwargs: dict[str, Any]
+) -> poutine.Trace:
+    """A run with other values of auxiliary sites alone, without effect on the random numbers of the caller.
+
+    A latent at a point that follows from other latents (a Delta of their values) is then where it was.
+    """
+    given = before.copy()
+    for name, site in before.nodes.items():
+        if site["type"] == "sample" and (is_auxiliary(site) or is_point_mass(site["fn"])):
+            given.remove_node(name)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.rand(1)
-        return poutine.trace(guide).get_trace(*args, **kwargs)
+        return poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
 
 
 def _refuse_subsampling(model_trace: Any) -> None:

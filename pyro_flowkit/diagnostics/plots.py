@@ -65,7 +65,8 @@ def plot_elbo(
         previous = ax.get_ylim() if len(ax.lines) > 2 else (np.inf, -np.inf)
         ax.set_ylim(min(previous[0], low - margin), max(previous[1], high + margin))
     ax.set_xlabel("step")
-    ax.set_ylabel("ELBO (nats)")
+    is_point = getattr(history, "is_point", False)
+    ax.set_ylabel("log p(x, z) at the point (nats)" if is_point else "ELBO (nats)")
     if label:
         ax.legend(frameon=False)
     return ax

@@ -2,19 +2,25 @@
 
 For a guide whose latents are all points, ``log p(x, z)`` there is a density, which depends on the units of the
 latents and may be above or below ``log p(x)``: it is no bound. With some latents at a point ``a`` and a density for
-the others, the weights are those of ``log p(x, a)``, the joint density of data and point.
+the others, the weights are those of ``log p(x, a)``, the joint density of data and point; ``a`` may be a function of
+the others.
+
+A Delta with a density gets it from auxiliary sites, as those of an ``AutoContinuous`` do. More numbers than these have
+lie on a surface, which has none.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import xarray as xr
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_flowkit.diagnostics.schema import EXACT, schema_attrs
 from pyro_flowkit.diagnostics.verdict import Verdict, with_verdict
-from pyro_flowkit.programs.sites import Site, is_point_mass, scored_sites
+from pyro_flowkit.programs.sites import Site, is_auxiliary, is_point_mass, scored_sites
 
 if TYPE_CHECKING:
     from pyro_flowkit.diagnostics.particles import Particles
@@ -33,7 +39,7 @@ def point_estimates(
     Args:
         model_trace: of a run with the guide's draws.
         guide_trace: of the guide.
-        again: another one, with other random numbers.
+        again: another one, with other auxiliary sites and the same other latents.
     """
     return tuple(
         name
@@ -59,6 +65,47 @@ def _is_fixed(site: Site, value: Tensor, other: Tensor) -> bool:
         return bool(same.all())
     looked_at = torch.as_tensor(mask, device=same.device).expand(same.shape)
     return bool(looked_at.any()) and bool(same[looked_at].all())
+
+
+def check_density(
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+    again: poutine.Trace,
+    points: Sequence[str],
+) -> None:
+    """Raise a ValueError unless the Deltas that move have as many auxiliary numbers behind them.
+
+    Args:
+        model_trace, guide_trace, again: as for :func:`point_estimates`.
+        points: what that gave.
+    """
+    moved, names = 0, []
+    for name, site in scored_sites(model_trace):
+        if site["is_observed"] or name in points or site["fn"].support.is_discrete:
+            continue
+        if not is_point_mass(guide_trace.nodes[name]["fn"]) or is_point_mass(site["fn"]):
+            continue
+        value, other = guide_trace.nodes[name]["value"], again.nodes[name]["value"]
+        try:
+            free = biject_to(site["fn"].support).inverse_shape(value.shape).numel()
+        except NotImplementedError:  # a support that only the guide knows a map to
+            return
+        changed = (value != other).sum() if value.shape == other.shape else value.numel()
+        moved += min(free, int(changed))
+        names.append(name)
+    behind = sum(
+        site["value"].numel()
+        for _, site in scored_sites(guide_trace)
+        if is_auxiliary(site)
+        and not is_point_mass(site["fn"])
+        and not site["fn"].support.is_discrete
+    )
+    if moved > behind:
+        raise ValueError(
+            f"Expected a guide with a density, got {moved} numbers in Delta sites, {names}, that follow from "
+            f"{behind} of auxiliary sites: they have none. Draw each from a distribution, or from as many auxiliary "
+            "numbers (infer={'is_auxiliary': True}), with the map's log_density in the Delta"
+        )
 
 
 def no_bound(names: tuple[str, ...]) -> ValueError:

@@ -4,7 +4,6 @@ A model is run without its observations, as a whole: a site whose distribution d
 observed site reads the draw of that site.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pyro_flowkit.diagnostics.naming import latent_sites, observed_sites
 from pyro_flowkit.diagnostics.particles import Particles, draws_again, evaluation
+from pyro_flowkit.warning import warn
 
 MAX_NUMBERS = 10**8
 """Predictions that are more numbers than this are kept on demand only."""
@@ -56,10 +56,9 @@ def prior_draws(
         try:
             drawn = draws_again(particles, model, args, kwargs, [*latent, *observed], num_samples)
         except (NotImplementedError, ValueError, RuntimeError) as error:
-            warnings.warn(
+            warn(
                 f"The prior cannot be drawn from ({str(error).splitlines()[0]}): the tree has no groups "
-                "prior and prior_predictive; num_prior_samples=0 says so, too",
-                stacklevel=3,
+                "prior and prior_predictive; num_prior_samples=0 says so, too"
             )
             return {}, {}
     return {name: drawn[name] for name in latent}, {name: drawn[name] for name in observed}

@@ -12,8 +12,6 @@ The copies of a draw stay next to each other. That is on purpose: to ESS and MCS
 alike neighbours are, a draw with many copies then looks like the one draw that it is.
 """
 
-import warnings
-
 import numpy as np
 import torch
 import xarray as xr
@@ -23,6 +21,7 @@ from pyro_flowkit.diagnostics.particles import evaluation
 from pyro_flowkit.diagnostics.schema import DRAWS, as_tree
 from pyro_flowkit.diagnostics.tails import Tail
 from pyro_flowkit.ops.psis import error_factor
+from pyro_flowkit.warning import warn
 
 _RESAMPLED = (
     *("posterior", "sample_stats", "log_likelihood", "log_prior"),
@@ -79,12 +78,11 @@ def reweight(
             "more flexible guide, train longer, reparametrise the model, or run NUTS"
         )
     if not tail.is_light:
-        warnings.warn(
+        warn(
             f"Pareto k of the weights is {tail.pareto_k:.2f} +- {tail.error:.2f}, not surely below "
             f"the {tail.threshold:.2f} that can be trusted at {total} draws: the guide may miss a "
             "part of the posterior, and then the resampled draws do, too, and their means are off "
-            "by more than their standard errors. Take more draws, a more flexible guide, or NUTS",
-            stacklevel=2,
+            "by more than their standard errors. Take more draws, a more flexible guide, or NUTS"
         )
     probabilities = (smoothed - smoothed.logsumexp(-1)).exp()
     with evaluation(seed=seed):

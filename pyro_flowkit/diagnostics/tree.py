@@ -5,7 +5,6 @@ its two generations; ``to_arviz`` is the only place that knows which one is inst
 flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for begin with ``vi_``.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from pyro_flowkit.diagnostics.predictive import (
 )
 from pyro_flowkit.diagnostics.schema import arviz_generation, schema_attrs
 from pyro_flowkit.ops.psis import psis
+from pyro_flowkit.warning import warn
 
 HISTORY_KEYS = ("elbo", "learning_rate", "grad_norm", "seconds")
 
@@ -206,10 +206,9 @@ class _Parts:
 def _are_few(particles: Particles, num_samples: int) -> bool:
     count = count_predictions(particles, num_samples)
     if count > MAX_NUMBERS:
-        warnings.warn(
+        warn(
             f"The draws of the observed sites would be {count:,} numbers: the tree has no group "
-            "posterior_predictive. Take fewer draws, or say predictions=True or predictions=False",
-            stacklevel=3,
+            "posterior_predictive. Take fewer draws, or say predictions=True or predictions=False"
         )
     return count <= MAX_NUMBERS
 

@@ -18,7 +18,6 @@ References:
     Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing. NeurIPS 2017 (``path_gradient``).
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self, cast
@@ -60,8 +59,10 @@ from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
+from pyro_flowkit.warning import warn
 
 DEFAULT_INIT_SCALE = 0.1
+AFFINE_LR, HIERARCHY_LR = 9e-4, 6e-3
 HIDDEN_DIMS = [32, 32]
 # up to this many latents matrices with a row and a column for each are cheap
 MAX_FULL_DIM = 200
@@ -300,9 +301,31 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
 
     def recipe(self) -> Recipe:
         """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
-        return Recipe()
+        return Recipe(
+            lr=3e-3,
+            num_particles=128,
+            scheduler="flat_cosine",
+            warmup_steps=30,
+            max_steps=4000,
+        )
 
-    def start_at_gaussian(
+    def parameter_groups(self) -> list[tuple[list[Tensor], float]]:
+        """The rates of the affine maps and of the hierarchical ones, for ``fit``.
+
+        The first move ten times as far in a step of a given rate, and need less once they have started at the best
+        Gaussian. The outputs of the second are divided by the square root of the number of their terms.
+        """
+        rates = (
+            ([component.affine for component in self.components], AFFINE_LR),
+            ([component.hierarchy for component in self.components], HIERARCHY_LR),
+        )
+        groups = [
+            ([p for part in parts if part is not None for p in part.parameters()], rate)
+            for parts, rate in rates
+        ]
+        return [(parameters, rate) for parameters, rate in groups if parameters]
+
+    def find_start(
         self,
         model: Callable[..., Any],
         args: Sequence[Any] = (),
@@ -422,11 +445,10 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             if not bool(part.isfinite().all())
         ]
         rows = is_defined.all(-1)
-        warnings.warn(
+        warn(
             f"At {int((~rows).sum())} of {rows.numel()} draws the model's log-density has no derivative with respect "
             f"to {', '.join(sites)}, as the square root of a number that underflows to 0. Such draws are taken to be "
-            "where guide and model agree, which leaves them out of the gradient; this is said once.",
-            stacklevel=2,
+            "where guide and model agree, which leaves them out of the gradient; this is said once."
         )
 
     def get_base_dist(self) -> dist.TorchDistribution:

@@ -1,6 +1,5 @@
 """Running an encoder: its parameters belong to the guide, and its features have a row for each datum."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowkit._pyro import silence
+from pyro_flowkit.warning import warn
 
 
 def encode(encoder: Callable[..., Tensor], args: tuple, kwargs: dict, context_dim: int) -> Tensor:
@@ -46,10 +46,9 @@ def warn_of_untrained(features: Tensor, guide: nn.Module) -> None:
     known |= {id(parameter) for parameter in pyro.get_param_store()._params.values()}
     unknown = sum(id(leaf) not in known for leaf in _leaves(features))
     if unknown:
-        warnings.warn(
+        warn(
             f"The encoder's features depend on {unknown} parameters that neither the guide nor the param store knows, "
-            "so that SVI does not train them: give the encoder as a module, or call pyro.module in it.",
-            stacklevel=4,
+            "so that SVI does not train them: give the encoder as a module, or call pyro.module in it."
         )
 
 

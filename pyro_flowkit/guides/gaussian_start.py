@@ -10,7 +10,6 @@ L-BFGS: the latents of each site are a Gaussian then whose location and log scal
 """
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -36,8 +35,10 @@ from pyro_flowkit.guides.modes import (
 from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.ops.quasi_random import normal_draws
+from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
+from pyro_flowkit.warning import warn
 
 if TYPE_CHECKING:
     from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
@@ -64,8 +65,7 @@ class GaussianStart:
     ):
         self._guide, self._density = guide, density
         self.room = Room(guide, density)
-        tensors = guide.state_dict() if tensors is None else tensors
-        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.tensors = copied(guide.state_dict() if tensors is None else tensors)
 
     @classmethod
     def of(
@@ -91,10 +91,9 @@ class GaussianStart:
         is_fresh = _is_gaussian(guide, hierarchical=False)
         if density.obstacle is not None:
             if is_fresh:
-                warnings.warn(
+                warn(
                     f"The search for the best Gaussian is left out, so training starts at {type(guide).__name__}'s own "
-                    f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}.",
-                    stacklevel=3,
+                    f"start and has farther to go: the model is not run for many draws at a time: {density.obstacle}."
                 )
             return None
         if not is_fresh:
@@ -123,6 +122,10 @@ class GaussianStart:
                 _fit_hierarchy(density, component.hierarchy, component.affine, deadline)
         return cls(guide, density)
 
+    def take_over(self) -> None:
+        """Let the guide as it is now be the start."""
+        self.tensors = copied(self._guide.state_dict())
+
     @torch.no_grad()
     def keep_better(self) -> bool:
         """Go back to the start unless the flow is better; with a warning if much was lost.
@@ -134,7 +137,7 @@ class GaussianStart:
             Whether the trained guide was kept.
         """
         self._density.look_again()
-        now = {name: tensor.clone() for name, tensor in self._guide.state_dict().items()}
+        now = copied(self._guide.state_dict())
         trained, spread_trained = self._elbos()
         self._load(self.tensors)
         first, spread_first = self._elbos()
@@ -151,11 +154,10 @@ class GaussianStart:
         if not gain >= -MIN_LOSS and not room < MIN_ROOM:
             is_gaussian = _is_gaussian(self._guide, hierarchical=True)
             place = "Gaussian" if is_gaussian else "trained flow"
-            warnings.warn(
+            warn(
                 f"The spline flow of {type(self._guide).__name__} ended {-gain:.3g} nats below the {place} that it "
                 f"started from, so the guide is that {place} again. More particles, more steps or a smaller learning "
-                "rate may help.",
-                stacklevel=3,
+                "rate may help."
             )
         return False
 
@@ -250,7 +252,7 @@ def _refined_modes(
     found = separate(density, refined)
     several = comparable(found)
     if len(several) > guide.num_components:
-        warnings.warn(_several_modes(guide, several), stacklevel=4)
+        warn(_several_modes(guide, several))
     return found
 
 

@@ -35,7 +35,6 @@ References:
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +45,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit._pyro import before_saving
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.warning import warn
 
 SHRINK = 0.01  # of the gradients
 MOMENTUM = 0.9  # of Adam and its relatives
@@ -325,10 +325,9 @@ class Pace(nn.Module):
     def _warn(self, what: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"{what} in the training of an AutoSplineFlow: its parameters did not follow. The model's density may "
-                "overflow where the guide draws; this is said once, however often it happens.",
-                stacklevel=2,
+                "overflow where the guide draws; this is said once, however often it happens."
             )
 
     def _parameters_in_order(self) -> list[nn.Parameter]:

@@ -1,28 +1,104 @@
-"""How guides want to be trained."""
+"""How guides want to be trained, and how they take part in :func:`pyro_flowkit.fit`.
 
+Any guide takes part that has these methods, whoever wrote it: a ``recipe()``, and where it knows of a good place to
+start from what a :class:`StartingGuide` has.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from pyro_flowkit.guides.room import Room
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say: plain values.
+    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say; None leaves it to the defaults.
 
     Attributes:
         lr: initial learning rate of Adam.
-        affine_lr: the same for the parameters of the affine map, which moves ten times as far in a step of a given
-            rate; it needs less once it has started at the best Gaussian.
-        hierarchy_lr: the same for those of the hierarchical affine map, whose outputs are divided by the square root of
-            the number of their terms.
         num_particles: draws of the guide in a step.
         scheduler: name of the learning rate's schedule.
+        warmup_steps: over so many first steps the rates rise in a line: Adam's first steps move every parameter by the
+            whole rate, whatever its gradient, and would lose much of a start that is nearly right.
         max_steps: optimizer steps.
-        gaussian_start: begin at the best Gaussian that is found without noise, and do not end below it.
+        clip_norm: largest norm of the gradient.
     """
 
-    lr: float = 3e-3
-    affine_lr: float = 9e-4
-    hierarchy_lr: float = 6e-3
-    num_particles: int = 128
-    scheduler: str = "flat_cosine"
-    max_steps: int = 4000
-    gaussian_start: bool = True
+    lr: float | None = None
+    num_particles: int | None = None
+    scheduler: str | None = None
+    warmup_steps: int = 0
+    max_steps: int | None = None
+    clip_norm: float | None = None
+
+
+class StartingPoint(Protocol):
+    """Where a guide's training started, and the way back there.
+
+    Attributes:
+        tensors: the guide's ``state_dict`` at that start.
+        room: what the guide has left to gain.
+    """
+
+    tensors: dict[str, Tensor]
+    room: Room
+
+    def take_over(self) -> None:
+        """Let the guide as it is now be the start."""
+
+    def keep_better(self) -> bool:
+        """Go back to the start unless the trained guide is better; whether that was kept."""
+
+
+@runtime_checkable
+class StartingGuide(Protocol):
+    """A guide that finds a place to start from, and does not end below it."""
+
+    def find_start(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        max_seconds: float = 30.0,
+        found: Mapping[str, Tensor] | None = None,
+    ) -> StartingPoint | None:
+        """Go there; None, with nothing done, where there is no way to.
+
+        Args:
+            model: the model that the guide will be trained on.
+            args: its arguments, with all of the data.
+            kwargs: its keyword arguments.
+            max_seconds: of the search.
+            found: the ``tensors`` of an earlier start, to go on from there without a search.
+        """
+
+    def parameter_groups(self) -> Sequence[tuple[Sequence[Tensor], float]]:
+        """Parameters that have, after such a start, another learning rate than the recipe's, with that rate."""
+
+    def room(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Room | None:
+        """What is left to gain on a model; None where that cannot be told."""
+
+
+def recipe_of(guide: Any) -> Recipe:
+    """What the guide says of its training: nothing, where it has no ``recipe()``.
+
+    Raises:
+        TypeError: If it says it in anything else than a :class:`Recipe`.
+    """
+    say = getattr(guide, "recipe", None)
+    recipe = say() if callable(say) else Recipe()
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"expected recipe() of {type(guide).__name__} to return a pyro_flowkit.guides.Recipe, "
+            f"got {type(recipe).__name__}"
+        )
+    return recipe

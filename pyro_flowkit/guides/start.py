@@ -22,6 +22,7 @@ from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.transforms.affine import Affine
+from pyro_flowkit.warning import warn
 
 # a setup looks at a few points only
 PRIOR_DRAWS = 10
@@ -69,7 +70,7 @@ class Start(WithoutMasked):
                 candidates[name], tried[name] = at, self._tried(density, at)
         best = max(tried, key=lambda name: tried[name])
         if not tried[best][0]:
-            warnings.warn(self._no_start(density, candidates, best), stacklevel=2)
+            warn(self._no_start(density, candidates, best))
         if best != "the prior's medians":
             self._start_at(candidates[best])
         return candidates[best]

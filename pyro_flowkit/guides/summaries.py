@@ -9,7 +9,6 @@ allows (:mod:`pyro_flowkit.ops.psis`).
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
 from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
+from pyro_flowkit.warning import warn
 
 MAX_ROWS = 1000  # that pass through the model at a time
 
@@ -271,11 +271,10 @@ def chosen_by(log_weights: Tensor, num_samples: int, guide: str) -> Tensor:
     smoothed, pareto_k = psis(log_weights)
     threshold = pareto_k_threshold(log_weights.shape[-1])
     if not float(pareto_k.max()) <= threshold:
-        warnings.warn(
+        warn(
             f"The importance weights of {guide} have pareto k {float(pareto_k.max()):.2f}, above {threshold:.2f}: "
             "resampled draws cannot be trusted to follow the posterior. Train longer, or run NUTS in the coordinates "
-            "of the guide (NeuTraReparam).",
-            stacklevel=3,
+            "of the guide (NeuTraReparam)."
         )
     return torch.multinomial(smoothed.softmax(-1), num_samples, replacement=True)
 

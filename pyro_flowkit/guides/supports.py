@@ -37,6 +37,7 @@ from pyro_flowkit.guides.bijections import (
     PositiveDefinite,
     StickBreaking,
 )
+from pyro_flowkit.warning import warn
 
 MOVE = 0.1  # of the unconstrained latents, as the first draws of a guide are
 CHECK_EVERY = 100  # calls, as each check waits for the device
@@ -254,10 +255,9 @@ class Edges:
         for name, rate in self._rates.items():
             if name not in self._warned and float(rate) > MAX_EDGE_RATE:
                 self._warned.add(name)
-                warnings.warn(
+                warn(
                     f"Expected draws of {name!r} within the numbers of their dtype, got {float(rate):.2g} values a "
                     "draw at the edge of its support: what lies beyond is cut off, and ELBO and evidence are too "
                     "low. Run model and guide in float64 (torch.set_default_dtype(torch.float64)), which reaches "
-                    "nearer to 0, or let the model sample a logarithm or logit.",
-                    stacklevel=2,
+                    "nearer to 0, or let the model sample a logarithm or logit."
                 )

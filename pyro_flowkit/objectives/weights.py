@@ -14,7 +14,6 @@ an estimate, and a bound through its logarithm is no bound: that is refused.
 """
 
 import math
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from pyro_flowkit.objectives.scales import (
     shared_by_all,
 )
 from pyro_flowkit.programs.sites import PARTICLES, Site, is_scored
+from pyro_flowkit.warning import warn
 
 Plate = tuple[str, int]  # name and dimension
 
@@ -208,11 +208,10 @@ def _warn_of_sequential_plates(run: Run, data: set[Plate]) -> None:
     loops = [{frame.name for frame in frames if not frame.vectorized} for frames in sites]
     common = set.intersection(*loops) if loops else set()
     if common and not data:
-        warnings.warn(
+        warn(
             f"The plate {min(common)!r} is sequential (a for loop), so that all of its data have one weight per "
             "particle in common, and the bound is looser than with one for each datum. A vectorised plate, "
-            f"with pyro.plate({min(common)!r}, size):, gives each its own.",
-            stacklevel=5,
+            f"with pyro.plate({min(common)!r}, size):, gives each its own."
         )
 
 

@@ -30,11 +30,12 @@ ArviZ 0.23 rounds up instead of down, and the two agree where ``3 sqrt(S)`` is a
 """
 
 import math
-import warnings
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+
+from pyro_flowkit.warning import warn
 
 MIN_DRAWS = 25
 """The fewest draws whose tail, a fifth of them, can be fitted."""
@@ -88,10 +89,9 @@ def psis(log_weights: Tensor, *, dim: int | None = None) -> tuple[Tensor, Tensor
             "that are NaN or +inf"
         )
     if num_draws < MIN_DRAWS:
-        warnings.warn(
+        warn(
             f"Expected at least {MIN_DRAWS} draws for Pareto smoothing, got {num_draws}: "
-            "the weights are left as they are and pareto k is inf",
-            stacklevel=2,
+            "the weights are left as they are and pareto k is inf"
         )
         return log_weights.detach().clone(), log_weights.new_full(batch_shape, math.inf)
 

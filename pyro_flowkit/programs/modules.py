@@ -29,6 +29,11 @@ def modules_of(*functions: Any) -> list[nn.Module]:
     return found
 
 
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share nothing with the originals."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
 def registered_modules(*programs: Callable[..., Any] | None) -> dict[str, nn.Module]:
     """Modules by the name that they have in the param store, without those that the programs belong to."""
     entries: dict[str, dict[str, Tensor]] = {}

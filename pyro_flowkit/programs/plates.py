@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 
 from pyro_flowkit.programs.sites import (
     enumerated_names,
@@ -121,20 +122,24 @@ class TrainingRows(Messenger):
 
     def __init__(self, data_size: int, whole_size: int) -> None:
         super().__init__()
-        self._whole, self.share = whole_size, data_size / whole_size
-
-    def change(self, trace: Any) -> bool:
-        """Whether a program has such plates."""
-        return self.share < 1 and any(self._is_in(site) for _, site in scored_sites(trace))
+        self._rows, self._whole = data_size, whole_size
 
     def _pyro_sample(self, msg: Any) -> None:
-        if self._is_in(msg):
-            msg["scale"] = msg["scale"] * self.share
-
-    def _is_in(self, site: Any) -> bool:
-        return any(
-            f.full_size == self._whole and f.size < self._whole for f in site["cond_indep_stack"]
-        )
+        if site_is_subsample(msg):
+            fn = msg["fn"]
+            if msg["value"] is None and (fn.size, fn.subsample_size) == (self._whole, self._rows):
+                msg["value"] = torch.arange(
+                    self._rows, device=fn.device
+                )  # all that there are, the same at every run
+            return
+        frames = msg["cond_indep_stack"]
+        whole = [frame.full_size == self._whole and frame.size < self._whole for frame in frames]
+        if any(whole):
+            msg["cond_indep_stack"] = tuple(
+                frame._replace(full_size=self._rows) if is_whole else frame
+                for frame, is_whole in zip(frames, whole, strict=True)
+            )
+            msg["scale"] = msg["scale"] * self._rows / self._whole
 
 
 def _all_in_one_plate(model_trace: Any, guide_trace: Any, batch_size: int) -> bool:

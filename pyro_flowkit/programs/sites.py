@@ -103,3 +103,9 @@ def innermost(fn: Any) -> Any:
 def is_point_mass(fn: Any) -> bool:
     """Whether a distribution is a ``Delta``, whatever it is wrapped in."""
     return isinstance(innermost(fn), Delta)
+
+
+def gives_points(guide_trace: poutine.Trace) -> bool:
+    """Whether all that a guide has are values without a density (``AutoDelta``, or Delta by hand), at one point."""
+    sites = [site for _, site in scored_sites(guide_trace) if not site["is_observed"]]
+    return bool(sites) and all(is_point_mass(site["fn"]) for site in sites)

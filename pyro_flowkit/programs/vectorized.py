@@ -13,7 +13,6 @@ A way is taken only if it gives the log-densities of plain runs: at every site, 
 first, and for one at calls 1, 2, 4, 8 and so on and wherever the shapes of arguments are new.
 """
 
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,6 +38,7 @@ from pyro_flowkit.programs.runs import (
     scaled,
     stacked,
 )
+from pyro_flowkit.warning import warn
 
 Way = Literal["graph", "plate", "rows"]
 WAYS: tuple[Way, ...] = ("graph", "plate", "rows")
@@ -307,10 +307,9 @@ class Vectorized:
             self.way = "rows"
         what = "recording of the model" if before == "graph" else "model in a plate of draws"
         instead = "in a plate of draws" if self.way == "plate" else "one draw after the other"
-        warnings.warn(
+        warn(
             f"The {what} does not hold any more, {reason}: from now on it is run {instead}, which takes longer. "
-            "Numbers that change from step to step belong into its arguments, as tensors.",
-            stacklevel=2,
+            "Numbers that change from step to step belong into its arguments, as tensors."
         )
         return self._densities(values, rows, args, kwargs)
 

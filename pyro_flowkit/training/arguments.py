@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.training.callbacks import Callback
-from pyro_flowkit.training.losses import Variational
+from pyro_flowkit.warning import warn
 
 MAX_FAR = 0.5  # of the rows
 
@@ -120,51 +119,6 @@ def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
     return _as_tensor(data, name)
 
 
-def check_finite_rows(rows: Sequence[torch.Tensor], name: str = "data") -> None:
-    """Raises a ValueError that names the rows with NaN or infinite numbers, which no flow has a density for."""
-    bad = rows_without_numbers(rows)
-    if bad:
-        raise ValueError(f"expected finite {name}, got {_in_words(bad, len(rows[0]))}")
-
-
-def check_rows_of_model(loss: Variational, rows: Sequence[torch.Tensor], size: int) -> None:
-    """Raises a ValueError that names the rows with NaN or infinite numbers, unless the model means them.
-
-    It does, by a mask for one, where it has a density for a batch with such rows.
-
-    Args:
-        loss: Of the model, after a first run.
-        rows: The data.
-        size: Rows of a batch.
-    """
-    bad = rows_without_numbers(rows)
-    others = sorted(set(range(len(rows[0]))) - set(bad)) if bad else []
-    if not others:
-        return
-    with_bad, without = (
-        tuple(tensor[chosen[:size]] for tensor in rows) for chosen in (bad + others, others)
-    )
-    if not loss.is_finite(with_bad) and loss.is_finite(without):
-        raise ValueError(
-            f"expected finite data, got {_in_words(bad, len(rows[0]))}, at which the model has no density: leave "
-            "these rows out, or mask what is missing (obs_mask)"
-        )
-
-
-def rows_without_numbers(rows: Sequence[torch.Tensor]) -> list[int]:
-    """The rows with NaN or infinite numbers in any of the tensors."""
-    bad: set[int] = set()
-    for tensor in rows:
-        finite = tensor.isfinite().reshape(len(tensor), -1).all(-1)
-        bad.update((~finite).nonzero()[:, 0].tolist())
-    return sorted(bad)
-
-
-def _in_words(bad: Sequence[int], count: int) -> str:
-    some = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-    return f"NaN or inf in {len(bad)} of {count} rows: {some}"
-
-
 @torch.no_grad()
 def warn_of_far_rows(model: Any, rows: torch.Tensor) -> None:
     """Warns where most of the rows are where the splines of a flow are linear, before it is trained on them."""
@@ -176,10 +130,9 @@ def warn_of_far_rows(model: Any, rows: torch.Tensor) -> None:
     far = (inside.abs() > model.bound).reshape(-1, model.input_dim).double().mean(0)
     worst = int(far.argmax())
     if float(far[worst]) > MAX_FAR:
-        warnings.warn(
+        warn(
             f"{float(far[worst]):.0%} of the rows are beyond the splines' bound of {model.bound:g} in column {worst}, "
-            "where the flow is linear and has far to go: fit(flow.standardize(data), data=data).",
-            stacklevel=4,
+            "where the flow is linear and has far to go: fit(flow.standardize(data), data=data)."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_flowkit.training.state import copied
+from pyro_flowkit.programs.modules import copied
 
 TAIL = 0.5
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from pyro_flowkit.training.files import DamagedFileError, read_file, write_file
 from pyro_flowkit.training.lock import HeldError, locked
 from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.warning import warn
 
 KIND = "checkpoint"
 KEPT = 2
@@ -64,7 +64,7 @@ class Checkpoints:
                 problems.append(error)
                 continue
             for problem in problems:
-                warnings.warn(f"{problem}. The one before it is taken.", stacklevel=3)
+                warn(f"{problem}. The one before it is taken.")
             return content
         if problems:
             raise DamagedFileError(f"{problems[0]}. Without it, the fit would start afresh.")
@@ -107,11 +107,10 @@ class Checkpoints:
                 self._write(step, made)
             except (OSError, RuntimeError) as error:
                 if not self._warned:
-                    warnings.warn(
+                    warn(
                         f"expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
                         "Training goes on.",
                         RuntimeWarning,
-                        stacklevel=7,
                     )
                 self._warned = True
         self.saved, self._next = step, time.perf_counter() + self._every

@@ -123,10 +123,15 @@ class Divergence:
         return self.training if self._validation is None else self._validation
 
     def add(self, step: int, steps: list[float], validation: float | None) -> None:
-        """Takes in the objective of the steps of a window, and the validation after it; NaN says nothing."""
+        """Takes in the objective of the steps of a window, and the validation after it.
+
+        NaN says nothing, and a density of 0 nothing of a fall where there was never another.
+        """
         self.training.see(steps)
         self.training.add(step, *level_and_spread(steps))
-        if self._validation is not None and validation is not None and validation == validation:
+        if self._validation is None or validation is None or math.isnan(validation):
+            return
+        if math.isfinite(validation) or math.isfinite(self._validation.best[1]):
             self._validation.add(step, validation)
 
     @property

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.divergence import Divergence
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.state import Tensors, copied, write_into
+from pyro_flowkit.training.state import Tensors, write_into
 from pyro_flowkit.training.validation import Best, Validator, Window
+from pyro_flowkit.warning import warn
 
 
 class Judge:
@@ -76,7 +77,7 @@ class Judge:
         news = self._divergence.news()
         if news:
             kept = f"restore_best=True ends with the best state so far, of step {self._best.step}"
-            warnings.warn(f"{news}. {kept}", RuntimeWarning, stacklevel=6)
+            warn(f"{news}. {kept}", RuntimeWarning)
         return found
 
     def has_stalled(self, patience: int | None) -> bool:
@@ -105,7 +106,7 @@ class Judge:
         """
         text, is_new = self._divergence.conclusion(kept)
         if is_new and not failed:
-            warnings.warn(text, RuntimeWarning, stacklevel=5)
+            warn(text, RuntimeWarning)
         return text
 
     def can_judge_last(self) -> bool:
@@ -134,10 +135,9 @@ class Judge:
             failed = True
         average = None if failed else self._average
         if average is not None and not average.count:
-            warnings.warn(
+            warn(
                 "expected the fit to reach the steps that average='tail' is taken over, the second half of its budget, "
-                "got an earlier end: nothing is averaged",
-                stacklevel=5,
+                "got an earlier end: nothing is averaged"
             )
             average = None
         if failed and not self._best.mean >= self._first_elbo:  # nothing better than the beginning

@@ -1,123 +1,58 @@
 """The training loop: one pass of step, judge, record, until a reason to stop.
 
-A step is: batch, loss, gradient, finite?, clip, learning rate, update. After every window of steps
-the state is judged (see judge.py), which decides about the best state and about stopping.
-Between two steps everything that the next one depends on can be saved and put back.
+Steps are taken in steps.py. After every window of them the state is judged (see judge.py), which decides about the best
+state and about stopping.
 """
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from pyro_flowkit.training.callbacks import FitState
-from pyro_flowkit.training.checkpoint import Checkpoints
-from pyro_flowkit.training.data import Batches
-from pyro_flowkit.training.faults import Interruption, caused_by_numbers, worst_site
+from pyro_flowkit.training.faults import Interruption
 from pyro_flowkit.training.files import check_plain
 from pyro_flowkit.training.identity import check_probe, probe
-from pyro_flowkit.training.judge import Judge
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
-from pyro_flowkit.training.optimizer import (
-    GradientNorm,
-    load_optimizer_state,
-    load_parameter_state,
-    optimizer_state,
-)
-from pyro_flowkit.training.progress import Bar
-from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.result import HISTORY, FitResult, history_columns
-from pyro_flowkit.training.schedule import Schedule
-from pyro_flowkit.training.state import copied, random_state, set_random_state
+from pyro_flowkit.training.losses import Variational
+from pyro_flowkit.training.plan import Plan
+from pyro_flowkit.training.result import FitResult, history_columns
+from pyro_flowkit.training.state import random_state, set_random_state
+from pyro_flowkit.training.steps import NON_FINITE_LIMIT, Steps
 from pyro_flowkit.training.tolerance import Tolerance
+from pyro_flowkit.warning import warn
 
-NON_FINITE_LIMIT = 10
 MAX_SKIPPED = 0.1  # of the steps, without a word
 INTERRUPTIONS = ("interrupted", "terminated")
 
 
-@dataclass
-class Limits:
-    """When to stop; None means never for that reason."""
-
-    max_steps: int | None
-    max_seconds: float | None
-    patience: int | None
-    steps_reason: str = "max_steps"
-    patience_reason: str = "patience"
-
-    def used(self, step: int, seconds: float) -> float:
-        """Share of the budget that is gone."""
-        by_steps = step / self.max_steps if self.max_steps else 0.0
-        by_seconds = seconds / self.max_seconds if self.max_seconds else 0.0
-        return max(by_steps, by_seconds)
-
-
 class Loop:
-    """One fit; ``run`` returns its result. The arguments are those of ``fit``, resolved."""
+    """One fit; ``run`` returns its result.
 
-    def __init__(
-        self,
-        loss: MaximumLikelihood | Variational,
-        batches: Batches,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        limits: Limits,
-        *,
-        ranks: Ranks,
-        judge: Judge,
-        kl_weight: Callable[[int, float], float] | None,
-        clip_norm: float | None,
-        restore_best: bool,
-        non_finite: str,
-        callbacks: Sequence[Any],
-        trackers: Any,  # as `safely` makes them
-        checkpoints: Checkpoints | None,
-        extra: dict[str, Any],
-        keep_better: Callable[[], bool] | None,
-        tolerance: Tolerance | None,
-        notes: tuple[str, ...],
-        state: FitState,
-        bar: Bar,
-    ) -> None:
-        self._loss, self._batches = loss, batches
-        self._optimizer, self._schedule, self._limits = optimizer, schedule, limits
-        self._ranks, self._judge, self._kl_weight = ranks, judge, kl_weight
-        self._clip_norm, self._restore_best = clip_norm, restore_best
-        self._non_finite, self._callbacks, self._trackers = non_finite, callbacks, trackers
-        self._checkpoints, self._extra = checkpoints, extra
-        self._keep_better, self._tolerance = keep_better, tolerance
-        self._notes, self._state, self._bar = notes, state, bar
-        self._history: list[list[float]] = []
-        self._skipped = self._in_a_row = 0
-        self._updated = 0  # the last step that was not skipped
-        self._last_failure = ""
+    Raises:
+        ValueError: If the plan goes on from a checkpoint that is of another model, guide or optimizer.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._state, self._loss = plan, plan.state, plan.loss
+        self._batches, self._limits, self._judge = plan.batches, plan.limits, plan.judge
+        self._ranks, self._trackers, self._tolerance = plan.ranks, plan.trackers, plan.tolerance
+        self._steps = Steps(plan)
         self._warned_of_validation = False
-        self._seconds = self._before = 0.0  # that the fit has taken; of them before it was resumed
-        self._optimizer_awaits: dict[str, Any] = {}
         self._reason = self._divergence = ""
-        self._gradient_norm = GradientNorm()
         self._is_final = False  # ended for good, not by a limit or a wish
+        if plan.earlier is not None:
+            self._load(plan.earlier)
 
-    def run(self, settings: Mapping[str, Any]) -> FitResult:
-        """Trains until a limit, a plateau, a callback, an interruption or persistent NaN.
-
-        Args:
-            settings: What to tell the trackers of the call.
-        """
-        checkpoints = self._checkpoints
+    def run(self) -> FitResult:
+        """Trains until a limit, a plateau, a callback, an interruption or persistent NaN."""
+        checkpoints = self._plan.checkpoints
         with (
             Interruption() as self._interruption,
             checkpoints.held() if checkpoints else nullcontext(),
         ):
-            self._train(settings)
+            self._train()
             try:
                 kept = self._finish()
             except KeyboardInterrupt:
@@ -130,21 +65,24 @@ class Loop:
             self._trackers.end(summary)
             return result
 
-    def _train(self, settings: Mapping[str, Any]) -> None:
+    def _train(self) -> None:
         """All steps; what ended them is the reason."""
         state = self._state
         self._call("on_start")
-        self._bar.begin_at(state.step)
-        if self._checkpoints is not None:  # what cannot be written is better known now
-            check_plain({"schedule": self._schedule.state_dict()})
-        self._trackers.start({key: str(value) for key, value in settings.items()}, state.step)
-        self._start = time.perf_counter()
-        with warnings.catch_warnings(), self._bar:
+        plan = self._plan
+        plan.bar.begin(state.step, self._limits.max_steps, per_datum=plan.has_data)
+        if self._plan.checkpoints is not None:  # what cannot be written is better known now
+            check_plain({"schedule": self._plan.schedule.state_dict()})
+        self._trackers.start(
+            {key: str(value) for key, value in self._plan.settings.items()}, state.step
+        )
+        self._steps.begin()
+        with warnings.catch_warnings():
             # Non-finite steps are counted and reported here, once, instead of by each warning.
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+inf|-inf)")
             try:
                 if not self._is_final:
-                    self._reason = self._steps()
+                    self._reason = self._run_steps()
                 self._save()
                 if self._reason not in INTERRUPTIONS and self._judge.can_judge_last():
                     self._judged()
@@ -154,7 +92,7 @@ class Loop:
                 self._trackers.end({"stop_reason": type(error).__name__, "steps": state.step})
                 raise
 
-    def _steps(self) -> str:
+    def _run_steps(self) -> str:
         state, limits = self._state, self._limits
         if state.stop is not None:  # before it began
             return state.stop
@@ -165,11 +103,11 @@ class Loop:
         while True:
             if limits.max_steps is not None and state.step >= limits.max_steps:
                 return limits.steps_reason
-            if limits.max_seconds is not None and self._seconds >= limits.max_seconds:
+            if limits.max_seconds is not None and self._steps.seconds >= limits.max_seconds:
                 return "max_seconds"
-            if self._checkpoints is not None and self._checkpoints.is_due():
+            if self._plan.checkpoints is not None and self._plan.checkpoints.is_due():
                 self._save()
-            self._step(limits.used(state.step, self._seconds))
+            self._steps.take(limits.used(state.step, self._steps.seconds))
             ended = self._judged() if self._judge.is_due else ""
             self._is_final = bool(ended)
             try:
@@ -178,11 +116,11 @@ class Loop:
                 self._interruption.reason = "interrupted"
             if ended:
                 return ended
-            if self._in_a_row >= NON_FINITE_LIMIT:
-                where = worst_site(self._loss, self._batches[state.step - 1])
+            if self._steps.have_failed:
+                where = self._steps.where_it_failed()
                 self._is_final = True
                 return (
-                    f"non-finite at step {state.step}: {self._last_failure} "
+                    f"non-finite at step {state.step}: {self._steps.last_failure} "
                     f"({NON_FINITE_LIMIT} steps in a row){f'; {where}' if where else ''}"
                 )
             stop = self._wish_to_stop()
@@ -200,106 +138,24 @@ class Loop:
             return INTERRUPTIONS[code - 2]
         return self._state.stop or ("stopped by another process" if code else None)
 
-    def _step(self, used: float) -> None:
-        state, loss = self._state, self._loss
-        self._schedule.before_step(used)
-        if self._kl_weight is not None and isinstance(loss, Variational):
-            loss.kl_weight = self._kl_weight(state.step, used)
-        loss.begin_step(state.step)
-        parameters = loss.parameters()
-        batch = self._batches[state.step]
-        for parameter in parameters:
-            parameter.grad = None
-        failure = ""
-        try:
-            value = loss.backward(batch)
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            if state.step == 0 or not caused_by_numbers(error):
-                raise
-            value, failure = math.nan, " ".join(str(error).split())[:300]
-        seconds = self._meet(self._before + time.perf_counter() - self._start)
-        if loss.fresh:
-            self._take_fresh()
-        value = self._ranks.average(parameters, value)
-        # While this list lives, the optimizer need not make objects of the gradients a second time.
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm_tensor = self._gradient_norm(parameters, grads)
-        norm = math.nan if failure else norm_tensor.item()
-        if not failure and not math.isfinite(value):
-            failure = f"loss {value}"
-        if not failure and not math.isfinite(norm):
-            failure = f"gradient norm {norm}"
-        state.step += 1
-        state.epoch = (state.step - 1) // (self._batches.steps_per_epoch or state.step)
-        state.elbo, state.learning_rate = -value, self._schedule.learning_rate
-        if failure:
-            self._skip(failure)
-        else:
-            self._in_a_row, self._updated = 0, state.step
-            if self._clip_norm is not None and norm > self._clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm_tensor)
-            self._optimizer.step()
-            self._schedule.after_step()
-            self._judge.add(-value, used)
-        self._seconds = seconds
-        record = [state.step, -value, state.learning_rate, norm, seconds, math.nan]
-        self._history.append(record)
-        self._bar.step(state, seconds)
-        if self._trackers:
-            self._trackers.log(state.step, dict(zip(HISTORY[1:-1], record[1:-1], strict=True)))
-
-    def _meet(self, seconds: float) -> float:
-        """Agree with the other processes on the time, and that all have the same new parameters."""
-        new = len(self._loss.fresh)
-        seconds, most, least = self._ranks.largest(seconds, new, -new)
-        if most != -least:
-            raise ValueError(
-                f"expected the same parameters on every process, got {new} new ones on this one and up to {most:g} on "
-                f"another at step {self._state.step + 1}"
-            )
-        return seconds
-
-    def _take_fresh(self) -> None:
-        """Parameters that came into being late join the first group."""
-        group, names = self._optimizer.param_groups[0], self._loss.names()
-        self._ranks.broadcast(self._loss.fresh)
-        for parameter in self._loss.fresh:
-            group["params"].append(parameter)
-            saved = self._optimizer_awaits.pop(names[id(parameter)], None)
-            if saved is not None:
-                load_parameter_state(self._optimizer, group, parameter, saved)
-        self._loss.fresh.clear()
-
-    def _skip(self, failure: str) -> None:
-        if self._non_finite == "raise":
-            where = worst_site(self._loss, self._batches[self._state.step - 1])
-            raise FloatingPointError(
-                f"expected a finite loss and gradient at step {self._state.step}, got {failure}"
-                + (f"; {where}" if where else "")
-            )
-        self._skipped += 1
-        self._in_a_row += 1
-        self._last_failure = failure
-
     def _judged(self) -> str:
         """Judges the state at the end of a window; the reason why the fit should stop, empty if it should not."""
-        found = self._judge.judge(self._updated)
+        found = self._judge.judge(self._steps.updated)
         if found is not None:
             if not math.isfinite(found) and not self._warned_of_validation:
                 self._warned_of_validation = True
-                warnings.warn(
+                warn(
                     f"expected a finite objective on the validation data, got {found} at step {self._state.step}: "
                     "states that cannot be judged are not kept",
                     RuntimeWarning,
-                    stacklevel=6,
                 )
-            self._state.validation = self._history[-1][-1] = found
+            self._state.validation = self._steps.history[-1][-1] = found
             self._call("on_validation")
             self._trackers.log(self._state.step, {"validation": found})
         if self._tolerance is not None and self._is_near(self._tolerance):
             return "tolerance"
         limits = self._limits
-        if not (self._judge.has_stalled(limits.patience) and self._schedule.on_plateau()):
+        if not (self._judge.has_stalled(limits.patience) and self._plan.schedule.on_plateau()):
             return ""
         lost = self._judge.has_diverged and limits.patience_reason != "patience"
         return "diverged" if lost or limits.patience is None else limits.patience_reason
@@ -323,102 +179,82 @@ class Loop:
 
     def _end_at(self, step: int | None) -> None:
         self._limits.max_steps = step
-        self._bar.end_at(step)
+        self._plan.bar.end_at(step)
 
     def _finish(self) -> int:
         """Puts the parameters that are kept in place; the step that they are from."""
-        failed = self._in_a_row >= NON_FINITE_LIMIT
-        best = self._restore_best and self._reason != "tolerance"  # which the last state has met
-        kept = self._judge.put_in_place(self._updated, best=best, failed=failed)
+        failed = self._steps.have_failed
+        best = (
+            self._plan.options.restore_best and self._reason != "tolerance"
+        )  # which the last state has met
+        kept = self._judge.put_in_place(self._steps.updated, best=best, failed=failed)
         self._divergence = self._judge.conclude(kept, failed=failed)
-        if self._keep_better is not None:
-            kept = kept if self._ranks.share(self._keep_better()) else 0
+        if self._plan.keep_better is not None:
+            kept = kept if self._ranks.share(self._plan.keep_better()) else 0
             self._ranks.broadcast(self._loss.tensors().values())
         if self._tolerance is not None:
             self._state.gap = self._tolerance.at_the_end(kept)
         self._loss.set_mode(training=False)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._plan.schedule.optimizer.zero_grad(set_to_none=True)
         if failed:
-            warnings.warn(f"fit stopped early: {self._reason}", RuntimeWarning, stacklevel=4)
-        elif self._skipped > MAX_SKIPPED * self._state.step:
-            warnings.warn(
-                f"{self._skipped} of {self._state.step} steps were left out, the last one for its "
-                f"{self._last_failure}: look at the data of those steps, or at where the model has no density",
+            warn(f"fit stopped early: {self._reason}", RuntimeWarning)
+        elif self._steps.skipped > MAX_SKIPPED * self._state.step:
+            warn(
+                f"{self._steps.skipped} of {self._state.step} steps were left out, the last one for its "
+                f"{self._steps.last_failure}: look at the data of those steps, or at where the model has no density",
                 RuntimeWarning,
-                stacklevel=4,
             )
         return kept
 
     def _save(self) -> None:
         """Writes a checkpoint, where there is a place for it."""
-        if self._checkpoints is not None:
+        if self._plan.checkpoints is not None:
             self._trackers.flush()
-            self._checkpoints.save(self._state.step, self._content)
+            self._plan.checkpoints.save(self._state.step, self._content)
 
     def _content(self) -> dict[str, Any]:
         """All that the next step depends on, and what was recorded so far."""
         return {
-            **self._extra,
-            "step": self._state.step,
-            "seconds": self._seconds,
+            **self._plan.extra,
+            **self._steps.state_dict(),
             "ended": self._reason if self._is_final else None,
-            "tensors": copied(self._loss.tensors()),
-            "optimizer": optimizer_state(self._optimizer, self._loss.names()),
-            "schedule": self._schedule.state_dict(),
             "batches": self._batches.state_dict(),
             "random": self._ranks.gather(random_state()),
             "judge": self._judge.state_dict(),
             "tolerance": None if self._tolerance is None else self._tolerance.state_dict(),
-            "counts": [self._skipped, self._in_a_row, self._updated],
-            "last_failure": self._last_failure,
             "validation": self._state.validation,
             "objective": probe(self._loss, self._batches),
-            "history": torch.tensor(self._history, dtype=torch.float64).reshape(-1, len(HISTORY)),
         }
 
-    def load(self, content: Mapping[str, Any]) -> None:
-        """Goes on from the content of a checkpoint.
-
-        Raises:
-            ValueError: If it is of another model, guide or optimizer.
-        """
-        self._loss.load(content["tensors"], self._batches[0])
-        self._optimizer_awaits = load_optimizer_state(
-            self._optimizer, content["optimizer"], self._loss.names()
-        )
-        self._take_fresh()
+    def _load(self, content: Mapping[str, Any]) -> None:
+        """Goes on from the content of a checkpoint."""
+        self._steps.load_state_dict(content)
         check_probe(content["objective"], probe(self._loss, self._batches))
-        self._schedule.load_state_dict(content["schedule"])
         self._judge.load_state_dict(content["judge"])
         if self._tolerance is not None and content["tolerance"] is not None:
             self._tolerance.load_state_dict(content["tolerance"])
             if self._tolerance.end is not None:
                 self._end_at(self._tolerance.end)
-        self._skipped, self._in_a_row, self._updated = content["counts"]
-        self._last_failure = content["last_failure"]
-        self._history = content["history"].tolist()
-        self._state.step, self._state.validation = content["step"], content["validation"]
-        self._seconds = self._before = content["seconds"]
-        if self._history:
-            _, self._state.elbo, self._state.learning_rate, *_ = self._history[-1]
+        self._state.validation = content["validation"]
         self._reason, self._is_final = content["ended"] or "", content["ended"] is not None
         self._batches.load_state_dict(content["batches"])
         set_random_state(content["random"][self._ranks.number])
 
     def _call(self, hook: str) -> None:
-        for callback in self._callbacks:
+        for callback in self._plan.options.callbacks:
             getattr(callback, hook)(self._state)
 
     def _result(self, kept: int) -> FitResult:
         return FitResult(
             model=self._state.model,
             guide=self._state.guide,
-            history=history_columns(self._history),
+            history=history_columns(self._steps.history),
             stop_reason=self._reason,
             best_step=kept,
-            skipped_steps=self._skipped,
-            notes=self._notes,
+            skipped_steps=self._steps.skipped,
+            notes=self._plan.notes,
             divergence=self._divergence,
             gap=self._state.gap,
+            is_point=isinstance(self._loss, Variational) and self._loss.is_point,
             param_names=tuple(self._loss.param_names),
         )

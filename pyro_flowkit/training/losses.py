@@ -21,6 +21,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
+from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.programs.derivative import Graph
 from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
@@ -33,6 +34,7 @@ from pyro_flowkit.programs.plates import (
 )
 from pyro_flowkit.programs.sites import (
     enumerated_names,
+    gives_points,
     latent_names,
     scored_sites,
     unscaled_log_prob,
@@ -186,20 +188,15 @@ class MaximumLikelihood(Loss):
 
     def __init__(self, flow: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         super().__init__(args, kwargs, flow)
+        self.model = flow
         self.log_prob: Callable[..., torch.Tensor] = flow.log_prob
 
     def prepare(self, batch: Batch, sizes: tuple[int, int] | None, check: bool) -> None:
         """Lists the parameters, after a first evaluation that may create some.
 
         Raises:
-            ValueError: If the first batch holds NaN, or ``log_prob`` is not one value per row.
+            ValueError: If ``log_prob`` is not one value per row.
         """
-        for tensor in batch:
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise ValueError(
-                    f"expected data without NaN, got {int(tensor.isnan().sum())} NaN among "
-                    f"{tensor.numel()} values"
-                )
         log_prob = self.touch(batch)
         if batch and log_prob.shape != batch[0].shape[:1]:
             raise ValueError(
@@ -218,6 +215,14 @@ class MaximumLikelihood(Loss):
         """log p of every row, shape ``(B,)``."""
         return self.log_prob(*batch, *self._args, **self._kwargs)
 
+    def is_finite(self, batch: Batch) -> bool:
+        """Whether all rows have finite densities; the caller's random numbers are left alone."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            try:
+                return bool(self.row_log_probs(batch).isfinite().all())
+            except Exception:  # a module that is given other rows may do anything
+                return False
+
     def loss(self, batch: Batch) -> torch.Tensor:
         return -self.row_log_probs(batch).mean()
 
@@ -235,7 +240,12 @@ class FlowMatching(MaximumLikelihood):
 
 
 class Variational(Loss):
-    """-ELBO / N of a Pyro model and guide."""
+    """-ELBO / N of a Pyro model and guide.
+
+    Attributes:
+        model: The model as it is trained, whose plates of all rows stand for those that are trained on.
+        is_point: Whether the guide puts every latent at a point, after :meth:`prepare`.
+    """
 
     def __init__(
         self,
@@ -244,15 +254,23 @@ class Variational(Loss):
         args: tuple,
         kwargs: dict[str, Any],
         has_guide: bool,
+        rows: TrainingRows | None = None,
     ) -> None:
         super().__init__(args, kwargs, model, guide)
-        self._model, self._guide = model, guide
-        self._programs = (model, guide)  # as the objective runs them
+        self.model, self._guide = model, guide
+        if rows is not None:
+            self.model = rows(model)
+            if not isinstance(
+                guide, AutoSplineFlow
+            ):  # which is called by other names, and has no plates
+                self._guide = rows(guide)
+        self._programs = (self.model, self._guide)  # as the objective runs them
         self._vectorized: Callable[..., Any] | None = None
         self._weight: KLWeight | None = None
         self._has_guide = has_guide
         self._normalizer = 1.0
         self._sizes: dict[int, float] = {}
+        self.is_point = False
         self.enumerated: list[str] = []  # sites that the objective sums out
         self.objective = Trace_ELBO()
 
@@ -311,28 +329,11 @@ class Variational(Loss):
             )
         if self._has_guide:
             check_guided(model_trace, guide_trace)
+            self.is_point = gives_points(guide_trace)
         if batch:
             if check and sizes is not None:
                 check_plates(model_trace, guide_trace, len(batch[0]), *sizes)
             self._normalizer = effective_size(model_trace, len(batch[0]))
-            if sizes is not None:
-                self._count_rows(TrainingRows(*sizes), model_trace)
-
-    def _count_rows(self, rows: TrainingRows, model_trace: Any) -> None:
-        """Let plates of all rows, where there are any, stand for the training rows."""
-        if not rows.change(model_trace):
-            return
-        self._normalizer *= rows.share
-        if isinstance(self._objective, LatentELBO):  # which runs the model without handlers
-            count, nesting = self._objective.num_particles, self._objective.max_plate_nesting
-            self.objective = Trace_ELBO(
-                count, max_plate_nesting=nesting, vectorize_particles=count > 1
-            )
-        self._model, self._guide = rows(self._model), rows(self._guide)
-        model, guide = self._programs
-        self._programs = rows(model), rows(guide)
-        if self._vectorized is not None:
-            self._vectorized = self._programs[0]
 
     def touch(self, batch: Batch) -> tuple[Any, Any]:
         with ParamCapture(self.param_names, self.awaited) as capture:
@@ -348,7 +349,7 @@ class Variational(Loss):
 
     def traces(self, batch: Batch) -> tuple[Any, Any]:
         """Traces of model and guide on a batch, without gradients."""
-        return trace_pair(self._model, self._guide, (*batch, *self._args), self._kwargs)
+        return trace_pair(self.model, self._guide, (*batch, *self._args), self._kwargs)
 
     def begin_step(self, number: int) -> None:
         if isinstance(self._objective, LatentELBO):
@@ -420,7 +421,7 @@ class Variational(Loss):
         if isinstance(objective, LatentELBO):
             objective.kl_weight = 1.0
         with poutine.block():
-            model = self._vectorized or self._model
+            model = self._vectorized or self.model
             total = objective.loss(model, self._guide, *batch, *self._args, **self._kwargs)
         if isinstance(objective, LatentELBO):
             objective.kl_weight = weight

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import warnings
 import weakref
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.programs.modules import DIVIDER, modules_of
+from pyro_flowkit.warning import warn
 
 _names: set[str] = set()  # that were ever trained under
 _owners: weakref.WeakValueDictionary[str, PyroModule] = weakref.WeakValueDictionary()
@@ -40,18 +40,16 @@ def separate_names(*programs: Any) -> None:
         if owner is not None and owner is not module and _lends(owner):
             kind = type(module).__name__
             if _parameters(owner) & _parameters(module):
-                warnings.warn(
+                warn(
                     f"This {kind} shares its parameters with another live one of the same name, {name!r}: training one "
-                    "changes the other. Train it before the other is called, or call pyro.clear_param_store() between.",
-                    stacklevel=3,
+                    "changes the other. Train it before the other is called, or call pyro.clear_param_store() between."
                 )
                 continue
             numbered = (f"{name or kind}_{i}" for i in itertools.count(1))
             own = next(candidate for candidate in numbered if candidate not in _owners)
-            warnings.warn(
+            warn(
                 f"The param store holds the parameters of another live {type(owner).__name__} under the name of this "
-                f"{kind}, {name!r}: this one is trained by itself, under the name {own!r}.",
-                stacklevel=3,
+                f"{kind}, {name!r}: this one is trained by itself, under the name {own!r}."
             )
             module._pyro_set_supermodule(own, module._pyro_context)
             name = own

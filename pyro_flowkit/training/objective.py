@@ -6,7 +6,6 @@ that is wrong.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,12 @@ from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMe
 from pyro.infer.autoguide import AutoContinuous
 
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.guides.recipe import recipe_of
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
+from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
 from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.warning import warn
 
 MAX_SEQUENTIAL = 8
 AT_ONCE: tuple[Way, ...] = ("graph", "plate")
@@ -34,6 +36,7 @@ def chosen_loss(
     *,
     objective: ELBO | str | None,
     num_particles: int | None,
+    rows: TrainingRows | None = None,
 ) -> MaximumLikelihood | Variational:
     """Flow matching of a module with ``matching_loss``, maximum likelihood of another with ``log_prob`` and no guide,
     else the ELBO of a Pyro model.
@@ -45,6 +48,7 @@ def chosen_loss(
         args, kwargs: What follows the batch in a call.
         objective: The caller's estimator of the ELBO, "likelihood" for that of a module with ``log_prob``, or None.
         num_particles: Its particles, or None: those of the guide's recipe, where there is one.
+        rows: Lets plates of all rows stand for those that are trained on, where some are held out.
 
     Raises:
         TypeError: If the objective is no ``pyro.infer.ELBO``.
@@ -60,15 +64,15 @@ def chosen_loss(
             return FlowMatching(model, args, kwargs)
         return MaximumLikelihood(model, args, kwargs)
     program = no_guide if guide is None else guide
-    loss = Variational(model, program, args, kwargs, guide is not None)
+    loss = Variational(model, program, args, kwargs, guide is not None, rows)
     if objective is not None:
         loss.objective = checked_objective(objective, num_particles, program)
         return loss
-    wished = getattr(recipe_of(guide), "num_particles", None)
+    wished = recipe_of(guide).num_particles
     inputs = (*batch, *args)
     count = num_particles or wished or 1
     found = many_particles(
-        count, num_particles is None, model, program, inputs, kwargs, num_varying=len(batch)
+        count, num_particles is None, loss.model, program, inputs, kwargs, num_varying=len(batch)
     )
     if isinstance(found, Vectorized):
         own = guide.elbo(found, count) if isinstance(guide, AutoSplineFlow) else None
@@ -79,12 +83,6 @@ def chosen_loss(
     else:
         loss.objective = Trace_ELBO(num_particles=found)
     return loss
-
-
-def recipe_of(guide: Any) -> Any:
-    """What the guide says of its training, or None."""
-    recipe = getattr(guide, "recipe", None)
-    return recipe() if callable(recipe) else None
 
 
 def many_particles(
@@ -117,11 +115,10 @@ def many_particles(
         if fewer < count
         else f", which takes about {count} times as long as {count} at once"
     )
-    warnings.warn(
+    warn(
         f"The model is not run for many particles at a time. {complaint[:1].upper()}{complaint[1:]}. A step runs "
         f"{fewer} particles one after the other{cost}. torch.where instead of an if, tensors instead of numbers, and "
-        "random numbers as arguments or sites of the guide let a model be recorded.",
-        stacklevel=4,
+        "random numbers as arguments or sites of the guide let a model be recorded."
     )
     return fewer
 
@@ -157,11 +154,10 @@ def checked_objective(objective: ELBO | str, particles: int | None, guide: Progr
             and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
             and not getattr(objective, "own_gradient", False)
         ):
-            warnings.warn(
+            warn(
                 f"path_gradient of {type(part).__name__} has no effect under "
                 f"{type(objective).__name__}: only Trace_ELBO, JitTrace_ELBO and TraceGraph_ELBO use "
-                "it. The gradient is the ordinary one; path_gradient=False says so too.",
-                stacklevel=4,
+                "it. The gradient is the ordinary one; path_gradient=False says so too."
             )
     return objective
 

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pyro_flowkit.training.callbacks import FitState
 
 
 class Bar:
-    """A tqdm bar, or nothing.
-
-    Args:
-        show: False is silent.
-        total: Number of steps, where known.
-        per_datum: Whether the ELBO is per datum.
-    """
+    """A tqdm bar from the call on, or nothing: it says what is done before the first step, too."""
 
     interval = 0.2
     memory = 0.98
 
-    def __init__(self, show: bool, total: int | None, per_datum: bool) -> None:
-        self._bar = None
-        self._unit = "nats/datum" if per_datum else "nats"
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._unit = "nats"
         self._smoothed = self._weight = self._shown = 0.0
         self._pending = 0
-        if show:
-            from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, unit="step", desc="fit", dynamic_ncols=True)
+    def open(self) -> None:
+        """Shows it; without this call all others do nothing."""
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(unit="step", desc="fit", dynamic_ncols=True)
+
+    def say(self, phase: str) -> None:
+        """Says what is being done besides steps."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(phase)
+
+    def begin(self, step: int, total: int | None, *, per_datum: bool) -> None:
+        """Begins with the steps.
+
+        Args:
+            step: How many were done before.
+            total: How many there are at most, where known.
+            per_datum: Whether the ELBO is per datum.
+        """
+        self._unit = "nats/datum" if per_datum else "nats"
+        if self._bar is not None:
+            self._bar.set_postfix_str("", refresh=False)
+            self._bar.reset(total)  # the clock, too: it gives the steps per second
+            self._bar.initial = self._bar.n = step
+            self._bar.refresh()
 
     def step(self, state: FitState, seconds: float) -> None:
         """Takes in a step; redraws a few times per second at most."""
@@ -59,12 +76,6 @@ class Bar:
         if self._bar is not None:
             self._bar.total = total
 
-    def begin_at(self, step: int) -> None:
-        """Says how many steps were done before."""
-        if self._bar is not None and step:
-            self._bar.initial = self._bar.n = step
-            self._bar.refresh()
-
     def __enter__(self) -> Bar:
         return self
 
@@ -72,3 +83,4 @@ class Bar:
         if self._bar is not None:
             self._bar.update(self._pending)
             self._bar.close()
+            self._bar = None

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.arguments import as_tensors
 from pyro_flowkit.training.data import as_rows
 from pyro_flowkit.training.device import moved
 from pyro_flowkit.training.result import FitResult, Restart
-from pyro_flowkit.training.state import copied
 
 Run = Callable[..., FitResult]
 

@@ -13,9 +13,15 @@ import numpy as np
 import pyro
 import torch
 
-from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
+from pyro_flowkit.programs.modules import (
+    DIVIDER,
+    buffers_of,
+    copied,
+    modules_of,
+    registered_modules,
+)
 from pyro_flowkit.training.files import read_file, write_file
-from pyro_flowkit.training.state import check_fit, copied, module_tensors, write_into
+from pyro_flowkit.training.state import check_fit, module_tensors, write_into
 
 KIND = "fit result"
 HISTORY = ("step", "elbo", "learning_rate", "grad_norm", "seconds", "validation")
@@ -83,6 +89,8 @@ class FitResult:
         divergence: By how much the objective has fallen below its best, and what to do, where that is far; else "".
         gap: What is left between log evidence and ELBO, an estimate by importance sampling, of an ``AutoSplineFlow``
             whose model can be run for many draws at a time (nats); else None.
+        is_point: Whether the guide is a point estimate (Delta) of all latents, as ``AutoDelta`` is. "elbo" is then
+            log p(x, z) there: no bound on the evidence, and no number to compare with one.
         restarts: How each of several fits ended, where there were several (``restarts=``).
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
     """
@@ -96,6 +104,7 @@ class FitResult:
     notes: tuple[str, ...] = ()
     divergence: str = ""
     gap: float | None = None
+    is_point: bool = False
     restarts: tuple[Restart, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
     param_names: tuple[str, ...] = ()
@@ -108,7 +117,8 @@ class FitResult:
             f"best_step={self.best_step}",
         ]
         if elbo is not None:
-            parts.append(f"elbo={elbo:.5g} (mean of the last {count} steps)")
+            name = "log_joint" if self.is_point else "elbo"
+            parts.append(f"{name}={elbo:.5g} (mean of the last {count} steps)")
         if len(self.validation["elbo"]):
             parts.append(f"validation={self.validation['elbo'].max():.5g} (best)")
         if self.gap is not None:
@@ -125,7 +135,9 @@ class FitResult:
         rows = {
             "stopped by": self.stop_reason,
             "steps": f"{len(self.history['step']):,}; the state of step {self.best_step:,} was kept",
-            "ELBO": "" if elbo is None else f"{elbo:.5g} nats, mean of the last {count:,} steps",
+            "log p(x, z) at the point" if self.is_point else "ELBO": (
+                "" if elbo is None else f"{elbo:.5g} nats, mean of the last {count:,} steps"
+            ),
             "validation": f"{validations.max():.5g} nats, the best" if len(validations) else "",
             "gap": "" if self.gap is None else f"{self.gap:.2g} nats",
             "steps left out": self.skipped_steps or "",
@@ -162,7 +174,7 @@ class FitResult:
         """
         from pyro_flowkit.diagnostics import plot_elbo
 
-        return plot_elbo(self.history, ax=ax)
+        return plot_elbo(self, ax=ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes parameters, buffers and history as plain tensors.
@@ -181,6 +193,7 @@ class FitResult:
             "notes": list(self.notes),
             "divergence": self.divergence,
             "gap": self.gap,
+            "is_point": self.is_point,
             "restarts": [restart.plain() for restart in self.restarts],
             "versions": self.versions,
         }
@@ -212,6 +225,7 @@ class FitResult:
             notes=tuple(content["notes"]),
             divergence=content["divergence"],
             gap=content["gap"],
+            is_point=content["is_point"],
             restarts=tuple(Restart(**restart) for restart in content["restarts"]),
             versions=content["versions"],
             param_names=tuple(content["params"]),

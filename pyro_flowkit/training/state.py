@@ -38,11 +38,6 @@ def evaluating(modules: list[nn.Module]) -> Iterator[None]:
 Tensors = dict[str, Tensor]
 
 
-def copied(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Copies that share nothing with the originals."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
 def check_fit(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Checks that every saved tensor has a live one to go to.
 

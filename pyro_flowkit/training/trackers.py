@@ -13,10 +13,11 @@ from __future__ import annotations
 import csv
 import os
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from pyro_flowkit.warning import warn
 
 Settings = Mapping[str, str | int | float]
 Row = tuple[int, dict[str, float]]
@@ -205,11 +206,10 @@ class _Safe:
                 if hook == "start" and isinstance(error, (TypeError, ValueError)):
                     raise  # the caller's mistake, and nothing is lost yet
                 self._trackers.remove(tracker)
-                warnings.warn(
+                warn(
                     f"{type(tracker).__name__} failed in {hook} and is left out from here on; the fit goes on. "
                     f"{type(error).__name__}: {error}",
                     RuntimeWarning,
-                    stacklevel=4,
                 )
 
 

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.data import Batch, Device, as_batch
 from pyro_flowkit.training.faults import caused_by_numbers
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.state import Tensors, copied, evaluating
+from pyro_flowkit.training.state import Tensors, evaluating
 
 VALIDATION_SEED = 20190511
 
@@ -38,10 +39,18 @@ class Validator:
         held_out: Tensors with ``M`` rows each, or a DataLoader.
         chunk: Most rows per evaluation, of tensors; the chunks' means are weighted by their rows.
         device: Where to put the batches of a DataLoader; None leaves them.
+        check: Of the batches of a DataLoader, with their name, at the first call.
     """
 
-    def __init__(self, held_out: Batch | DataLoader, chunk: int, device: Device = None) -> None:
+    def __init__(
+        self,
+        held_out: Batch | DataLoader,
+        chunk: int,
+        device: Device = None,
+        check: Callable[[Batch, str], None] | None = None,
+    ) -> None:
         self._held_out, self._chunk, self._device = held_out, chunk, device
+        self._check = check
 
     def __call__(self, loss: _Evaluates, ranks: Ranks) -> float:
         """Objective per held-out datum (nats); several processes share the work."""
@@ -69,8 +78,12 @@ class Validator:
 
     def _batches(self) -> Iterator[Batch]:
         if isinstance(self._held_out, DataLoader):
-            for batch in self._held_out:
-                yield as_batch(batch, "every batch of val_data", self._device)
+            for number, given in enumerate(self._held_out):
+                batch = as_batch(given, "every batch of val_data", self._device)
+                if self._check is not None:
+                    self._check(batch, f"batch {number} of val_data")
+                yield batch
+            self._check = None
             return
         for start in range(0, len(self._held_out[0]), self._chunk):
             yield tuple(tensor[start : start + self._chunk] for tensor in self._held_out)

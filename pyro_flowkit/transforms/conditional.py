@@ -1,6 +1,5 @@
 """Transforms whose map depends on a context, and what they become when the context is given."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from pyro_flowkit.transforms.base import (
     pushed_by_inverse,
     tensors_in,
 )
+from pyro_flowkit.warning import warn
 
 
 class ConditionalFlowTransformModule(nn.Module):
@@ -202,12 +202,11 @@ class ConditionedTransform(Bijection):
         own = self.context.shape[:-1]
         if own.numel() > 1 and x.shape[:-1] == own + own:
             shape = tuple(own)
-            warnings.warn(
+            warn(
                 f"Mapped {shape} values for each of {shape} contexts. The batch of a context is part of the batch "
                 f"shape under {type(self.transform).__name__}: for one draw for each context, as sample({shape}) "
                 "gives with the transforms of pyro.distributions, call sample(). A FlowDistribution, or a SplineFlow, "
-                "draws the square without this warning.",
-                stacklevel=4,
+                "draws the square without this warning."
             )
 
     def tracked_tensors(self) -> list[Tensor]:

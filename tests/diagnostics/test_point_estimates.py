@@ -14,6 +14,7 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 
+from pyro_flowkit import fit
 from pyro_flowkit.diagnostics import (
     compare_guides,
     diagnose,
@@ -24,6 +25,7 @@ from pyro_flowkit.diagnostics import (
     reweight,
 )
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.training import FitResult
 
 X = torch.tensor([0.3, 1.2, 0.9])
 START = init_to_value(values={"a": torch.tensor(0.6), "s": torch.tensor(0.8)})
@@ -130,6 +132,94 @@ def test_a_datum_at_a_point_has_no_bound():
 
     with pytest.raises(ValueError, match=r"point estimate \(Delta\).*'z'"):
         pointwise_bounds(local, guide, X, num_samples=10)
+
+
+def follows(x):
+    a = pyro.sample("a", dist.Normal(0.5, 0.4))
+    pyro.sample("s", dist.Delta((a / 2).exp()))
+
+
+def follows_a_kind(x):
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("a", dist.Delta(torch.tensor([0.3, 0.9])[k.long()]))
+
+
+def test_a_point_that_follows_from_another_latent_has_no_density_of_its_own():
+    bounds = evidence_bounds(model, follows, args=(X,), num_samples=4000, seed=0)
+    assert bounds.attrs["point_estimates"] == "s" and list(bounds["latent"].values) == ["a"]
+    a = torch.linspace(-8.0, 8.0, 4001)
+    s = (a / 2).exp()
+    joint = dist.Normal(0.0, 1.0).log_prob(a) + dist.LogNormal(0.0, 1.0).log_prob(s)
+    joint = joint + dist.Normal(a[:, None], s[:, None]).log_prob(X).sum(-1)
+    right = joint.logsumexp(0) + torch.log(a[1] - a[0])
+    assert float(bounds["log_evidence"]) == pytest.approx(float(right), abs=0.05)
+    assert "s is at a point estimate" in diagnose(bounds).reason
+
+    def mixture(x):
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        a = pyro.sample("a", dist.Normal(k, 1.0))
+        pyro.sample("x", dist.Normal(a, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    bounds = evidence_bounds(mixture, follows_a_kind, args=(X,), num_samples=200, seed=0)
+    assert bounds.attrs["point_estimates"] == "a"
+
+
+def from_one_number(x):
+    u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    pyro.sample("a", dist.Delta(0.4 * u, log_density=torch.tensor(0.4).log().neg()))
+    pyro.sample("s", dist.Delta(u.exp(), log_density=-u))
+
+
+def from_nowhere(x):
+    pyro.sample("a", dist.Normal(0.5, 0.4))
+    pyro.sample("s", dist.Delta(torch.randn(()).exp()))
+
+
+@pytest.mark.parametrize(
+    ("guide", "counts"), [(from_one_number, "2 .* 1"), (from_nowhere, "1 .* 0")]
+)
+def test_more_numbers_in_deltas_than_behind_them_have_no_density(guide, counts):
+    words = counts.replace(".*", "numbers in Delta sites, .*, that follow from")
+    with pytest.raises(ValueError, match=f"a guide with a density, got {words} of auxiliary sites"):
+        evidence_bounds(model, guide, args=(X,), num_samples=50)
+
+
+def test_a_delta_with_as_many_auxiliary_numbers_has_a_density():
+    def guide(x):
+        u = pyro.sample(
+            "u", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer={"is_auxiliary": True}
+        )
+        log_density = -torch.tensor(0.4).log()
+        pyro.sample("a", dist.Delta(0.5 + 0.4 * u[..., 0], log_density=log_density))
+        s = (0.4 * u[..., 1]).exp()
+        pyro.sample("s", dist.Delta(s, log_density=log_density - s.log()))
+
+    def plain(x):
+        pyro.sample("a", dist.Normal(0.5, 0.4))
+        pyro.sample("s", dist.LogNormal(0.0, 0.4))
+
+    found = [evidence_bounds(model, g, args=(X,), num_samples=4000, seed=0) for g in (guide, plain)]
+    assert "point_estimates" not in found[0].attrs
+    assert float(found[0]["elbo"]) == pytest.approx(float(found[1]["elbo"]), abs=0.1)
+
+
+@pytest.mark.parametrize("make", [auto_delta, lambda: by_hand], ids=["AutoDelta", "by hand"])
+def test_a_fit_of_a_point_has_no_elbo(make, tmp_path):
+    pyro.clear_param_store()
+    guide = make()
+    result = fit(model, guide, args=(X,), max_steps=2, progress=False)
+    assert result.is_point and "log_joint=" in repr(result) and "elbo=" not in repr(result)
+    assert "log p(x, z) at the point" in result._repr_html_()
+    assert result.plot().get_ylabel() == "log p(x, z) at the point (nats)"
+    result.save(tmp_path / "fit.pt")
+    assert FitResult.load(tmp_path / "fit.pt", model, guide).is_point
+
+
+@pytest.mark.parametrize("make", [in_parts, lambda: flow_guide(), lambda: AutoNormal(model)])
+def test_a_fit_of_a_guide_with_a_density_has_an_elbo(make):
+    pyro.clear_param_store()
+    result = fit(model, make(), args=(X,), max_steps=1, num_particles=1, progress=False)
+    assert not result.is_point and "elbo=" in repr(result)
 
 
 def test_a_certain_discrete_latent_has_a_density():

@@ -105,7 +105,7 @@ def test_given_start_is_honoured_and_fit_moves_the_cut_away_from_the_mass() -> N
     guide = make_guide(init_loc_fn=start, init_scale=0.2).setup(AT_THE_CUT)
     assert float(guide.median()["theta"]) == pytest.approx(0.3, abs=1e-5)
     assert float(guide.get_posterior().variance.sqrt()) == pytest.approx(0.2, rel=0.05)
-    guide.start_at_gaussian(direction, (AT_THE_CUT,))
+    guide.find_start(direction, (AT_THE_CUT,))
     value, _ = elbo(guide, direction, AT_THE_CUT)
     assert value == pytest.approx(log_evidence(AT_THE_CUT, 4.0), abs=0.01)
     assert float(guide.median()["theta"].cos()) < -0.99

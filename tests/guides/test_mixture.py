@@ -76,7 +76,7 @@ def test_weights_that_are_wrong_are_learned_in_a_loop_of_ones_own(num_particles,
 
 def test_fit_learns_weights_that_are_wrong():
     guide = AutoSplineFlow(unequal, **TINY).setup()
-    guide.start_at_gaussian(unequal)
+    guide.find_start(unequal)
     guide.mixture.restart([0.0, 1.0])
     perturb_(guide.flow, 0.01)  # no fresh Gaussian: it stays where it is
     fit(unequal, guide, lr=0.02, num_particles=16, max_steps=100, progress=False)
@@ -234,7 +234,7 @@ def test_without_a_second_mode_components_start_side_by_side():
         pyro.sample("z", dist.Normal(torch.tensor([1.0, -2.0, 3.0]), 2.0).to_event(1))
 
     guide = AutoSplineFlow(model, **{**TINY, "num_components": 3}).setup()
-    guide.start_at_gaussian(model)
+    guide.find_start(model)
     locs = torch.stack([c.affine.loc.detach() for c in guide.components])
     assert torch.pdist(locs).min() > 0.5 and torch.pdist(locs).max() < 2.1
     assert guide.mixture.log_weights.exp().tolist() == pytest.approx([1 / 3] * 3, abs=1e-3)
@@ -264,7 +264,7 @@ def test_more_modes_than_components_are_said():
 
 def test_a_mixture_that_got_worse_goes_back_to_its_gaussians():
     guide = AutoSplineFlow(unequal, **TINY).setup()
-    start = guide.start_at_gaussian(unequal)
+    start = guide.find_start(unequal)
     guide.mixture.restart([0.0, 3.0])
     assert start is not None and not start.keep_better()
     assert guide.mixture.log_weights.exp().tolist() == pytest.approx([0.7, 0.3], abs=0.01)
@@ -272,7 +272,7 @@ def test_a_mixture_that_got_worse_goes_back_to_its_gaussians():
 
 def test_summaries_are_those_of_both_modes():
     guide = AutoSplineFlow(unequal, **TINY).setup()
-    guide.start_at_gaussian(unequal)
+    guide.find_start(unequal)
     quantiles = guide.quantiles([0.15, 0.65])["z"]
     assert quantiles.tolist() == pytest.approx([-6.0, 6.0], abs=0.1)
     assert torch.equal(guide.quantiles([0.15, 0.65])["z"], quantiles)

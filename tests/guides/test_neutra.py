@@ -20,7 +20,7 @@ def funnel() -> None:
 def test_nuts_samples_a_funnel_in_the_coordinates_of_the_guide() -> None:
     pyro.set_rng_seed(0)
     guide = AutoSplineFlow(funnel, num_transforms=2, hidden_dims=[8], count_bins=4).setup()
-    assert guide.start_at_gaussian(funnel) is not None
+    assert guide.find_start(funnel) is not None
     neutra = NeuTraReparam(guide)
     mcmc = MCMC(
         NUTS(neutra.reparam(funnel), max_tree_depth=3),

@@ -107,7 +107,7 @@ def test_errors_are_in_posterior_standard_deviations() -> None:
 def test_terrain_has_the_evidence_and_the_posterior_that_importance_sampling_finds() -> None:
     target = targets()["terrain"]
     guide = AutoSplineFlow(target.model).setup(*target.args)
-    guide.start_at_gaussian(target.model, target.args)
+    guide.find_start(target.model, target.args)
     evidence = guide.evidence(*target.args, num_samples=10_000, seed=0)
     assert abs(evidence.log_evidence - target.log_evidence) < 4 * evidence.standard_error < 0.02
     drawn = guide.resample(5000, *target.args, num_proposals=20_000, seed=0)

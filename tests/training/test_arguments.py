@@ -205,6 +205,83 @@ def test_a_model_without_a_density_at_some_rows_says_which(batch_size):
         trained(missing, AutoNormal(missing), data=y, batch_size=batch_size, max_steps=2)
 
 
+def validated(y):
+    """The same, where Pyro validates."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 2000, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore:Expected a start where the model's log-density")
+@pytest.mark.parametrize("make", [AutoNormal, AutoSplineFlow])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_what_pyro_refuses_at_some_rows_says_which(make, batch_size):
+    y = torch.zeros(2000)  # of so many Pyro's own error shows neither the numbers nor the rows
+    y[[333, 1717]] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or inf in 2 of 2000 rows: 333, 1717.*obs_mask"):
+        trained(validated, make(validated), data=y, batch_size=batch_size, max_steps=2)
+
+
+class OfUsers(torch.nn.Module):
+    """A module with a density that is no flow of ours; it may know what to do with NaN."""
+
+    def __init__(self, means_them):
+        super().__init__()
+        self.shift, self.means_them = torch.nn.Parameter(torch.zeros(())), means_them
+
+    def log_prob(self, y):
+        known = y.isfinite() if self.means_them else torch.ones_like(y, dtype=torch.bool)
+        return known * -0.5 * (torch.where(known, y, 0.0) - self.shift).square()
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_rows_of_a_module_with_a_density_are_looked_at(as_loader):
+    y = torch.zeros(20)
+    y[[3, 17]] = torch.nan
+    data = DataLoader(TensorDataset(y), batch_size=10) if as_loader else y
+    found = (
+        "batch 0 of the DataLoader, got NaN or inf in 1 of 10" if as_loader else "data, got .* 2"
+    )
+    with pytest.raises(ValueError, match=f"finite {found}.*rows: 3"):
+        trained(OfUsers(False), data=data)
+    assert trained(OfUsers(True), data=data).skipped_steps == 0
+
+
+@pytest.mark.parametrize("program", [missing, validated])
+@pytest.mark.parametrize("row", [3, 17])
+def test_rows_of_a_loader_for_a_model_are_named_in_its_first_epoch(program, row):
+    y = torch.zeros(20)
+    y[row] = torch.nan
+    loader = DataLoader(TensorDataset(y), batch_size=5)
+    said = (
+        rf"finite batch {row // 5} of the DataLoader.* 1 of 5 rows: {row % 5}, at which the model"
+    )
+    with pytest.raises(ValueError, match=said):
+        trained(program, AutoNormal(program), data=loader, max_steps=8, check_plates=False)
+
+
+@pytest.mark.parametrize("model", [None, missing])
+def test_rows_held_out_are_looked_at(model):
+    y = torch.zeros(20) if model else X[:20].clone()
+    held_out = y.clone()
+    held_out[7] = torch.nan
+    for val_data, name in (
+        (held_out, "val_data, got NaN or inf in 1 of 20 rows: 7"),
+        (DataLoader(TensorDataset(held_out), batch_size=5), "batch 1 of val_data, got .* rows: 2"),
+    ):
+        guide = None if model is None else AutoNormal(model)
+        with pytest.raises(ValueError, match=f"expected finite {name}"):
+            trained(model, guide, data=y, val_data=val_data, max_steps=3)
+
+
+def test_rows_of_a_loader_that_a_model_means_go_on():
+    y = torch.zeros(20)
+    y[[3, 17]] = torch.nan
+    loader = DataLoader(TensorDataset(y), batch_size=5)
+    result = trained(masked, AutoNormal(masked), data=loader, val_data=loader, max_steps=8)
+    assert result.skipped_steps == 0 and len(result.history["elbo"]) == 8
+
+
 @pytest.mark.parametrize("batch_size", [None, 5])
 @pytest.mark.parametrize(("model", "guide"), [(masked, None), (imputed, imputing_guide)])
 def test_a_model_that_means_its_missing_numbers_goes_on(model, guide, batch_size):

@@ -3,7 +3,9 @@
 import itertools
 import os
 import pickle
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyro_flowkit import SplineFlow
 from pyro_flowkit.guides import AutoSplineFlow, latent_elbo
-from pyro_flowkit.training import Callback, DamagedFileError, FitResult, FitState, fit
+from pyro_flowkit.training import Callback, DamagedFileError, FitResult, FitState, fit, lock
 from pyro_flowkit.training.checkpoint import KIND
 from pyro_flowkit.training.files import read_file, write_file
 
@@ -380,27 +382,92 @@ class AnotherFit(Callback):
             self.said = str(error)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
+class WindowsLocks:
+    """What ``msvcrt`` has of locks: of bytes from where a file is on, for one opening of it."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, int], int] = {}
+
+    def locking(self, number: int, mode: int, count: int) -> None:
+        assert (mode, count) == (self.LK_NBLCK, 1)
+        start = os.lseek(number, 0, os.SEEK_CUR)
+        assert start > 10_000, "bytes that are locked cannot be read"
+        inode = os.fstat(number).st_ino
+        holder = self.held.get((inode, start), number)
+        if holder != number and is_opening_of(inode, holder):
+            raise PermissionError(13, "Permission denied")
+        self.held[inode, start] = number
+
+
+def is_opening_of(inode: int, number: int) -> bool:
+    try:
+        return os.fstat(number).st_ino == inode
+    except OSError:  # it is closed
+        return False
+
+
+class NoLocks:
+    """``fcntl`` on a file system that has no locks."""
+
+    LOCK_EX = LOCK_NB = 0
+
+    def flock(self, *arguments) -> None:
+        raise OSError(37, "No locks available")
+
+
+SYSTEMS = {
+    "this": {},
+    "Windows": {"fcntl": None, "msvcrt": WindowsLocks()},
+    "no locks": {"fcntl": NoLocks()},
+}
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, module in SYSTEMS[request.param].items():
+        monkeypatch.setattr(lock, name, module)
+    return request.param
+
+
 @pytest.mark.parametrize("resume", [False, True])
-def test_two_fits_in_one_folder_do_not_mix(rows: torch.Tensor, tmp_path: Path, resume) -> None:
+def test_two_fits_in_one_folder_do_not_mix(
+    rows: torch.Tensor, tmp_path: Path, resume, system
+) -> None:
     options = {"max_steps": 2, "seed": 0, "checkpoint_dir": tmp_path, "progress": False}
     other = AnotherFit(rows, resume=resume, **options)
     density(rows, callbacks=[other], **options)
     assert f"in which process {os.getpid()} on " in other.said
     assert density(rows, resume=True, **options).stop_reason == "max_steps"
-    assert not (tmp_path / ".lock").exists()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
 def test_the_lock_of_a_process_that_has_died_is_taken_over(
-    rows: torch.Tensor, tmp_path: Path
+    rows: torch.Tensor, tmp_path: Path, system
 ) -> None:
-    (tmp_path / ".lock").write_text("process 1 on elsewhere (since yesterday)\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], stdout=subprocess.PIPE
+    )
+    text = f"process {int(ended.stdout)} on {socket.gethostname()} (since yesterday)\n"
+    (tmp_path / (".lock.held" if system == "no locks" else ".lock")).write_text(text)
     options = {"max_steps": 2, "seed": 0, "checkpoint_dir": tmp_path, "progress": False}
     assert density(rows, **options).stop_reason == "max_steps"
 
 
-def test_a_fit_that_fails_gives_its_folder_back(rows: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("holder", ["process 1 on elsewhere (since yesterday)", ""])
+def test_without_locks_a_process_elsewhere_may_be_at_work(
+    rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder
+) -> None:
+    monkeypatch.setattr(lock, "fcntl", NoLocks())
+    (tmp_path / ".lock.held").write_text(holder)
+    named = re.escape(holder or "another process")
+    with pytest.raises(ValueError, match=f"in which {named} trains: if it does not, remove .*held"):
+        density(rows, max_steps=2, checkpoint_dir=tmp_path, progress=False)
+    assert (tmp_path / ".lock.held").read_text() == holder
+
+
+def test_a_fit_that_fails_gives_its_folder_back(rows: torch.Tensor, tmp_path: Path, system) -> None:
     class Fails(Callback):
         def on_step(self, state: FitState) -> None:
             raise LookupError("on purpose")

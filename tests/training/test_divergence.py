@@ -191,6 +191,15 @@ def test_validations_that_fluctuate_are_no_divergence(seed: int) -> None:
     assert series.deepest == (300, -math.inf, series.best[1])
 
 
+def test_a_validation_of_density_zero_from_the_start_is_no_fall() -> None:
+    watch = Divergence(validated=True)
+    for step in range(20):
+        watch.add(step, [-3.0 + 0.1 * step] * 10, -math.inf)
+        assert watch.news() == "" and not watch.is_far and not watch.is_lost
+    watch.add(20, [-1.0] * 10, -4.0)
+    assert watch.conclusion(20) == ("", False)
+
+
 def test_healthy_training_is_silent_with_a_guide_and_with_a_flow(rows: torch.Tensor) -> None:
     def model(x: torch.Tensor) -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))

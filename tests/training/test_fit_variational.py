@@ -18,8 +18,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, pyro_method
 
 from pyro_flowkit import SplineFlow
-from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.training import fit
+from pyro_flowkit.guides import AutoSplineFlow, Recipe
+from pyro_flowkit.training import Callback, FitState, fit
 from pyro_flowkit.training.data import split_rows
 
 SIGMA = 0.7
@@ -284,17 +284,9 @@ def test_latents_without_a_guide_are_named(rows: torch.Tensor) -> None:
 
 
 def test_the_recipe_of_the_guide_is_read_and_arguments_win(rows: torch.Tensor) -> None:
-    from dataclasses import dataclass
-
-    @dataclass
-    class Recipe:
-        max_steps: int = 30
-        lr: float = 0.02
-        scheduler: str = "constant"
-
     class Guide(AutoNormal):
         def recipe(self) -> Recipe:
-            return Recipe()
+            return Recipe(max_steps=30, lr=0.02, scheduler="constant")
 
     result = fit(full_model, Guide(full_model), data=rows, progress=False)
     assert len(result.history["step"]) == 30
@@ -302,6 +294,60 @@ def test_the_recipe_of_the_guide_is_read_and_arguments_win(rows: torch.Tensor) -
     pyro.clear_param_store()
     result = fit(full_model, Guide(full_model), data=rows, max_steps=5, lr=0.1, progress=False)
     assert result.history["learning_rate"].tolist() == [0.1] * 5
+
+
+def test_a_recipe_is_of_the_packages_kind(rows: torch.Tensor) -> None:
+    class Guide(AutoNormal):
+        def recipe(self) -> dict[str, int]:
+            return {"max_steps": 30}
+
+    with pytest.raises(TypeError, match="recipe.* of Guide to return a .*Recipe, got dict"):
+        fit(full_model, Guide(full_model), data=rows, progress=False)
+
+
+def test_a_guide_of_anybodys_has_its_start_and_its_rates(rows: torch.Tensor) -> None:
+    """It starts where it says, its scales have a rate of their own, and it may go back there."""
+
+    class Place:
+        room = None
+
+        def __init__(self, guide: AutoNormal) -> None:
+            self.guide = guide
+            self.take_over()
+
+        def take_over(self) -> None:
+            self.tensors = {k: v.clone() for k, v in self.guide.state_dict().items()}
+
+        def keep_better(self) -> bool:
+            self.guide.load_state_dict(self.tensors)
+            return False
+
+    class Guide(AutoNormal):
+        def recipe(self) -> Recipe:
+            return Recipe(lr=0.01, max_steps=3, scheduler="constant")
+
+        def find_start(self, model, args=(), kwargs=None, *, max_seconds=30.0, found=None):
+            assert found is None and torch.equal(args[0], rows)
+            with torch.no_grad():
+                self.locs.mu.fill_(7.0)
+            return Place(self)
+
+        def parameter_groups(self):
+            return [(list(self.scales.parameters()), 0.5)]
+
+        def room(self, model, args=(), kwargs=None) -> None:
+            return None
+
+    class Look(Callback):
+        def on_step(self, state: FitState) -> None:
+            seen.append(([g["lr"] for g in state.optimizer.param_groups], float(guide.locs.mu)))
+
+    seen: list[tuple[list[float], float]] = []
+    guide = Guide(full_model)
+    result = fit(full_model, guide, data=rows, callbacks=[Look()], progress=False)
+    assert [rates for rates, _ in seen] == [[0.01, 0.5]] * 3
+    assert 6.9 < seen[-1][1] < 7.0, "it moved from its start"
+    assert float(guide.locs.mu) == 7.0 and result.best_step == 0, "and went back"
 
 
 def test_a_recipes_particles_are_few_and_said_where_they_run_one_by_one(rows: torch.Tensor) -> None:

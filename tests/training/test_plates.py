@@ -102,6 +102,24 @@ def test_a_plate_of_all_rows_stands_for_the_training_rows(x, make, batch_size) -
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [None, 20])
+def test_the_own_objective_of_a_flow_guide_knows_a_plate_of_all_rows(x, batch_size) -> None:
+    found = []
+    for size in (100, 60):
+        pyro.clear_param_store()
+        model = sized(size)
+        guide = AutoSplineFlow(model, **TINY)
+        result = fit(
+            model, guide, data=x, val_fraction=0.4, batch_size=batch_size, max_steps=5, **QUICK
+        )
+        assert (result.gap is None) == (batch_size is not None)
+        sd = float(guide.get_posterior().variance.sqrt())
+        found.append([sd, *result.history["elbo"].tolist(), *result.validation["elbo"].tolist()])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    if batch_size is None:  # the Gaussian that it starts at is the posterior of 60 rows, not of 100
+        assert found[0][0] == pytest.approx((1.0 + 60 * 3 / 0.7**2) ** -0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("size", [None, 7000])
 def test_with_a_global_latent_the_size_matters(x, size) -> None:
     model = sized(size or 20)

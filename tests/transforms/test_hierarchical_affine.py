@@ -120,13 +120,13 @@ def funnel() -> None:
 
 def test_a_funnel_is_found_before_any_training() -> None:
     guide = AutoSplineFlow(funnel, num_transforms=2, hidden_dims=[8]).setup()
-    assert guide.start_at_gaussian(funnel) is not None
+    assert guide.find_start(funnel) is not None
     hierarchical = guide.evidence(num_samples=4000, seed=0)
     assert -0.02 < hierarchical.elbo < 0.0
     assert hierarchical.is_reliable
     pyro.clear_param_store()
     guide = AutoSplineFlow(funnel, num_transforms=2, hidden_dims=[8], hierarchical=False).setup()
-    guide.start_at_gaussian(funnel)
+    guide.find_start(funnel)
     assert guide.evidence(num_samples=4000, seed=0).elbo < -1.0, "the best Gaussian"
 
 
