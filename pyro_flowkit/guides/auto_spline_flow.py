@@ -51,6 +51,7 @@ from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.guides.start import Start
+from pyro_flowkit.guides.storage import Storage
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
@@ -68,7 +69,7 @@ HIDDEN_DIMS = [32, 32]
 MAX_FULL_DIM = 200
 
 
-class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
+class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -257,6 +258,18 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         if self.num_components > 1:
             self._add_components(loc, args, kwargs)
         self._convert()
+
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's arguments that make another guide like this, as numbers and text; not ``init_loc_fn``."""
+        flow = {**self._flow_settings, "hidden_dims": list(self._flow_settings["hidden_dims"])}
+        return {
+            **flow,
+            "init_scale": self.init_scale,
+            "affine": self._affine_kind,
+            "hierarchical": self._hierarchical,
+            "num_components": self.num_components,
+            "path_gradient": self.path_gradient,
+        }
 
     def _scale_kind(self) -> AffineKind:
         return self._affine_kind or ("diagonal" if self.latent_dim > MAX_FULL_DIM else "full")

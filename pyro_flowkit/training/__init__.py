@@ -1,7 +1,7 @@
 """Training: one ``fit`` for densities, variational guides, VAEs and plain Pyro models."""
 
+from pyro_flowkit.files import DamagedFileError
 from pyro_flowkit.training.callbacks import Callback, FitState
-from pyro_flowkit.training.files import DamagedFileError
 from pyro_flowkit.training.fit import fit
 from pyro_flowkit.training.library_trackers import (
     MLflowTracker,

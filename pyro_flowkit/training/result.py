@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import torch
 
+from pyro_flowkit.files import read_file, write_file
 from pyro_flowkit.programs.modules import (
     DIVIDER,
     buffers_of,
@@ -20,7 +21,6 @@ from pyro_flowkit.programs.modules import (
     modules_of,
     registered_modules,
 )
-from pyro_flowkit.training.files import read_file, write_file
 from pyro_flowkit.training.state import check_fit, module_tensors, write_into
 
 KIND = "fit result"

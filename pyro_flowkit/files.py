@@ -118,7 +118,8 @@ def _pieces(content: Any) -> Iterator[bytes | memoryview]:
     if isinstance(content, torch.Tensor):
         plain = content.detach().cpu().contiguous()
         yield f"tensor {plain.dtype} {tuple(plain.shape)} {content.requires_grad}\n".encode()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
+        if plain.numel():  # an empty tensor may have strides that no view goes through
+            yield plain.reshape(-1).view(torch.uint8).numpy().data
     elif isinstance(content, dict):
         yield f"dict {len(content)}\n".encode()
         for key, value in content.items():
