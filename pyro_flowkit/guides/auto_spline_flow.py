@@ -124,6 +124,18 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
             a sphere) or that follows other latents, and for latents inside a subsampled plate, with what to do
             instead (``docs/howto/supports.md`` has a table); for a mask that is not that of the setup.
         RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AutoSplineFlow
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> guide = AutoSplineFlow(model).setup()
+        >>> guide.sample(5)["mu"].shape
+        torch.Size([5])
     """
 
     _warns_of_other_name = True

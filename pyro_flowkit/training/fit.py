@@ -180,6 +180,14 @@ def fit(
             checkpoint does not fit the call or is damaged.
         FloatingPointError: With ``non_finite="raise"``.
         LostRankError: If another process of a distributed fit has ended.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow, fit
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> result = fit(SplineFlow(2), data=x, max_steps=5, seed=0, progress=False)
+        >>> result.stop_reason, len(result.history["elbo"])
+        ('max_steps', 5)
     """
     options = Options.of(dict(locals()))
     if options.restarts != 1:
