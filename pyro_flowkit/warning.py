@@ -1,6 +1,6 @@
 """Warnings that point at the caller's line, however many rooms lie in between."""
 
-import sys
+import inspect
 import warnings
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         message: What to say.
         category: Of the warning.
     """
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

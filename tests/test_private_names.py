@@ -21,7 +21,7 @@ from pyro_flowkit.ops.eager import was_made_by
 
 ROOT = Path(pyro_flowkit.__file__).parent
 # of every class made by these, whether it wants them or not
-OF_METACLASSES = {"_abc_impl", "_is_protocol", "_backward_cls"}
+OF_METACLASSES = {"_abc_impl", "_is_protocol", "_is_runtime_protocol", "_backward_cls"}
 
 
 def is_private(name: str) -> bool:
