@@ -23,9 +23,9 @@ import torch
 
 from benchmarks import RESULTS
 from models._measure import Report, table
+from pyro_flowkit.files import read_file
 from pyro_flowkit.training import DamagedFileError
 from pyro_flowkit.training.checkpoint import KIND
-from pyro_flowkit.training.files import read_file
 
 TRAINS = """
 import sys, torch, pyro

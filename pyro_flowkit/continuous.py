@@ -99,6 +99,13 @@ class ContinuousFlow(Flow):
     Raises:
         ValueError: for settings that make no flow, saying what was expected and what came.
         ImportError: for "dopri5" without torchdiffeq.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import ContinuousFlow
+        >>> flow = ContinuousFlow(2)
+        >>> flow.log_prob(torch.zeros(5, 2)).shape, flow.sample(5).shape
+        (torch.Size([5]), torch.Size([5, 2]))
     """
 
     def __init__(

@@ -70,6 +70,16 @@ class FlowDistribution(dist.TransformedDistribution):
     nor a parameter, a buffer or the context was written to since, ``.data`` included, and the grad mode is the same.
     Outside of Pyro programs it takes a copy of these along, to be sure. Copies and pickles of the distribution do not
     carry it.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit import FlowDistribution
+        >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> value, log_prob = FlowDistribution(base, [T.spline_coupling(2)]).rsample_and_log_prob((5,))
+        >>> value.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
     """
 
     _held: Sequence[tuple[list[nn.Module], Tensor | None]] = ()

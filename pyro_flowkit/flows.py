@@ -79,6 +79,14 @@ class SplineFlow(Flow):
 
     Reference:
         Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> flow = SplineFlow(2).standardize(x)
+        >>> flow.log_prob(x).shape, flow.sample(5).shape
+        (torch.Size([200]), torch.Size([5, 2]))
     """
 
     def __init__(

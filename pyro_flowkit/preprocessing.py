@@ -37,6 +37,13 @@ def dequantize(
     Raises:
         ValueError: if values are no integers or out of range, or the cells of so many levels are too small for the
             dtype.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import dequantize
+        >>> u, log_det = dequantize(torch.tensor([[0, 1, 15]]), levels=16)
+        >>> bool(((u >= 0) & (u < 1)).all()), log_det
+        (True, tensor([-8.3178]))
     """
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
         raise ValueError(f"Expected levels to be an integer >= 2, got {levels!r}.")
@@ -73,6 +80,13 @@ def logit(u: Tensor, *, alpha: float = 1e-6) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: if ``alpha`` is out of range, or a value is outside [0, 1] or NaN.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import logit
+        >>> y, log_det = logit(torch.tensor([0.5, 0.75]))
+        >>> y, log_det
+        (tensor([0.0000, 1.0986]), tensor(3.0603))
     """
     _check_alpha(alpha)
     if u.numel() and not bool(((u >= 0) & (u <= 1)).all()):
@@ -88,6 +102,12 @@ def inverse_logit(y: Tensor, *, alpha: float = 1e-6) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: if ``alpha`` is out of range, or ``y`` not in floating point.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import inverse_logit
+        >>> inverse_logit(torch.tensor([0.0]))[0]
+        tensor([0.5000])
     """
     _check_alpha(alpha)
     check_floating(y, "y")

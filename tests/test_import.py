@@ -16,7 +16,7 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
     {"warning"},
-    {"ops", "pictures", "programs", "_private_names"},
+    {"files", "ops", "pictures", "programs", "_private_names"},
     {"environment", "nn"},
     {"autoregressive_nn"},
     {"transforms"},
@@ -74,7 +74,8 @@ def snapshot():
         "xarray options": str(dict(xarray.get_options())),
     }
 
-heavy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "lightning", "mlflow", "tensorboard")
+heavy = ("arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib", "lightning")
+heavy += ("mlflow", "tensorboard", "wandb")
 """
 
 IMPORT = """

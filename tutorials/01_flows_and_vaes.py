@@ -62,15 +62,16 @@ pd.set_option("display.width", 120)
 #
 # so all that is Gaussian is the *name* of a point, not its density. The derivative says how much $f$ has stretched or squeezed the line
 # around that point; that factor can turn one bump into two. Here is a map with eight bins, a monotonic rational-quadratic spline, and
-# what it makes of a standard normal. We set its parameters by hand; nothing has been trained.
+# what it makes of a standard normal. We set by hand how high each bin is and how steep the map is where two bins meet; nothing has been trained.
 
 # %%
 spline = T.spline(1, count_bins=8, bound=4.0)
 with torch.no_grad():
-    # eight width logits, eight height logits, seven slopes: flat in the middle of x, steep around z = 0
-    heights = torch.tensor([0.0, 0.3, 0.0, 1.2, 1.2, 0.0, 0.3, 0.0])
-    spline.params[8:16] = heights
-    spline.params[16:] = torch.tensor([0.0, -1.0, -1.0, 2.5, -1.0, -1.0, 0.0])
+    # eight logits of the widths, all equal; eight of the heights; seven slopes, as softplus sees them
+    heights = torch.tensor([0.74, 0.76, 0.85, 1.63, 1.63, 0.85, 0.76, 0.74])
+    slopes = torch.tensor([0.75, 0.79, 0.95, 3.9, 0.95, 0.79, 0.75])
+    spline.params[8:16] = heights.log()
+    spline.params[16:] = slopes.expm1().log() - torch.tensor(1.0).expm1().log()
 
 density = dist.TransformedDistribution(dist.Normal(torch.zeros(1), torch.ones(1)), [spline])
 grid = torch.linspace(-4.5, 4.5, 2001).unsqueeze(-1)
@@ -95,8 +96,8 @@ assert abs(torch.trapezoid(p, grid[:, 0]).item() - 1.0) < 1e-3
 
 # %% [markdown]
 # A steep piece of the map spreads mass thin, a flat piece piles it up: two bumps from one, and the integral is still one, because the
-# log-derivative pays for every stretch. The kinks in the density are no fault of the drawing: the map and its slope are continuous where two bins
-# meet, the slope's own slope is not.
+# log-derivative pays for every stretch. The small kinks in the density, the one in the middle for instance, are no fault of the drawing: the map and its slope are
+# continuous where two bins meet, the slope's own slope is not.
 #
 # ### In two dimensions: a coupling
 #
@@ -154,8 +155,8 @@ print(f"integral of the flow's density over the picture: {(log_p.exp().sum() * c
 # %% [markdown]
 # The grid shows how a round Gaussian becomes two moons: the plane is stretched where there are no data (cells grow) and pressed together
 # where they are (cells shrink). It is never torn and never folded, since the map is continuous and invertible: between the moons there is a thin bridge.
-# The size of a cell is the determinant of the Jacobian of $f$. The formula has that of $f^{-1}$, which is one over it: the density is the Gaussian at
-# the point where the cell came from, divided by how much the cell has grown.
+# How many times larger a small cell has become is the absolute determinant of the Jacobian of $f$. The formula has that of $f^{-1}$, which is one over it: the density is
+# the Gaussian at the point where the cell came from, divided by how much the cell has grown.
 #
 # The log-likelihood of held-out data is exact. The only uncertainty is that there are finitely many data:
 
@@ -278,13 +279,32 @@ bounds = {
 table = compare_densities({"flow (exact)": exact, **bounds})
 print(table[["kind", "nats", "se", "mc_se", "gap"]].round(3).to_string())
 
+# %% [markdown]
+# The column `se` is the standard error over the test data. It is large, as some data are rarer than others, whichever the model; and it is the same data on every rung. So the steps of a ladder are known far better than its rungs. Datum by datum:
+
+
+# %%
+def mean_and_se(values):
+    """Over data."""
+    return f"{float(values.mean()):7.4f} +- {float(values.std(ddof=1)) / len(values) ** 0.5:.4f}"
+
+
+steps = {
+    name: {
+        f"IWAE-{k} - ELBO": mean_and_se(own["iwae"].sel(n_particles=k) - own["elbo"])
+        for k in own["n_particles"].values[1:]
+    }
+    for name, own in bounds.items()
+}
+print(pd.DataFrame(steps).T.to_string())
+
 # %%
 figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
 plot_bounds({"flow": exact, **bounds}, ax=ax)
 plt.show()
 
 # %% [markdown]
-# Read the picture with care. Each ladder climbs towards the exact $\log p(x)$ of *its own* model. The line across is the exact value of
+# Read the picture with care. Its error bars, smaller than the markers, are those of the draws. Each ladder climbs towards the exact $\log p(x)$ of *its own* model. The line across is the exact value of
 # *another* model, the flow on the readings. A rung below the line does not tell whether that VAE is worse or merely less known.
 #
 # ### Here we can look behind the bound
@@ -322,6 +342,7 @@ for name, vae in vaes.items():
         f"IWAE-{SAMPLES}": iwae.mean().item(),
         "log p(x), quadrature": true.mean().item(),
         "log p(x) - ELBO": (true - elbo).mean().item(),
+        "s.e.": (true - elbo).std().item() / len(true) ** 0.5,
     }
 comparison = pd.DataFrame(rows).T
 print(comparison.round(3).to_string())
@@ -329,10 +350,10 @@ print(comparison.round(3).to_string())
 # %% [markdown]
 # ## 3. What the flow posterior changes, and what the flow prior changes
 #
-# The last column is the price of the posterior's family, $\mathrm{KL}(q \,\|\, p(z \mid x))$; the column before it is the quality of the model itself. They answer
+# log p(x) - ELBO is the price of the posterior's family, $\mathrm{KL}(q \,\|\, p(z \mid x))$, with its standard error over data; log p(x) is the quality of the model itself. They answer
 # different questions:
 #
-# - A **flow posterior** lets $q(z \mid x)$ take the shape of the true posterior. The model class has not changed: what it can win is the last column.
+# - A **flow posterior** lets $q(z \mid x)$ take the shape of the true posterior. The model class has not changed: what it can win is the difference.
 # - A **flow prior** changes the model. The encoder may put the codes where the decoder likes them, and the prior follows; without it, the codes of
 #   all data together have to look like one round Gaussian.
 #

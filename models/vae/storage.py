@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models.vae.model import VAE
-from pyro_flowkit.training.files import read_file, write_file
+from pyro_flowkit.files import read_file, write_file
 
 KIND = "VAE"
 

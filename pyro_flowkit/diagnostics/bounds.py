@@ -124,6 +124,20 @@ def evidence_bounds(
         ValueError: if model and guide differ in their latents, a plate is subsampled, a log
             weight is NaN, ``num_particles`` exceeds ``num_samples``, or all latents are points
             (``AutoDelta``): there is no bound then.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import evidence_bounds
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> bounds = evidence_bounds(model, guide, num_samples=1000, seed=0)  # an exact posterior
+        >>> round(float(bounds["elbo"]), 3), round(float(bounds["log_evidence"]), 3)
+        (-1.824, -1.824)
     """
     counts, options = check_particles(num_particles, num_samples), kwargs or {}
     pool = Pool(max_samples, num_samples)

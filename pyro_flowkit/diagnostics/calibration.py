@@ -104,6 +104,20 @@ def simulation_based_calibration(
             observation or a ``pyro.factor``, whose data cannot be simulated, if the place of an
             observation is not clear without ``as_args``, if the latents of model and guide differ,
             if a plate is subsampled, or if the guide draws NaN.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import diagnose, simulation_based_calibration
+        >>> def model(y=torch.tensor(0.0)):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def guide(y=torch.tensor(0.0)):  # the exact posterior
+        ...     pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+        >>> sbc = simulation_based_calibration(model, guide, args=(torch.tensor(0.0),), num_simulations=40, seed=0)
+        >>> bool(diagnose(sbc))
+        True
     """
     if (guide is None) == (make_guide is None):
         raise ValueError("Expected either guide or make_guide, got both or neither of them")

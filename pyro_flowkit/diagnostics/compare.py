@@ -87,6 +87,16 @@ def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     Raises:
         ValueError: if there is no Dataset, one has neither ``log_prob`` nor ``elbo`` per
             ``obs_id``, or the ``obs_id`` differ.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> from pyro_flowkit.diagnostics import compare_densities, heldout_log_prob
+        >>> flows = {"fresh": SplineFlow(2), "standardized": SplineFlow(2).standardize(x + 3)}
+        >>> table = compare_densities({name: heldout_log_prob(flow, x + 3) for name, flow in flows.items()})
+        >>> list(table.index.get_level_values("name")), set(table["kind"])
+        (['standardized', 'fresh'], {'exact'})
     """
     if not datasets:
         raise ValueError("Expected at least one Dataset, got none")
@@ -148,6 +158,20 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     Raises:
         ValueError: if there is no tree, one has no ``vi_diagnostics``, or their observed data
             differ: a difference of ELBOs is then one of the data, not of the guides.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import compare_guides, from_svi
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> tree = from_svi(model, guide, num_samples=1000, seed=0)
+        >>> compare_guides({"exact": tree})["verdict"].to_list()
+        ['good']
     """
     if not trees:
         raise ValueError("Expected at least one tree, got none")

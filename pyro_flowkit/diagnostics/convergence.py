@@ -68,6 +68,13 @@ def iterate_convergence(
     Raises:
         ValueError: if the shapes or settings do not fit, fewer than 8 iterates are left, or they are
             not finite.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import iterate_convergence, verdict_of
+        >>> drifting = torch.linspace(0.0, 1.0, 400)[:, None] + 0.01 * torch.randn(400, 1)
+        >>> bool(verdict_of(iterate_convergence(drifting)))
+        False
     """
     kept = _kept(iterates, last)
     chains, n, count = kept.shape
@@ -134,6 +141,20 @@ def compare_restarts(
 
     Raises:
         ValueError: for fewer than two restarts, no finite ELBO, or trees of different latents.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import compare_restarts, from_svi, verdict_of
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> trees = [from_svi(model, guide, num_samples=200, seed=seed) for seed in range(2)]
+        >>> bool(verdict_of(compare_restarts(trees)))
+        True
     """
     named = dict(restarts) if isinstance(restarts, Mapping) else dict(enumerate(restarts))
     if len(named) < 2:

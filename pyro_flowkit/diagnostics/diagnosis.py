@@ -101,6 +101,20 @@ def diagnose(
     Raises:
         ValueError: if there is nothing to judge in ``tree``, an exact log evidence is not finite, or ``probe`` is
             given for anything but a guide.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import diagnose, from_svi
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> verdict = diagnose(from_svi(model, guide, num_samples=1000, seed=0))
+        >>> bool(verdict), str(verdict).split(":")[0]
+        (True, 'good')
     """
     found = as_tree(tree)
     checks: Checks = {}

@@ -105,6 +105,22 @@ def latent_usage(
         ValueError: as ``pointwise_bounds``, for less than two data or draws, for so few of both that
             the covariance of draws is singular, and for a guide of point estimates alone
             (``Delta``), which has no KL.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import latent_usage
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
+        >>> usage = latent_usage(model, guide, torch.randn(50), seed=0)
+        >>> int(usage["active_directions"].sum()), int(usage["num_directions"].sum())
+        (1, 1)
     """
     tensors = check_data(data)
     num_data = len(tensors[0])
@@ -164,6 +180,21 @@ def latent_verdict(usage: xr.Dataset) -> Verdict:
 
     Raises:
         ValueError: if the Dataset has no ``active_directions``.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import latent_usage, latent_verdict
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
+        >>> bool(latent_verdict(latent_usage(model, guide, torch.randn(50), seed=0)))
+        True
     """
     if "active_directions" not in usage:
         raise ValueError(

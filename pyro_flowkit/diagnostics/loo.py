@@ -69,6 +69,21 @@ def loo_approximate_posterior(
         ValueError: if ``tree`` has no weights (it was reweighted: use ``az.loo``), no
             log-likelihood, several observed sites and no ``var_name``, or a log-likelihood that is
             not finite.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import from_svi, loo_approximate_posterior
+        >>> y = torch.tensor([0.5, 1.0, 1.5])
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     with pyro.plate("row", 3):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def guide():  # the exact posterior
+        ...     pyro.sample("mu", dist.Normal(3.0 / 3.25, 3.25**-0.5))
+        >>> loo_approximate_posterior(from_svi(model, guide, num_samples=1000, seed=0)).pareto_k.shape
+        (3,)
     """
     tree = as_tree(tree)
     log_weight = guide_weights(tree)

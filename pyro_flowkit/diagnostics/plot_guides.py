@@ -57,6 +57,19 @@ def plot_guides(
     Raises:
         ValueError: if there is no guide, a variable is missing or not finite, no variable is
             left or more than 8 are asked for, or ``axes`` have another shape.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import from_svi, plot_guides
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> tree = from_svi(model, guide, num_samples=200, seed=0)
+        >>> axes = plot_guides({"exact": tree})
     """
     if isinstance(guides, xr.DataTree | xr.Dataset):
         raise ValueError(

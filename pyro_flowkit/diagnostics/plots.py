@@ -40,6 +40,15 @@ def plot_elbo(
 
     Returns:
         The Axes. The y axis leaves out the first tenth of the run, whose ELBO dwarfs the rest.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow, fit
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> from pyro_flowkit.diagnostics import plot_elbo
+        >>> result = fit(SplineFlow(2), data=x, max_steps=20, seed=0, progress=False)
+        >>> plot_elbo(result, label="moons").get_ylabel()
+        'ELBO (nats)'
     """
     ax = new_axes() if ax is None else ax
     if isinstance(history, xr.DataTree):
@@ -85,6 +94,14 @@ def plot_bounds(datasets: Mapping[str, xr.Dataset], ax: "Axes | None" = None) ->
     Returns:
         The Axes; nats per datum with one standard error of the draws at every rung (K = 1 is the
         ELBO), and a dotted line with a label at its right end for each exact value.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> from pyro_flowkit.diagnostics import heldout_log_prob, plot_bounds
+        >>> plot_bounds({"flow": heldout_log_prob(SplineFlow(2), x)}).get_ylabel()
+        'nats per datum'
     """
     ax = new_axes() if ax is None else ax
     table = compare_densities(datasets)
@@ -138,6 +155,19 @@ def plot_pareto_k(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
     Returns:
         The Axes; data above the threshold ``min(1 - 1 / log10(S), 0.7)`` are crosses
         (triangles at the top where pareto k is ``inf``), the others dots.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import evidence_bounds, plot_pareto_k
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> plot_pareto_k(evidence_bounds(model, guide, num_samples=200, seed=0)).get_ylabel()
+        'pareto k'
     """
     ax = new_axes() if ax is None else ax
     if "pareto_k" not in dataset:
@@ -176,6 +206,21 @@ def plot_gap(dataset: xr.Dataset, ax: "Axes | None" = None) -> "Axes":
         The Axes: data per bin of nats, the approximation gap (the family's) filled, the
         amortisation gap (the encoder's) as a hatched outline, the mean of each a vertical line with
         its number in the legend. Data whose gap is infinite are counted in the legend.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import inference_gaps, plot_gap
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
+        >>> gaps = inference_gaps(model, guide, torch.randn(4), num_samples=100, num_steps=6, seed=0)
+        >>> ax = plot_gap(gaps)
     """
     ax = new_axes() if ax is None else ax
     parts: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -78,6 +78,21 @@ def pointwise_bounds(
         ValueError: if the data are empty, of unequal length or not finite, if all latents are
             points (``AutoDelta``), if a site is outside
             of the plate of the data (named), or if no plate or several could be that plate.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import pointwise_bounds
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> pointwise_bounds(model, guide, torch.randn(4), num_samples=100, seed=0)["elbo"].dims
+        ('obs_id',)
     """
     counts = check_particles(num_particles, num_samples)
     tensors = check_data(data)
@@ -127,6 +142,14 @@ def heldout_log_prob(
     Raises:
         ValueError: if data or context are empty, of unequal length or not finite, or if the flow
             returns a wrong shape or NaN.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> from pyro_flowkit.diagnostics import heldout_log_prob
+        >>> heldout_log_prob(SplineFlow(2), x)["log_prob"].shape
+        (200,)
     """
     tensors = check_data(data if context is None else (data, context))
     values = []

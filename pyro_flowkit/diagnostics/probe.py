@@ -87,6 +87,21 @@ def probe_modes(
     Raises:
         ValueError: as ``evidence_bounds``, for latents that real numbers cannot be mapped onto, and for a guide whose
             density cannot be had at given values.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import probe_modes
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> probe = probe_modes(model, guide, num_starts=2, seed=0)
+        >>> probe = probe_modes(model, guide, num_starts=2, seed=0)
+        >>> float(probe["missed"].sum()) < 0.1
+        True
     """
     if num_starts < 1 or num_samples < 100:
         raise ValueError(

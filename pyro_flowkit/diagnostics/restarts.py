@@ -27,6 +27,20 @@ def join_restarts(trees: Sequence[xr.DataTree]) -> xr.DataTree:
 
     Raises:
         ValueError: if there are no trees, or they differ in draws or data.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import from_svi, join_restarts
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> trees = [from_svi(model, guide, num_samples=200, seed=seed) for seed in range(2)]
+        >>> join_restarts(trees)["posterior"].sizes["chain"]
+        2
     """
     if not trees:
         raise ValueError("Expected at least one tree, got none")

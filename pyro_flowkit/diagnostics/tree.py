@@ -99,6 +99,20 @@ def from_svi(
 
     Warns:
         UserWarning: if predictions or the prior are left out.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import from_svi
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> tree = from_svi(model, guide, num_samples=1000, seed=0)
+        >>> tree["posterior"]["mu"].shape  # chain, draw
+        (1, 1000)
     """
     counts = check_particles(num_particles, num_samples)
     options = kwargs or {}
@@ -181,6 +195,20 @@ def to_arviz(tree: xr.DataTree) -> Any:
 
     Returns:
         ``tree`` unchanged, or an ``arviz.InferenceData`` with the same groups.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import from_svi, to_arviz
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> data = to_arviz(from_svi(model, guide, num_samples=200, seed=0))
+        >>> float(data["posterior"]["mu"].mean()) > 0
+        True
     """
     if arviz_generation() >= 1:
         return tree

@@ -61,6 +61,20 @@ def calibration_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_L
     Raises:
         ValueError: if there are no PIT values in [0, 1], fewer than two, or ``level`` is no
             probability.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import calibration_tests, simulation_based_calibration, verdict_of
+        >>> def model(y=torch.tensor(0.0)):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def guide(y=torch.tensor(0.0)):  # the exact posterior
+        ...     pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+        >>> sbc = simulation_based_calibration(model, guide, args=(torch.tensor(0.0),), num_simulations=40, seed=0)
+        >>> bool(verdict_of(calibration_tests(sbc)))
+        True
     """
     import scipy.special
     import scipy.stats  # changes the filters of warnings
@@ -111,6 +125,20 @@ def symmetry_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVE
 
     Raises:
         ValueError: as ``calibration_tests``.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import simulation_based_calibration, symmetry_tests, verdict_of
+        >>> def model(y=torch.tensor(0.0)):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def guide(y=torch.tensor(0.0)):  # the exact posterior
+        ...     pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+        >>> sbc = simulation_based_calibration(model, guide, args=(torch.tensor(0.0),), num_simulations=40, seed=0)
+        >>> bool(verdict_of(symmetry_tests(sbc)))
+        True
     """
     import scipy.stats  # changes the filters of warnings
 

@@ -18,6 +18,11 @@ class Verdict:
         reason: the numbers that led there.
         advice: what to do.
         limits: what these numbers cannot see; "" where that was looked for, or is known.
+
+    Example:
+        >>> from pyro_flowkit.diagnostics import Verdict
+        >>> bool(Verdict("bad", "the gap is 2 nats", "Train longer."))
+        False
     """
 
     level: str
@@ -59,6 +64,20 @@ def verdict_of(result: xr.DataTree | xr.Dataset) -> Verdict:
 
     Raises:
         ValueError: if there is none.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import compare_restarts, from_svi, verdict_of
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
+        >>> trees = [from_svi(model, guide, num_samples=200, seed=seed) for seed in range(2)]
+        >>> str(verdict_of(compare_restarts(trees))).split(":")[0]
+        'good'
     """
     if isinstance(result, xr.DataTree) and "vi_calibration" in result.children:
         result = result["vi_calibration"].to_dataset()

@@ -116,6 +116,19 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
             refused (``docs/howto/supports.md``), no or several plates that could be meant, or a global guide that
             leaves latents out.
         RuntimeError: from whatever needs parameters before setup.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AmortizedSplineFlow
+        >>> def model(x):
+        ...     with pyro.plate("data", 1000, subsample_size=len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        ...         pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 3), 1.0).to_event(1), obs=x)
+        >>> guide = AmortizedSplineFlow(model, torch.nn.Linear(3, 4), context_dim=4)
+        >>> guide(torch.randn(10, 3))["z"].shape
+        torch.Size([10])
     """
 
     _warns_of_other_name = True

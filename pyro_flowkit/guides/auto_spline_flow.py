@@ -51,6 +51,7 @@ from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
 from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.guides.start import Start
+from pyro_flowkit.guides.storage import Storage
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
 from pyro_flowkit.guides.warm_start import gaussian_of
@@ -68,7 +69,7 @@ HIDDEN_DIMS = [32, 32]
 MAX_FULL_DIM = 200
 
 
-class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
+class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -123,6 +124,18 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
             a sphere) or that follows other latents, and for latents inside a subsampled plate, with what to do
             instead (``docs/howto/supports.md`` has a table); for a mask that is not that of the setup.
         RuntimeError: at setup for a model without latents, and from whatever needs parameters before setup.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AutoSplineFlow
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> guide = AutoSplineFlow(model).setup()
+        >>> guide.sample(5)["mu"].shape
+        torch.Size([5])
     """
 
     _warns_of_other_name = True
@@ -257,6 +270,18 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, StoreModule):
         if self.num_components > 1:
             self._add_components(loc, args, kwargs)
         self._convert()
+
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's arguments that make another guide like this, as numbers and text; not ``init_loc_fn``."""
+        flow = {**self._flow_settings, "hidden_dims": list(self._flow_settings["hidden_dims"])}
+        return {
+            **flow,
+            "init_scale": self.init_scale,
+            "affine": self._affine_kind,
+            "hierarchical": self._hierarchical,
+            "num_components": self.num_components,
+            "path_gradient": self.path_gradient,
+        }
 
     def _scale_kind(self) -> AffineKind:
         return self._affine_kind or ("diagonal" if self.latent_dim > MAX_FULL_DIM else "full")

@@ -25,6 +25,18 @@ class Recipe:
             whole rate, whatever its gradient, and would lose much of a start that is nearly right.
         max_steps: optimizer steps.
         clip_norm: largest norm of the gradient.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AutoSplineFlow
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> recipe = AutoSplineFlow(model).recipe()
+        >>> recipe.num_particles > 1
+        True
     """
 
     lr: float | None = None

@@ -90,6 +90,20 @@ class AlphaDivergence(WeightedObjective):
 
     Warns:
         UserWarning: where a plate that could hold the data is sequential (``for i in pyro.plate(...)``).
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AutoSplineFlow
+        >>> from pyro_flowkit.objectives import AlphaDivergence
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> guide = AutoSplineFlow(model).setup()
+        >>> objective = AlphaDivergence(0.5, num_particles=10)
+        >>> loss = objective.differentiable_loss(model, guide)
+        >>> loss.backward()
     """
 
     _remedy_without_inverse = (
@@ -207,6 +221,20 @@ class ImportanceWeightedELBO(AlphaDivergence):
     Raises:
         TypeError: as :class:`AlphaDivergence`.
         ValueError: as :class:`AlphaDivergence`.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AutoSplineFlow
+        >>> from pyro_flowkit.objectives import ImportanceWeightedELBO
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> guide = AutoSplineFlow(model).setup()
+        >>> objective = ImportanceWeightedELBO(num_particles=10)
+        >>> loss = objective.differentiable_loss(model, guide)
+        >>> loss.backward()
     """
 
     def __init__(

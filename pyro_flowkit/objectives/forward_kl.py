@@ -59,6 +59,20 @@ class ForwardKL(WeightedObjective):
 
     Warns:
         UserWarning: as :class:`AlphaDivergence`.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_flowkit.guides import AutoSplineFlow
+        >>> from pyro_flowkit.objectives import ForwardKL
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        >>> guide = AutoSplineFlow(model).setup()
+        >>> objective = ForwardKL(num_particles=10)
+        >>> loss = objective.differentiable_loss(model, guide)
+        >>> loss.backward()
     """
 
     takes_draws_as_given = True

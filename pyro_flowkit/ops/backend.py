@@ -29,6 +29,11 @@ def backend() -> Literal["fused", "reference"]:
 
     "reference" where the extension was not built, inside :func:`use_reference`, or with ``PYRO_FLOWKIT_REFERENCE=1`` in
     the environment of the process.
+
+    Example:
+        >>> from pyro_flowkit.ops import backend
+        >>> backend() in ("fused", "reference")
+        True
     """
     return "reference" if kernel is None or _reference_wanted else "fused"
 
@@ -41,6 +46,12 @@ def use_reference() -> Iterator[None]:
 
         with use_reference():
             flow.log_prob(x)
+
+    Example:
+        >>> from pyro_flowkit.ops import backend, use_reference
+        >>> with use_reference():
+        ...     print(backend())
+        reference
     """
     global _reference_wanted
     before, _reference_wanted = _reference_wanted, True
@@ -62,6 +73,12 @@ def use_compiled() -> Iterator[None]:
     For splines on a GPU, where the kernel does not run: one compiled call instead of about a hundred operations. The
     first call of each kind compiles, which takes half a minute or more; second derivatives are not to be had. Also
     with ``PYRO_FLOWKIT_COMPILE=1`` in the environment of the process. The kernel, where it applies, is not touched.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.ops import use_compiled
+        >>> with use_compiled():
+        ...     pass
     """
     global _compile_wanted
     before, _compile_wanted = _compile_wanted, True

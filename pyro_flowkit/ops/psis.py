@@ -71,6 +71,14 @@ def psis(log_weights: Tensor, *, dim: int | None = None) -> tuple[Tensor, Tensor
     Raises:
         ValueError: if ``log_weights`` is not floating point, has no dimension or no draw, or holds
             NaN or ``+inf``.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.diagnostics import psis
+        >>> log_weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+        >>> smoothed, pareto_k = psis(log_weights)
+        >>> smoothed.shape, bool(pareto_k < 0.7)
+        (torch.Size([1000]), True)
     """
     if not log_weights.is_floating_point() or log_weights.dim() == 0:
         raise ValueError(
@@ -109,6 +117,11 @@ def pareto_k_threshold(num_samples: int) -> float:
     """The pareto k up to which estimates from ``num_samples`` draws can be trusted.
 
     ``min(1 - 1 / log10(S), 0.7)``, Vehtari et al. 2024, section 3.2.4.
+
+    Example:
+        >>> from pyro_flowkit.diagnostics import pareto_k_threshold
+        >>> round(pareto_k_threshold(1000), 3), pareto_k_threshold(10_000)
+        (0.667, 0.7)
     """
     return min(1.0 - 1.0 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
 

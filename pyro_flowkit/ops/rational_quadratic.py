@@ -60,6 +60,14 @@ def rational_quadratic_forward(
 
     Raises:
         ValueError: for settings that make no spline, parameters of another size, or integers.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.ops import rational_quadratic_forward
+        >>> x, params = torch.tensor([-5.0, 0.5]), torch.zeros(2, 23)  # eight bins; zeros are the identity
+        >>> y, log_slope = rational_quadratic_forward(x, params, count_bins=8)
+        >>> y, bool(log_slope.abs().max() < 1e-5)
+        (tensor([-5.0000,  0.5000]), True)
     """
     settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
     return spline_elements(inputs, params, settings, inverse=False)
@@ -76,7 +84,16 @@ def rational_quadratic_inverse(
     min_bin_height: float = MIN_BIN_HEIGHT,
     min_slope: float = MIN_SLOPE,
 ) -> tuple[Tensor, Tensor]:
-    """Invert :func:`rational_quadratic_forward`: same arguments; returns x and log dx/dy (nats)."""
+    """Invert :func:`rational_quadratic_forward`: same arguments; returns x and log dx/dy (nats).
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.ops import rational_quadratic_forward, rational_quadratic_inverse
+        >>> x, params = torch.tensor([-1.0, 0.5]), torch.randn(2, 23)
+        >>> y, _ = rational_quadratic_forward(x, params, count_bins=8)
+        >>> torch.allclose(rational_quadratic_inverse(y, params, count_bins=8)[0], x, atol=1e-5)
+        True
+    """
     settings = _settings(count_bins, bound, tails, min_bin_width, min_bin_height, min_slope)
     return spline_elements(inputs, params, settings, inverse=True)
 
@@ -194,7 +211,16 @@ def _settings(*arguments: Any) -> SplineSettings:
 def spline_elements(
     inputs: Tensor, params: Tensor, settings: SplineSettings, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """:func:`rational_quadratic_forward`, or its inverse, for settings that are there already."""
+    """:func:`rational_quadratic_forward`, or its inverse, for settings that are there already.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.ops import SplineSettings, spline_elements
+        >>> settings = SplineSettings(count_bins=8, bound=3.0)
+        >>> y, log_slope = spline_elements(torch.randn(4), torch.zeros(4, settings.num_params), settings)
+        >>> y.shape, log_slope.shape
+        (torch.Size([4]), torch.Size([4]))
+    """
     _check_size(params, settings.num_params, settings, "params")
     _check_floating(inputs=inputs, params=params)
     if not fused.applies(inputs, params):

@@ -19,6 +19,11 @@ def num_spline_params(count_bins: int, tails: Tails = "linear") -> int:
 
     Linear tails fix the slope 1 at both bounds (``3 K - 1``); circular tails share one slope between the two bounds
     (``3 K``); without tails both are free (``3 K + 1``).
+
+    Example:
+        >>> from pyro_flowkit.ops import num_spline_params
+        >>> num_spline_params(8), num_spline_params(8, "circular"), num_spline_params(8, None)
+        (23, 24, 25)
     """
     free_slopes = {"linear": count_bins - 1, "circular": count_bins, None: count_bins + 1}
     return 2 * count_bins + free_slopes[tails]
@@ -38,6 +43,11 @@ class SplineSettings:
 
     Raises:
         ValueError: naming the setting, what was expected and what came.
+
+    Example:
+        >>> from pyro_flowkit.ops import SplineSettings
+        >>> SplineSettings(count_bins=8, bound=3.0).num_params
+        23
     """
 
     count_bins: int

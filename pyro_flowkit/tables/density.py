@@ -52,6 +52,15 @@ class TableDensity:
 
     Raises:
         TableError: if the table has no density: text, missing values, constant or equal columns, too few rows.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> from pyro_flowkit.tables import TableDensity
+        >>> frame = pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2)), columns=["a", "b"])
+        >>> density = TableDensity(frame).fit(steps=5)
+        >>> density.log_prob(frame).shape, list(density.sample(10).columns)
+        ((300,), ['a', 'b'])
     """
 
     def __init__(

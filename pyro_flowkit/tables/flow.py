@@ -39,6 +39,11 @@ class FlowSettings:
         dropout: probability of dropping a hidden unit while training.
         order: numbers of the columns, those to be transformed next to the data last; None is the order they have.
         base: "normal" or "student_t", with degrees of freedom for each column; None leaves it to the rows.
+
+    Example:
+        >>> from pyro_flowkit.tables import FlowSettings
+        >>> FlowSettings(layers=4).layers
+        4
     """
 
     layers: int | None = None

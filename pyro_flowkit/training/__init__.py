@@ -1,9 +1,13 @@
 """Training: one ``fit`` for densities, variational guides, VAEs and plain Pyro models."""
 
+from pyro_flowkit.files import DamagedFileError
 from pyro_flowkit.training.callbacks import Callback, FitState
-from pyro_flowkit.training.files import DamagedFileError
 from pyro_flowkit.training.fit import fit
-from pyro_flowkit.training.library_trackers import MLflowTracker, TensorBoardTracker
+from pyro_flowkit.training.library_trackers import (
+    MLflowTracker,
+    TensorBoardTracker,
+    WandbTracker,
+)
 from pyro_flowkit.training.ranks import LostRankError
 from pyro_flowkit.training.result import FitResult
 from pyro_flowkit.training.trackers import CsvTracker
@@ -17,5 +21,6 @@ __all__ = [
     "LostRankError",
     "MLflowTracker",
     "TensorBoardTracker",
+    "WandbTracker",
     "fit",
 ]

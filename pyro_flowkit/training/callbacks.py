@@ -38,7 +38,19 @@ class FitState:
 
 
 class Callback:
-    """Base class of callbacks; each hook does nothing until overridden."""
+    """Base class of callbacks; each hook does nothing until overridden.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow, fit
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> from pyro_flowkit.training import Callback
+        >>> class Third(Callback):
+        ...     def on_step(self, state):
+        ...         state.stop = "third step" if state.step == 3 else state.stop
+        >>> fit(SplineFlow(2), data=x, max_steps=9, callbacks=[Third()], progress=False).stop_reason
+        'third step'
+    """
 
     def on_start(self, state: FitState) -> None:
         """Called once, before the first step."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyro_flowkit.training.files import DamagedFileError, read_file, write_file
+from pyro_flowkit.files import DamagedFileError, read_file, write_file
 from pyro_flowkit.training.lock import HeldError, locked
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.warning import warn

@@ -147,7 +147,7 @@ def fit(
             result's ``notes`` say what was done; without a C++ compiler fit goes on as it is.
         check_plates: Compare the plates with the data on the first batch.
         trackers: Where the history goes while the fit runs: ``CsvTracker``, ``TensorBoardTracker``,
-            ``MLflowTracker``, or anything with their three methods.
+            ``MLflowTracker``, ``WandbTracker``, or anything with their three methods.
         checkpoint_dir: A folder for checkpoints, of one fit at a time: of the state between two steps, the two
             newest. They hold plain tensors, are written whole or not at all, and are
             written at the end and at an interruption, too.
@@ -181,6 +181,14 @@ def fit(
             checkpoint does not fit the call or is damaged.
         FloatingPointError: With ``non_finite="raise"``.
         LostRankError: If another process of a distributed fit has ended.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow, fit
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> result = fit(SplineFlow(2), data=x, max_steps=5, seed=0, progress=False)
+        >>> result.stop_reason, len(result.history["elbo"])
+        ('max_steps', 5)
     """
     options = Options.of(dict(locals()))
     if options.restarts != 1:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyro_flowkit.files import digest_of
 from pyro_flowkit.programs.modules import modules_of
 from pyro_flowkit.training.data import Batch, Batches, RowBatches
-from pyro_flowkit.training.files import digest_of
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.state import evaluating, random_state, set_random_state

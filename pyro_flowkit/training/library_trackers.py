@@ -1,6 +1,6 @@
-"""Trackers for TensorBoard and MLflow, which are loaded when a tracker is made.
+"""Trackers for TensorBoard, MLflow and Weights & Biases, which are loaded when a tracker is made.
 
-Both cost time by the point, some 0.1 milliseconds and more. Where more rows than ``max_points`` have come together
+Each costs time by the point, some 0.1 milliseconds and more. Where more rows than ``max_points`` have come together
 since they were last written, evenly spaced ones are taken, and rows with a validation always; slow fits are complete.
 """
 
@@ -193,6 +193,67 @@ class MLflowTracker(BufferedTracker):
         reason = str(summary.get("stop_reason", "")).split(" ")[0]
         status = {"interrupted": "KILLED", "non-finite": "FAILED"}.get(reason, "FINISHED")
         self._client.set_terminated(self._run_id, status=status)
+
+
+class WandbTracker(BufferedTracker):
+    """Metrics, configuration (the settings) and summary of one run of Weights & Biases.
+
+    A run of one's own that is open already is neither taken nor ended. Every row has its ``step``, against which the
+    site draws all metrics: W&B's own counter refuses the steps that a resumed fit does again. A resumed fit continues
+    the run of ``run_id``, where that is given.
+
+    Args:
+        project: Name of the project; None takes W&B's own setting.
+        run_id: What identifies the run within its project, text of one's own; None is a new run at every start.
+        interval: Seconds between writes.
+        max_points: Most steps per write.
+        options: Further arguments of ``wandb.init``: ``entity``, ``name``, ``tags``, ``mode="offline"``, ``dir``, ...
+
+    Raises:
+        ImportError: If W&B is not installed.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        *,
+        run_id: str | None = None,
+        interval: float = 2.0,
+        max_points: int = 200,
+        **options: Any,
+    ) -> None:
+        super().__init__(interval)
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                "expected Weights & Biases for WandbTracker, got none: pip install wandb"
+            ) from error
+        self._open: Callable[..., Any] = wandb.init
+        self._options = {**options, "project": project, "id": run_id}
+        self._max_points = max_points
+        self._run: Any = None
+
+    def start(self, settings: Settings, first_step: int) -> None:
+        """Opens a run, or the one to be continued."""
+        resume = "allow" if self._options["id"] is not None else None
+        self._run = self._open(
+            config=dict(settings), resume=resume, reinit="create_new", **self._options
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def end(self, summary: Settings) -> None:
+        """Writes what is left and ends the run, as failed if it was interrupted or non-finite."""
+        reason = str(summary.get("stop_reason", "")).split(" ")[0]
+        try:
+            self.flush()
+            self._run.summary.update(dict(summary))
+        finally:
+            self._run.finish(exit_code=int(reason in ("interrupted", "non-finite")))
+
+    def _write(self, rows: list[Row]) -> None:
+        for step, metrics in _thin(rows, self._max_points):
+            self._run.log({"step": step, **metrics})
 
 
 class _Worker:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from pyro_flowkit.files import check_plain
 from pyro_flowkit.training.faults import Interruption
-from pyro_flowkit.training.files import check_plain
 from pyro_flowkit.training.identity import check_probe, probe
 from pyro_flowkit.training.losses import Variational
 from pyro_flowkit.training.plan import Plan

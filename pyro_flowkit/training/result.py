@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import torch
 
+from pyro_flowkit.files import read_file, write_file
 from pyro_flowkit.programs.modules import (
     DIVIDER,
     buffers_of,
@@ -20,7 +21,6 @@ from pyro_flowkit.programs.modules import (
     modules_of,
     registered_modules,
 )
-from pyro_flowkit.training.files import read_file, write_file
 from pyro_flowkit.training.state import check_fit, module_tensors, write_into
 
 KIND = "fit result"
@@ -93,6 +93,15 @@ class FitResult:
             log p(x, z) there: no bound on the evidence, and no number to compare with one.
         restarts: How each of several fits ended, where there were several (``restarts=``).
         versions: Versions of Python, pyro-flowkit, Pyro, PyTorch and NumPy.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow, FitResult, fit
+        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> flow = SplineFlow(2)
+        >>> fit(flow, data=x, max_steps=5, seed=0, progress=False).save("moons.fit")
+        >>> FitResult.load("moons.fit", SplineFlow(2)).best_step
+        5
     """
 
     model: Any

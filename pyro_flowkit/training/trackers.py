@@ -1,4 +1,5 @@
-"""Trackers: where the numbers of a running fit go. CSV files here, TensorBoard and MLflow in ``library_trackers``.
+"""Trackers: where the numbers of a running fit go. CSV files here, TensorBoard, MLflow and W&B in
+``library_trackers``.
 
 A step of a small model takes a millisecond, and writing a row would be a good part of that. So ``log`` only puts a
 row aside, and the rows are written together, a few times per second.
@@ -99,6 +100,16 @@ class CsvTracker(BufferedTracker):
     Args:
         path: The file; missing folders are made.
         interval: Seconds between writes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from pyro_flowkit.training import CsvTracker
+        >>> tracker = CsvTracker("history.csv")  # fit(..., trackers=[tracker]) does the rest
+        >>> tracker.start({}, 0)
+        >>> tracker.log(1, {"elbo": -2.5})
+        >>> tracker.end({})
+        >>> print(Path("history.csv").read_text().split()[1])
+        1,-2.5,,,,
     """
 
     def __init__(self, path: str | os.PathLike[str], *, interval: float = 0.5) -> None:

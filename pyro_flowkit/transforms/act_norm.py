@@ -38,6 +38,13 @@ class ActNorm(FlowTransformModule):
         input_dim: size D of the event.
 
     Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats, the same for every input.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> y, log_det = T.ActNorm(3).call_and_ladj(torch.randn(5, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     is_affine = True
@@ -118,5 +125,15 @@ def _moments(rows: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 def act_norm(input_dim: int) -> ActNorm:
-    """An :class:`ActNorm` layer, the identity until it has seen data."""
+    """An :class:`ActNorm` layer, the identity until it has seen data.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.act_norm(3)
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = transform.call_and_ladj(x)
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
     return ActNorm(input_dim)

@@ -242,6 +242,15 @@ def spline_autoregressive(
 
     Raises:
         ValueError: for settings that make no transform, saying what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.spline_autoregressive(3)
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = transform.call_and_ladj(x)
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
     settings = _checked_settings(input_dim, count_bins, bound, tails, order)
     network = {"activation": activation, "dropout": dropout}
@@ -264,7 +273,16 @@ def conditional_spline_autoregressive(
     activation: Activation | type[nn.Module] | None = None,
     dropout: float = 0.0,
 ) -> ConditionalSplineAutoregressive:
-    """A :class:`ConditionalSplineAutoregressive` with its conditioner; see :func:`spline_autoregressive`."""
+    """A :class:`ConditionalSplineAutoregressive` with its conditioner; see :func:`spline_autoregressive`.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline_autoregressive(3, 2)
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> transform.condition(context)(x).shape
+        torch.Size([5, 3])
+    """
     settings = _checked_settings(input_dim, count_bins, bound, tails, order)
     check_size("context_dim", context_dim)
     network = {"activation": activation, "dropout": dropout}

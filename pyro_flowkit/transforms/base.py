@@ -36,6 +36,12 @@ class Bijection(Transform):
     domain and codomain: 1, or 0 for an element-wise transform, whose ``log_abs_det_jacobian`` then has one log-det for
     every element, as Pyro and ``torch.distributions`` have it. ``is_affine`` says that the map only shifts, scales and
     mixes: what comes before it is in whitened units.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> isinstance(T.spline(2), T.Bijection)
+        True
     """
 
     bijective = True
@@ -223,7 +229,17 @@ class FlowTransformModule(Bijection, TransformModule):
 
 
 class InverseTransformModule(FlowTransformModule):
-    """The inverse of a transform, as a module: a ``ComposeTransformModule`` finds and trains its parameters."""
+    """The inverse of a transform, as a module: a ``ComposeTransformModule`` finds and trains its parameters.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform, x = T.spline(2), torch.randn(5, 2)
+        >>> isinstance(transform.inv, T.InverseTransformModule)
+        True
+        >>> torch.allclose(transform.inv(transform(x)), x, atol=1e-5)
+        True
+    """
 
     def __init__(self, transform: FlowTransformModule):
         super().__init__(transform.input_dim)

@@ -57,6 +57,13 @@ class Compose(_Composition, FlowTransformModule):
 
     Raises:
         ValueError: if there are none, or their sizes differ.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> y, log_det = T.Compose([T.spline(3), T.lu_linear(3)]).call_and_ladj(torch.randn(5, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     def __init__(self, parts: Sequence[FlowTransformModule]):
@@ -147,6 +154,13 @@ def iterated(repeats: int, base_fn: Callable[..., Any], *args: Any, **kwargs: An
 
     Returns:
         :class:`Compose`, :class:`ConditionalCompose`, or Pyro's ``ComposeTransformModule`` for Pyro's transforms.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.iterated(2, T.spline_coupling, 3)
+        >>> transform(torch.randn(5, 3)).shape
+        torch.Size([5, 3])
     """
     from pyro.distributions.conditional import ConditionalComposeTransformModule
     from pyro.distributions.torch_transform import ComposeTransformModule

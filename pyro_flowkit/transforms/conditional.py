@@ -136,6 +136,13 @@ class ConditionedTransform(Bijection):
       theirs: ``sample((N,))``, ``expand`` or a plate draw one value for each of N contexts.
 
     ``call_and_ladj`` and ``inverse_and_ladj`` broadcast values and context against each other in either case.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> conditioned = T.conditional_spline(2, 3).condition(torch.randn(5, 3))
+        >>> isinstance(conditioned, T.ConditionedTransform), conditioned(torch.randn(5, 2)).shape
+        (True, torch.Size([5, 2]))
     """
 
     def __init__(self, transform: ConditionalFlowTransformModule, context: Tensor):

@@ -274,6 +274,15 @@ def spline_coupling(
 
     Raises:
         ValueError: for settings that make no coupling, saying what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.spline_coupling(3)
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = transform.call_and_ladj(x)
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
     check_order(order)
     settings = SplineSettings(count_bins, float(bound), tails)
@@ -299,7 +308,16 @@ def conditional_spline_coupling(
     dropout: float = 0.0,
     order: str = "quadratic",
 ) -> ConditionalSplineCoupling:
-    """A :class:`ConditionalSplineCoupling` with its conditioner; arguments as for :func:`spline_coupling`."""
+    """A :class:`ConditionalSplineCoupling` with its conditioner; arguments as for :func:`spline_coupling`.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline_coupling(3, 2)
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> transform.condition(context)(x).shape
+        torch.Size([5, 3])
+    """
     check_order(order)
     settings = SplineSettings(count_bins, float(bound), tails)
     mask = _make_mask(input_dim, split_dim, mask)

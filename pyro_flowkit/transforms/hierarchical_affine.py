@@ -39,6 +39,13 @@ class HierarchicalAffine(FlowTransformModule):
 
     Raises:
         ValueError: for fewer than two blocks, or an empty one.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> y, log_det = T.HierarchicalAffine([1, 2]).call_and_ladj(torch.randn(5, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     is_affine = True

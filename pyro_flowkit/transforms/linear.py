@@ -31,6 +31,13 @@ class LULinear(FlowTransformModule):
         input_dim: size D of the event.
 
     Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats, the same for every input.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> y, log_det = T.LULinear(3).call_and_ladj(torch.randn(5, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     is_affine = True
@@ -168,7 +175,17 @@ def _in_the_same_dtype(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor
 
 
 def lu_linear(input_dim: int) -> LULinear:
-    """An :class:`LULinear` mixing layer, the identity at first."""
+    """An :class:`LULinear` mixing layer, the identity at first.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.lu_linear(3)
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = transform.call_and_ladj(x)
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
     return LULinear(input_dim)
 
 

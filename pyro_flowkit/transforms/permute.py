@@ -17,6 +17,12 @@ class Permute(FlowTransformModule):
 
     Raises:
         ValueError: if it is no permutation.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> T.Permute(torch.tensor([1, 0])).inv(torch.tensor([1.0, 2.0]))
+        tensor([2., 1.])
     """
 
     is_affine = True
@@ -92,6 +98,12 @@ def permute(input_dim: int, permutation: Tensor | None = None, *, seed: int = 0)
 
     Raises:
         ValueError: if the permutation is none, or of another size.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> T.permute(3, torch.tensor([2, 0, 1]))(torch.tensor([10.0, 20.0, 30.0]))
+        tensor([30., 10., 20.])
     """
     if permutation is None:
         permutation = torch.randperm(input_dim, generator=torch.Generator().manual_seed(seed))

@@ -65,6 +65,13 @@ class Spline(FlowTransformModule):
 
     Raises:
         ValueError: for settings that make no spline, with the numbers.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> y, log_det = T.Spline(3).call_and_ladj(torch.randn(5, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     event_dim = 0
@@ -188,7 +195,17 @@ def spline(
     tails: Tails = "linear",
     order: str = "quadratic",
 ) -> Spline:
-    """An element-wise :class:`Spline`; Pyro's helper of the same name."""
+    """An element-wise :class:`Spline`; Pyro's helper of the same name.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.spline(3)
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = transform.call_and_ladj(x)
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
     return Spline(input_dim, count_bins, bound, tails=tails, order=order)
 
 
@@ -207,6 +224,14 @@ def conditional_spline(
     Args:
         hidden_dims: widths of the hidden layers; None is ``[10 * input_dim, 10 * input_dim]``, at most 128 each.
         order: "quadratic", the only one there is; Pyro's "linear" is refused.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline(3, 2)
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> transform.condition(context)(x).shape
+        torch.Size([5, 3])
     """
     check_order(order)
     settings = SplineSettings(count_bins, float(bound), tails)

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from models.compare.jobs import (
     run_all,
 )
 from models.compare.program import group, main
-from models.compare.recipes import announcement, parse
+from models.compare.recipes import DIGITS, announcement, parse
 from models.compare.report import difference, headline, sentences
 from models.compare.statistics import by_seed, is_clear, mean_and_error
 
@@ -264,3 +265,11 @@ def test_a_bound_settles_who_is_better_only_from_above():
     above = sentences(scores_of(spline_flow=-120.0), reasons())[3]
     assert "is higher, too" in above and "short of" not in above
     assert "leaves open" in sentences(scores_of(spline_flow=-114.0, noise=20.0), reasons())[3]
+
+
+def test_the_makefile_says_how_long_the_demo_takes():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    minutes = DIGITS.core_minutes
+    assert (
+        f"about {minutes:.0f} minutes of one core, {minutes / 2:.0f} where two are free" in makefile
+    )

@@ -23,10 +23,10 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyro_flowkit import SplineFlow
+from pyro_flowkit.files import read_file, write_file
 from pyro_flowkit.guides import AutoSplineFlow, latent_elbo
 from pyro_flowkit.training import Callback, DamagedFileError, FitResult, FitState, fit, lock
 from pyro_flowkit.training.checkpoint import KIND
-from pyro_flowkit.training.files import read_file, write_file
 
 
 class StopsAt(Callback):

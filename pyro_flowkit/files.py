@@ -23,7 +23,19 @@ DIGEST = "sha256"
 
 
 class DamagedFileError(ValueError):
-    """A file that is not, or no longer, what this package wrote."""
+    """A file that is not, or no longer, what this package wrote.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from pyro_flowkit import FitResult, SplineFlow
+        >>> from pyro_flowkit.training import DamagedFileError
+        >>> written = Path("noise.fit").write_text("noise")
+        >>> try:
+        ...     FitResult.load("noise.fit", SplineFlow(2))
+        ... except DamagedFileError as error:
+        ...     print(error)
+        expected a fit result that PyTorch can read ...
+    """
 
 
 def write_file(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
@@ -118,7 +130,8 @@ def _pieces(content: Any) -> Iterator[bytes | memoryview]:
     if isinstance(content, torch.Tensor):
         plain = content.detach().cpu().contiguous()
         yield f"tensor {plain.dtype} {tuple(plain.shape)} {content.requires_grad}\n".encode()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
+        if plain.numel():  # an empty tensor may have strides that no view goes through
+            yield plain.reshape(-1).view(torch.uint8).numpy().data
     elif isinstance(content, dict):
         yield f"dict {len(content)}\n".encode()
         for key, value in content.items():
