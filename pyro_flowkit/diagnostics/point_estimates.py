@@ -128,13 +128,12 @@ def check_density(
             continue
         if not is_point_mass(guide_trace.nodes[name]["fn"]) or is_point_mass(site["fn"]):
             continue
-        value, other = guide_trace.nodes[name]["value"], again.nodes[name]["value"]
-        try:
-            free = biject_to(site["fn"].support).inverse_shape(value.shape).numel()
+        values = [trace.nodes[name]["value"] for trace in (guide_trace, again)]
+        try:  # freed of the support: the last share of a simplex is no number of its own
+            value, other = (biject_to(site["fn"].support).inv(found) for found in values)
         except NotImplementedError:  # a support that only the guide knows a map to
             return
-        changed = (value != other).sum() if value.shape == other.shape else value.numel()
-        moved += min(free, int(changed))
+        moved += int((value != other).sum()) if value.shape == other.shape else value.numel()
         names.append(name)
     behind = sum(
         site["value"].numel()
