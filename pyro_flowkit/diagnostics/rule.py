@@ -342,5 +342,8 @@ def _advice(level: int, numbers: Numbers, checks: dict[str, Check]) -> list[str]
     if level == 1:
         return [repair]
     if worst == "gap":
-        return [repair, "Better train longer, or a more flexible guide: AutoSplineFlow(model, num_transforms=8)."]
+        return [
+            repair,
+            "Better train longer, or a more flexible guide: AutoSplineFlow(model, num_transforms=8).",
+        ]
     return [repair, "Better train longer, from another start, or with a more flexible guide."]
