@@ -32,7 +32,7 @@ from pyro_flowkit.programs.modules import DIVIDER, copied
 from pyro_flowkit.training.data import RowBatches, as_batch, as_rows
 from pyro_flowkit.training.losses import STORE, Variational
 from pyro_flowkit.training.objective import chosen_loss
-from pyro_flowkit.training.optimizer import Factory, build_optimizer
+from pyro_flowkit.training.optimizer import DEFAULT_LR, Factory, build_optimizer
 from pyro_flowkit.training.schedule import SCHEDULES
 from pyro_flowkit.training.state import random_state, set_random_state, write_into
 
@@ -65,7 +65,6 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LR
 
 FORMAT = 1
 KEY = "pyro_flowkit"
-DEFAULT_LR = 3e-3
 TRAINING, VALIDATION = 0, 1
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyro_flowkit.files import read_file, write_file
+from pyro_flowkit.programs.modules import copied
 
 KIND = "guide"
 
@@ -40,13 +41,12 @@ class Storage(nn.Module):
             OSError: if the file cannot be written.
         """
         self._require_setup()
-        state = {name: value.detach().clone() for name, value in self.state_dict().items()}
         content = {
             "guide": type(self).__name__,
             "settings": self._settings(),
             "latents": self._latents(),
             "dtype": str(_dtype_of(self)).removeprefix("torch."),
-            "state": state,
+            "state": copied(self.state_dict()),
         }
         write_file(path, KIND, content)
 

@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors
 
 from pyro_flowkit.training.adam import IS_POSSIBLE, Adam
 
+DEFAULT_LR = 3e-3
 MAX_COPIED = 2**18  # numbers
 
 Factory = Callable[..., Any]  # params, lr=... -> torch.optim.Optimizer

@@ -22,7 +22,7 @@ from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.limits import Limits, chosen_limits
 from pyro_flowkit.training.losses import MaximumLikelihood, Variational
-from pyro_flowkit.training.optimizer import add_group, build_optimizer
+from pyro_flowkit.training.optimizer import DEFAULT_LR, add_group, build_optimizer
 from pyro_flowkit.training.options import Options
 from pyro_flowkit.training.progress import Bar
 from pyro_flowkit.training.ranks import Ranks
@@ -32,7 +32,6 @@ from pyro_flowkit.training.tolerance import Tolerance, watch_gap
 from pyro_flowkit.training.trackers import safely
 from pyro_flowkit.training.validation import Validator
 
-DEFAULT_LR = 3e-3
 WINDOW = 100
 WINDOW_OF_RECIPE = 50
 VALIDATION_ROWS = 100  # at a time, where training has no batch size of its own
@@ -129,9 +128,10 @@ def make_plan(options: Options, bar: Bar) -> Plan:
         limits.max_seconds = max(limits.max_seconds - taken, 0.0)
     elif earlier is not None and options.max_seconds == earlier["max_seconds"][0]:
         limits.max_seconds = earlier["max_seconds"][1]
+    notes: tuple[str, ...] = ()
     if options.compile:
         bar.say("compiling")
-    notes = (compile_where_it_pays(loss, ground.first),) if options.compile else ()
+        notes = (compile_where_it_pays(loss, ground.first),)
     state = FitState(model=options.model, guide=options.guide, optimizer=optimizer)
     state.stop = "interrupted" if beginning.is_interrupted else None
     watch = _watch(options, ground, loss, guide, beginning, limits.max_steps, scheduler)
