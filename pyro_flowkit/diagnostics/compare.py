@@ -23,7 +23,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_flowkit.diagnostics.diagnosis import diagnose
-from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, LOWER_BOUND, as_tree
+from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, LOWER_BOUND, as_result
 
 _PRINTED = ("nats", "se", "kind", "gap", "diff", "diff_se", "diff_kind")
 _PRINTED_WIDTH = 80
@@ -175,7 +175,7 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """
     if not trees:
         raise ValueError("Expected at least one tree, got none")
-    trees = {name: as_tree(tree) for name, tree in trees.items()}
+    trees = {name: as_result(tree) for name, tree in trees.items()}
     _check_same_data(trees)
     rows = []
     for name, tree in trees.items():

@@ -28,7 +28,7 @@ def check_programs(model: Any, guide: Any) -> None:
     """Says what is wrong with what is to be trained.
 
     Raises:
-        TypeError: If the model is a distribution, or nothing that can be called.
+        TypeError: If the model is a distribution, if it or the guide is a class or nothing that can be called.
         ValueError: If model and guide have changed places.
         RuntimeError: In inference mode, in which nothing has a gradient.
     """
@@ -39,6 +39,12 @@ def check_programs(model: Any, guide: Any) -> None:
             "expected a module with log_prob, such as a SplineFlow, or a Pyro model, got a distribution, "
             f"{type(model).__name__}: pass flow, not flow()"
         )
+    for program in (model, guide):
+        if isinstance(program, type):
+            raise TypeError(
+                f"expected a model and a guide, got the class {program.__name__}: make one of it first, "
+                f"{program.__name__}(...)"
+            )
     if isinstance(model, AutoGuide) and guide is not None:
         raise ValueError(
             f"expected fit(model, guide), got a guide, {type(model).__name__}, for the model: change their places"

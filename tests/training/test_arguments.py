@@ -56,6 +56,12 @@ def ends(step):
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "a Pyro model with a density .* got Linear"),
         ({"model": flow()()}, TypeError, "pass flow, not flow\\(\\)"),
         ({"model": AutoNormal(location), "guide": location}, ValueError, "change their places"),
+        ({"model": SplineFlow}, TypeError, r"got the class SplineFlow: .* SplineFlow\(\.\.\.\)"),
+        (
+            {"model": location, "guide": AutoSplineFlow},
+            TypeError,
+            "got the class AutoSplineFlow: make one of it first",
+        ),
         ({"model": 3}, TypeError, "a model that can be called, got int"),
         ({"model": location, "guide": 3}, TypeError, "a guide that can be called, got int"),
         ({"args": X}, TypeError, "args to be a tuple of arguments, got Tensor"),
