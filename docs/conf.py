@@ -8,6 +8,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
+from docutils.nodes import literal_block  # noqa: E402
+
 import pyro_flowkit  # noqa: E402
 
 project = "pyro_flowkit"
@@ -82,6 +84,16 @@ def with_pages(app, name, cls, options, bases):
     bases[:] = nearest or [object]
 
 
+def mark_tables(app, doctree):
+    """Of what a program printed, long sentences are wrapped, and what stands in columns is not."""
+    for block in doctree.findall(literal_block):
+        if block.get("language") == "text" and any(
+            "  " in line.strip() for line in block.astext().splitlines()
+        ):
+            block["classes"].append("in-columns")
+
+
 def setup(app):
+    app.connect("doctree-read", mark_tables)
     app.connect("autodoc-process-bases", with_pages)
     app.connect("autodoc-skip-member", of_others)
