@@ -11,13 +11,13 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
 from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.preprocessing import as_tensor
 from pyro_flowkit.training.callbacks import Callback
 from pyro_flowkit.warning import warn
 
@@ -119,10 +119,10 @@ def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
     """
     if isinstance(data, Mapping):
         ordered = _in_order(data, model, name)
-        return tuple(_as_tensor(data[key], f"{name}[{key!r}]") for key in ordered)
+        return tuple(as_tensor(data[key], f"{name}[{key!r}]") for key in ordered)
     if isinstance(data, tuple | list):
-        return type(data)(_as_tensor(part, name) for part in data)
-    return _as_tensor(data, name)
+        return type(data)(as_tensor(part, name) for part in data)
+    return as_tensor(data, name)
 
 
 @torch.no_grad()
@@ -140,26 +140,6 @@ def warn_of_far_rows(model: Any, rows: torch.Tensor) -> None:
             f"{float(far[worst]):.0%} of the rows are beyond the splines' bound of {model.bound:g} in column {worst}, "
             "where the flow is linear and has far to go: fit(flow.standardize(data), data=data)."
         )
-
-
-def _as_tensor(data: Any, name: str) -> Any:
-    if hasattr(data, "dtypes") and hasattr(data, "to_numpy"):  # of pandas
-        frame = data.to_frame() if data.ndim == 1 else data
-        text = [
-            str(column)
-            for column, dtype in frame.dtypes.items()
-            if not (isinstance(dtype, np.dtype) and dtype.kind in "biuf")
-        ]
-        if text:
-            raise TypeError(
-                f"expected {name} with columns of numbers, got others: {', '.join(text)}"
-            )
-        data = data.to_numpy()
-    if isinstance(data, np.ndarray):
-        if data.dtype.kind not in "biuf":
-            raise TypeError(f"expected {name} to hold numbers, got an array of {data.dtype}")
-        return torch.from_numpy(np.ascontiguousarray(data).copy())
-    return data
 
 
 def _in_order(data: Mapping[Any, Any], model: Any, name: str) -> list[str]:

@@ -91,6 +91,11 @@ def test_arrays_and_frames_are_data(data):
     np.testing.assert_allclose(trained(data=data).history["elbo"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("data", [X.numpy(), pd.DataFrame(X.numpy())], ids=["numpy", "frame"])
+def test_a_flow_takes_scale_and_shift_from_what_it_is_fitted_to(data):
+    assert torch.equal(flow().standardize(data).log_prob(X), flow().standardize(X).log_prob(X))
+
+
 def test_keys_of_a_dict_say_which_argument_is_which():
     y = X @ torch.tensor([1.0, 2.0])
     runs = []
