@@ -202,7 +202,16 @@ def forget_unconstrained(module: nn.Module) -> None:
 
 
 class FlowTransformModule(Bijection, TransformModule):
-    """A :class:`Bijection` with parameters: at once a ``torch.distributions`` transform and an ``nn.Module``."""
+    """A :class:`Bijection` with parameters: at once a ``torch.distributions`` transform and an ``nn.Module``.
+
+    Example:
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.spline(2)
+        >>> isinstance(transform, T.FlowTransformModule), transform.inv.inv is transform
+        (True, True)
+        >>> sum(p.numel() for p in transform.inv.parameters()) == sum(p.numel() for p in transform.parameters())
+        True
+    """
 
     def __init__(self, input_dim: int):
         super().__init__(cache_size=0)

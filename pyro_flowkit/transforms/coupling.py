@@ -162,6 +162,22 @@ class SplineCoupling(_Coupling, FlowTransformModule):
         identity: leave the passed-through part as it is.
 
     Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit.ops import SplineSettings
+        >>> settings, mask = SplineSettings(count_bins=8, bound=3.0), torch.tensor([True, False, False])
+        >>> class Conditioner(torch.nn.Module):  # one of your own; spline_coupling makes one
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 2 * settings.num_params)
+        ...     def forward(self, passed, context):
+        ...         return self.layer(passed)
+        >>> transform = T.SplineCoupling(3, Conditioner(), mask=mask, settings=settings)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(transform.inv(transform(x)), x, atol=1e-4)
+        True
     """
 
     def __init__(
@@ -211,6 +227,12 @@ class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):
     """Spline coupling whose conditioner also reads a context of shape ``(*batch, context_dim)``.
 
     Arguments as for :class:`SplineCoupling`; the spline of the passed-through part does not see the context.
+
+    Example:
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline_coupling(3, 2)  # with its conditioner
+        >>> isinstance(transform, T.ConditionalSplineCoupling), transform.context_dim
+        (True, 2)
     """
 
     def __init__(
