@@ -68,8 +68,8 @@ def probe_modes(
 
     Args:
         model: a Pyro model whose latents are all in the guide and have a support that real numbers can be mapped onto.
-        guide: an ``AutoSplineFlow``, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
-            samples the latents themselves.
+        guide: one that says its ``log_prob`` (``AutoSplineFlow``, ``AmortizedSplineFlow``), one of Pyro's guides with a
+            Gaussian in unconstrained space, or any program that samples the latents themselves.
         args: positional arguments of both: all data.
         kwargs: keyword arguments of both.
         num_starts: number of optimisations: a third from draws of the prior (around the origin where it cannot be

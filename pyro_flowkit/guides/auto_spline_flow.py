@@ -25,6 +25,7 @@ from typing import Any, Literal, Self, cast
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
@@ -456,6 +457,18 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
         ):  # the handlers compare masks at every call
             return None
         return LatentELBO(program, num_particles)
+
+    def check_objective(self, objective: ELBO) -> None:
+        """Raise a ValueError unless it knows score functions, or takes draws as given: components need that."""
+        by_score = isinstance(objective, Trace_ELBO) and not isinstance(objective, JitTrace_ELBO)
+        if self.num_components == 1 or by_score:
+            return
+        if not getattr(objective, "takes_draws_as_given", False):
+            raise ValueError(
+                f"expected Trace_ELBO or ForwardKL for the {self.num_components} components of "
+                f"{type(self).__name__}, got {type(objective).__name__}: their weights are learned by a "
+                "score function outside of traces, or at draws that are given"
+            )
 
     def _say_undefined(self, gradient: Tensor) -> None:
         """Say once that derivatives at draws, ``(*batch, latent_dim)``, are no numbers in some rows."""

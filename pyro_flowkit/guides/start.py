@@ -97,6 +97,14 @@ class Start(WithoutMasked):
             return []
         return self._prior_draws(model, args, kwargs, self._init_loc())
 
+    def check_restarts(self) -> None:
+        """Raise a ValueError for a guide with several components, which are at the modes already."""
+        if self.num_components > 1:
+            raise ValueError(
+                f"Expected num_components=1 for several starts, got {self.num_components}: the components of "
+                f"{type(self).__name__} start at the modes that are found."
+            )
+
     def restart(self, number: int, *args: Any, **kwargs: Any) -> None:
         """Begin anew, at a draw of the prior: as fresh as after the setup, but for where it starts.
 

@@ -111,11 +111,13 @@ class Summaries(ConstrainedLatents):
             note=note,
         )
 
-    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """log q of values of all latents, in constrained space.
 
         Args:
             values: ``{site: value}``, shapes ``(*sample_shape, *batch, *event)``, such as :meth:`sample` returns.
+            args: the model's arguments, which this guide does not look at.
+            kwargs: the model's keyword arguments, likewise.
 
         Returns:
             log q in nats, shape ``(*sample_shape,)``, differentiable.

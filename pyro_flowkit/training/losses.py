@@ -21,8 +21,8 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
-from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import LatentELBO
+from pyro_flowkit.guides.recipe import ObjectiveGuide
 from pyro_flowkit.programs.derivative import Graph
 from pyro_flowkit.programs.modules import DIVIDER, buffers_of, modules_of, registered_modules
 from pyro_flowkit.programs.pairs import trace_pair
@@ -260,9 +260,7 @@ class Variational(Loss):
         self.model, self._guide = model, guide
         if rows is not None:
             self.model = rows(model)
-            if not isinstance(
-                guide, AutoSplineFlow
-            ):  # which is called by other names, and has no plates
+            if not isinstance(guide, ObjectiveGuide):  # which may be called by other names
                 self._guide = rows(guide)
         self._programs = (self.model, self._guide)  # as the objective runs them
         self._vectorized: Callable[..., Any] | None = None

@@ -72,6 +72,23 @@ def test_the_other_mode_is_found_for_guides_of_every_kind(name):
     assert verdict.level == "bad" and "around x = -9.99" in verdict.reason
 
 
+def test_a_guide_of_anybodys_says_its_density():
+    """Its latent follows from an auxiliary site, so that nothing but its own word has a density at given values."""
+
+    class Guide(torch.nn.Module):
+        def forward(self):
+            shift = pyro.sample(
+                "_shift", dist.Normal(tensor(0.0), 0.2), infer={"is_auxiliary": True}
+            )
+            pyro.sample("x", dist.Delta(9.98 + shift))
+
+        def log_prob(self, values, *args, **kwargs):
+            return dist.Normal(tensor(9.98), 0.2).log_prob(values["x"])
+
+    shares = {float(missed) for missed in probe_modes(squares, Guide())["missed"]}
+    assert max(shares) == pytest.approx(0.5, abs=0.05) and min(shares) < 1e-6
+
+
 def test_a_guide_with_both_modes_is_good_without_limits():
     probe = probe_modes(squares, both_modes)
     assert float(probe["missed"].max()) < 0.01
