@@ -33,7 +33,7 @@ from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.amortized_draws import AmortizedDraws
 from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
-from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE
+from pyro_flowkit.guides.component import DEFAULT_INIT_SCALE, check_start
 from pyro_flowkit.guides.data_plate import (
     PlateCall,
     choose_plate,
@@ -159,10 +159,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
         check_size("context_dim", context_dim)
         if not callable(encoder):
             raise ValueError(f"Expected encoder to be a module or a function, got {encoder!r}.")
-        if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
-            raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
-        if base not in ("normal", "student_t"):
-            raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
+        check_start(init_scale, base)
         if affine not in ("full", "diagonal", None):
             raise ValueError(f'Expected affine to be "full" or "diagonal", got {affine!r}.')
         init_loc_fn = initialisation(init_loc_fn)

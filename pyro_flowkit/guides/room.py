@@ -11,17 +11,14 @@ the error is larger then by the factor of PSIS estimates (:func:`~pyro_flowkit.o
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_flowkit.flow_distribution import _fixed_seed
+from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.ops.psis import error_factor, gap_error, psis, unseen_share
-
-if TYPE_CHECKING:
-    from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 
 NUM_DRAWS = 2048
 
@@ -74,7 +71,7 @@ class Room:
         density: of its model.
     """
 
-    def __init__(self, guide: "AutoSplineFlow", density: LatentDensity):
+    def __init__(self, guide: Draws, density: LatentDensity):
         self._guide, self._density = guide, density
 
     @torch.no_grad()
