@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.path_gradient import derivatives_of
+from pyro_flowkit.path_gradient import derivatives_of, flow_held_fixed
 from pyro_flowkit.transforms.conditional import (
     ConditionalFlowTransformModule,
     ConditionedTransform,
@@ -39,7 +39,7 @@ class AmortizedPosterior(FlowDistribution):
         path = self._global_context.expand(*shape, -1)
         features = self.transforms[-1].context.detach()[..., : -path.shape[-1]]
         features = features.expand(*shape, -1)
-        with self._fixed() as (base, transforms):
+        with flow_held_fixed(self.base_dist, self.transforms) as (base, transforms):
 
             def given(context: Tensor) -> list[Any]:
                 context = torch.cat([features, context], dim=-1)

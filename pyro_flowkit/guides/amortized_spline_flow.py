@@ -28,7 +28,6 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 from pyro_flowkit._pyro import StoreModule
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.amortized_draws import AmortizedDraws
 from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
@@ -57,6 +56,7 @@ from pyro_flowkit.guides.supports import (
 from pyro_flowkit.guides.without_masked import whole_model
 from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
@@ -349,7 +349,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
         self.sync_with_store(lend=False)
         global_context = None
         if self.condition_on_global:
-            with poutine.block(), _fixed_seed(self.affine.weight.device):
+            with poutine.block(), fixed_seed(self.affine.weight.device):
                 self._create_plates(*args, **kwargs)
                 self._lead()
                 values = self._global_medians(args, kwargs) if given is None else given

@@ -9,12 +9,13 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
+from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.fixed_draws import global_draws, local_quantiles
 from pyro_flowkit.guides.global_context import centred
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.base import check_floating
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
@@ -74,7 +75,7 @@ class AmortizedSummaries(AutoGuide):
         levels = torch.as_tensor(quantiles, dtype=torch.float64).reshape(-1)
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"Expected quantiles in [0, 1], got {levels.tolist()}.")
-        with poutine.block(), _fixed_seed(self.affine.weight.device):
+        with poutine.block(), fixed_seed(self.affine.weight.device):
             self._create_plates(*args, **kwargs)
             self._lead()
             features = self._encode(args, kwargs)

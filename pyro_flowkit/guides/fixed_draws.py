@@ -7,8 +7,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
+from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.guides.local_latents import Latents
+from pyro_flowkit.seeds import fixed_seed
 
 NUM_PAIRS = 256  # of antithetic draws
 MAX_CHUNK = 2**20  # values in memory at a time
@@ -50,7 +51,7 @@ def global_draws(
         device: of the guide.
     """
     plate = pyro.plate("_fixed_draws", 2 * NUM_PAIRS + 1, dim=-1 - nesting)
-    with _fixed_seed(device):
+    with fixed_seed(device):
         torch.default_generator.manual_seed(1)
         if device.type == "cuda":
             torch.cuda.manual_seed(1)

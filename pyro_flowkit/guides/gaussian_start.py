@@ -16,7 +16,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized
@@ -37,6 +36,7 @@ from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.modules import copied
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from pyro_flowkit.warning import warn
@@ -186,7 +186,7 @@ class GaussianStart:
     ) -> Tensor:
         """log p - log q where a component takes draws of its base."""
         if self._guide.base_kind == "student_t":
-            with _fixed_seed(z.device):
+            with fixed_seed(z.device):
                 z = component.base_dist.sample(z.shape[:1])
         latent, log_prob = component._push(z)
         if component is not posterior:

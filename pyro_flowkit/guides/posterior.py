@@ -29,7 +29,13 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.path_gradient import MAX_ROUGHNESS, derivatives_of, path_term
+from pyro_flowkit.path_gradient import (
+    MAX_ROUGHNESS,
+    count_bent,
+    derivatives_of,
+    flow_held_fixed,
+    path_term,
+)
 
 MAX_BEND = 0.1
 MEMORY = 0.9
@@ -132,7 +138,7 @@ class GuidePosterior(FlowDistribution):
 
     def derivative(self, value: Tensor) -> Tensor:
         """d log q / d value at any values, shape ``(*batch, D)``, without a graph."""
-        with self._fixed() as (base, transforms):
+        with flow_held_fixed(self.base_dist, self.transforms) as (base, transforms):
             (found,) = derivatives_of(lambda point: self._pull(point, base, transforms), value)
         return found
 
@@ -143,7 +149,7 @@ class GuidePosterior(FlowDistribution):
             return self._traced_score_parts(value)
         log_prob, derivatives = self._with_derivatives(value)
         if derivatives:
-            derivative, u = derivatives[-1], derivatives[self._count_bent]
+            derivative, u = derivatives[-1], derivatives[count_bent(self.transforms)]
         else:
             _, (derivative,), u = self._pulled_derivatives(value, log_prob.shape)
         is_path = takes_path(self.noise, u)
@@ -155,7 +161,7 @@ class GuidePosterior(FlowDistribution):
 
     def _traced_score_parts(self, value: Tensor) -> ScoreParts:
         parts = super().score_parts(value)
-        cut = self._count_bent
+        cut = count_bent(self.transforms)
         bent, affine = self.transforms[:cut], self.transforms[cut:]
         with torch.no_grad():
             whitened, _ = self._pull_back(value, affine)

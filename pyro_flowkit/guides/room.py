@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.ops.psis import error_factor, gap_error, psis, unseen_share
+from pyro_flowkit.seeds import fixed_seed
 
 NUM_DRAWS = 2048
 
@@ -78,7 +78,7 @@ class Room:
     def gap(self, seed: int, num_draws: int = NUM_DRAWS) -> Gap:
         """The gap of the guide as it is now, from draws of this seed; the generator of the caller stays as it is."""
         posterior = self._guide.get_posterior()
-        with _fixed_seed(self._guide.affine.loc.device, seed):
+        with fixed_seed(self._guide.affine.loc.device, seed):
             latent = posterior.sample((num_draws,))
             log_prob = posterior.log_prob(latent)
         return Gap.of((self._density(latent) - log_prob).cpu())

@@ -18,7 +18,6 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
@@ -31,6 +30,7 @@ from pyro_flowkit.guides.supports import bijection_to, initialisation
 from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.vectorized import Way
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.warning import warn
 
@@ -228,7 +228,7 @@ class Start(WithoutMasked):
     ) -> list[Tensor]:
         """Starts where the prior is; around the origin where it cannot be drawn from."""
         found = []
-        with _fixed_seed(loc.device), poutine.block():
+        with fixed_seed(loc.device), poutine.block():
             for _ in range(count):
                 try:
                     trace = poutine.trace(model).get_trace(*args, **kwargs)

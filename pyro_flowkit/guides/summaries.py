@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
+from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.guides.constrained import ConstrainedLatents
 from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_values import pack, unpack
@@ -26,6 +26,7 @@ from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
 from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.warning import warn
 
 MAX_ROWS = 1000  # that pass through the model at a time
@@ -239,7 +240,7 @@ class Summaries(ConstrainedLatents):
 
     def _seeded(self, seed: int | None) -> AbstractContextManager[None]:
         self._require_setup()
-        return nullcontext() if seed is None else _fixed_seed(self._init_loc().device, seed)
+        return nullcontext() if seed is None else fixed_seed(self._init_loc().device, seed)
 
     def _synchronise(self) -> None:
         self._require_setup()
