@@ -166,6 +166,39 @@ def test_no_room_imports_from_its_own_floor_or_above(path):
             assert FLOORS[other] < FLOORS[room], f"{room} imports {name}"
 
 
+MAX_LINES = 350
+MAX_CODE = 80
+# signatures and docstrings of what users call, which are one idea each
+LONG: dict[str, int] = {}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(PACKAGE)) for p in SOURCES])
+def test_no_file_is_too_long_to_be_read_at_once(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONG.get(str(path.relative_to(PACKAGE)), MAX_LINES)
+
+
+def code_lines(function: ast.FunctionDef, lines: list[str]) -> int:
+    """Lines of a function's body that are neither docstring, nor comment, nor empty."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    if not body:
+        return 0
+    inside = lines[body[0].lineno - 1 : function.end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in inside)
+
+
+def test_no_function_is_too_long_to_be_read_at_once():
+    found = {}
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                count = code_lines(node, text.splitlines())
+                found[f"{path.relative_to(PACKAGE)}: {node.name}"] = count
+    assert max(found.values()) > MAX_CODE / 2, "lines of code are counted"
+    assert {name: count for name, count in found.items() if count > MAX_CODE} == {}
+
+
 # What a program outside of the package may not look up to, in the order of the floors above it.
 ABOVE = {
     "pyro_flowkit": ("models", "benchmarks", "tutorials", "tests"),

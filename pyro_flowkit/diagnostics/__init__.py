@@ -29,11 +29,12 @@ and of the group ``posterior_predictive``, here with the observed site "y"::
 
 from pyro_flowkit.diagnostics.bounds import evidence_bounds
 from pyro_flowkit.diagnostics.calibration import simulation_based_calibration
+from pyro_flowkit.diagnostics.collapse import latent_verdict
 from pyro_flowkit.diagnostics.compare import compare_densities, compare_guides
 from pyro_flowkit.diagnostics.convergence import compare_restarts, iterate_convergence
 from pyro_flowkit.diagnostics.diagnosis import diagnose
 from pyro_flowkit.diagnostics.gaps import inference_gaps
-from pyro_flowkit.diagnostics.latents import latent_usage, latent_verdict
+from pyro_flowkit.diagnostics.latents import latent_usage
 from pyro_flowkit.diagnostics.loo import loo_approximate_posterior
 from pyro_flowkit.diagnostics.plot_guides import plot_guides
 from pyro_flowkit.diagnostics.plots import plot_bounds, plot_elbo, plot_gap, plot_pareto_k

@@ -28,8 +28,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.calibration import store_of_model
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.guide_density import log_guide
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attrs
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, improved

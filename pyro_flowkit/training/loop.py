@@ -15,12 +15,12 @@ from typing import Any
 from pyro_flowkit.files import check_plain
 from pyro_flowkit.training.faults import Interruption
 from pyro_flowkit.training.identity import check_probe, probe
-from pyro_flowkit.training.losses import Variational
 from pyro_flowkit.training.plan import Plan
 from pyro_flowkit.training.result import FitResult, history_columns
 from pyro_flowkit.training.state import random_state, set_random_state
 from pyro_flowkit.training.steps import NON_FINITE_LIMIT, Steps
 from pyro_flowkit.training.tolerance import Tolerance
+from pyro_flowkit.training.variational import Variational
 from pyro_flowkit.warning import warn
 
 MAX_SKIPPED = 0.1  # of the steps, without a word

@@ -17,7 +17,8 @@ from pyro_flowkit.guides.recipe import ObjectiveGuide, recipe_of
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
-from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood
+from pyro_flowkit.training.variational import Variational, no_guide
 from pyro_flowkit.warning import warn
 
 MAX_SEQUENTIAL = 8

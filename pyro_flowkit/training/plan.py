@@ -21,7 +21,7 @@ from pyro_flowkit.training.ground import Check, Ground, lay_ground, open_objecti
 from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.limits import Limits, chosen_limits
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.optimizer import DEFAULT_LR, add_group, build_optimizer
 from pyro_flowkit.training.options import Options
 from pyro_flowkit.training.progress import Bar
@@ -31,6 +31,7 @@ from pyro_flowkit.training.schedule import Schedule, kl_weight
 from pyro_flowkit.training.tolerance import Tolerance, watch_gap
 from pyro_flowkit.training.trackers import safely
 from pyro_flowkit.training.validation import Validator
+from pyro_flowkit.training.variational import Variational
 
 WINDOW = 100
 WINDOW_OF_RECIPE = 50

@@ -14,7 +14,6 @@ import torch
 
 from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.faults import caused_by_numbers, worst_site
-from pyro_flowkit.training.losses import Variational
 from pyro_flowkit.training.optimizer import (
     GradientNorm,
     load_optimizer_state,
@@ -23,6 +22,7 @@ from pyro_flowkit.training.optimizer import (
 )
 from pyro_flowkit.training.plan import Plan
 from pyro_flowkit.training.result import HISTORY
+from pyro_flowkit.training.variational import Variational
 
 NON_FINITE_LIMIT = 10
 
