@@ -30,7 +30,7 @@ from benchmarks.near_gaussian import MODELS, linear
 from models._measure import Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.training import Callback, FitState
 

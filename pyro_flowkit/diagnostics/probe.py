@@ -34,8 +34,7 @@ from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attrs
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, improved
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import in_words, pack, unpack
+from pyro_flowkit.guides.latent_vector import LatentDensity, in_words, pack, unpack
 from pyro_flowkit.ops.psis import psis
 from pyro_flowkit.ops.quasi_random import normal_draws
 

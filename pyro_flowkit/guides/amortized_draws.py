@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
-from pyro_flowkit.guides.latent_values import pack
+from pyro_flowkit.guides.latent_vector import pack
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.summaries import Evidence, chosen_by, evidence_of
 from pyro_flowkit.guides.supports import bijection_to

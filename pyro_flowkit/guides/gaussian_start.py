@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from pyro_flowkit.guides.circular import CircularAffine
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import in_words
+from pyro_flowkit.guides.latent_vector import LatentDensity, in_words
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.modes import (
     COMPARABLE,

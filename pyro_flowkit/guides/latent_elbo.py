@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_flowkit.guides.draws import Draws
-from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.guides.latent_vector import unpack
 from pyro_flowkit.programs.derivative import Differentiated, Graph
 from pyro_flowkit.programs.vectorized import Vectorized
 

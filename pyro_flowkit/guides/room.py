@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_flowkit.guides.draws import Draws
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.ops.psis import error_factor, gap_error, psis, unseen_share
 from pyro_flowkit.seeds import fixed_seed
 

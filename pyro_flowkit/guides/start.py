@@ -21,8 +21,7 @@ from torch import Tensor
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import pack
+from pyro_flowkit.guides.latent_vector import LatentDensity, pack
 from pyro_flowkit.guides.modes import Mode, modes, spread
 from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.room import Room

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.guides.constrained import ConstrainedLatents
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import pack, unpack
+from pyro_flowkit.guides.latent_vector import LatentDensity, pack, unpack
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
