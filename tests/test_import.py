@@ -115,6 +115,52 @@ def test_importing_loads_nothing_heavy(imported):
     assert imported["loaded"] == []
 
 
+LAZY = """
+import sys
+import torch
+import pyro_flowkit
+from pyro_flowkit import SplineFlow, diagnostics, fit
+
+fit(SplineFlow(2), data=torch.randn(20, 2), max_steps=1, progress=False)
+diagnostics.psis(torch.zeros(9))
+unwanted = ("pandas", "xarray", "arviz", "matplotlib", "lightning")
+print([name for name in unwanted if name in sys.modules])
+diagnostics.evidence_bounds, diagnostics.reweight
+print([name for name in unwanted if name in sys.modules])
+print(callable(diagnostics.reweight), callable(diagnostics.plot_guides))
+"""
+
+
+def test_flows_and_fit_need_no_data_frames_and_the_diagnostics_bring_them():
+    command = [sys.executable, "-c", LAZY]
+    completed = subprocess.run(
+        command, capture_output=True, text=True, cwd=PACKAGE.parent, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
+    before, after, are_functions = completed.stdout.splitlines()
+    assert before == "[]"
+    assert "xarray" in after and "arviz" not in after and "matplotlib" not in after
+    assert are_functions == "True True"
+
+
+def test_the_diagnostics_are_all_where_they_are_looked_up():
+    diagnostics = pyro_flowkit.diagnostics
+    source = Path(diagnostics.__file__).read_text(encoding="utf-8")
+    for_checkers = {
+        alias.name: node.module.rpartition(".")[2]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and "diagnostics" in str(node.module)
+        for alias in node.names
+    }
+    assert for_checkers == diagnostics._HOMES
+    assert set(diagnostics.__all__) == {*diagnostics._HOMES, "psis", "pareto_k_threshold"}
+    assert set(diagnostics.__all__) <= set(dir(diagnostics))
+    for name, home in diagnostics._HOMES.items():
+        assert getattr(diagnostics, name).__module__ == f"pyro_flowkit.diagnostics.{home}"
+    with pytest.raises(AttributeError, match="no attribute 'evidence_bound'"):
+        _ = diagnostics.evidence_bound
+
+
 def test_every_module_can_be_imported(imported):
     assert "pyro_flowkit.transforms.coupling" in imported["modules"]
 

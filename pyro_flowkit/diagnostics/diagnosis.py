@@ -9,7 +9,7 @@ import xarray as xr
 from pyro_flowkit.diagnostics.bounds import bounds_dataset
 from pyro_flowkit.diagnostics.point_estimates import with_points
 from pyro_flowkit.diagnostics.reading import numbers_of
-from pyro_flowkit.diagnostics.reweight import guide_weights
+from pyro_flowkit.diagnostics.reweighting import guide_weights
 from pyro_flowkit.diagnostics.rule import Numbers, Probe, judge
 from pyro_flowkit.diagnostics.schema import as_tree
 from pyro_flowkit.diagnostics.verdict import LEVELS, Verdict, verdict_of
