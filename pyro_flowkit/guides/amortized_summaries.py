@@ -18,8 +18,8 @@ from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.global_spline_flow import centred
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.ops.checks import check_floating
 from pyro_flowkit.seeds import fixed_seed
-from pyro_flowkit.transforms.base import check_floating
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 NUM_PAIRS = 256  # of antithetic draws

@@ -195,7 +195,7 @@ class Loop:
         if self._tolerance is not None:
             self._state.gap = self._tolerance.at_the_end(kept)
         self._loss.set_mode(training=False)
-        self._plan.schedule.optimizer.zero_grad(set_to_none=True)
+        self._state.optimizer.zero_grad(set_to_none=True)
         if failed:
             warn(f"fit stopped early: {self._reason}", RuntimeWarning)
         elif self._steps.skipped > MAX_SKIPPED * self._state.step:

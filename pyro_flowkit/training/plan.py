@@ -139,7 +139,9 @@ def make_plan(options: Options, bar: Bar) -> Plan:
     clip_norm = recipe.clip_norm if options.clip_norm is None else options.clip_norm
     start, call = beginning.start, fingerprint(batches, ranks)
     bound = (
-        {} if ground.checkpoints is None else _identity(options, ground, loss, schedule, clip_norm)
+        {}
+        if ground.checkpoints is None
+        else _identity(options, ground, loss, optimizer, scheduler, clip_norm)
     )
     if earlier is not None:
         check_identity(earlier["call"], bound, (earlier["versions"], versions()))
@@ -235,16 +237,17 @@ def _identity(
     options: Options,
     ground: Ground,
     loss: MaximumLikelihood | Variational,
-    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
     clip_norm: float | None,
 ) -> dict[str, Any]:
     """What a checkpoint of this call is bound to."""
     batches, objective = ground.batches, getattr(loss, "objective", loss)
     seed = ground.seed if options.seed is None else options.seed
     settings = {
-        "optimizer": type(schedule.optimizer).__name__,
-        "lr": [group["lr"] for group in schedule.optimizer.param_groups],
-        "scheduler": schedule.name,
+        "optimizer": type(optimizer).__name__,
+        "lr": [group["lr"] for group in optimizer.param_groups],
+        "scheduler": scheduler,
         "clip_norm": clip_norm,
         "average": options.average,
         "kl_schedule": options.kl_schedule,

@@ -40,7 +40,7 @@ class Steps:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._state, self._loss = plan, plan.state, plan.loss
-        self._optimizer, self._schedule = plan.schedule.optimizer, plan.schedule
+        self._optimizer, self._schedule = plan.state.optimizer, plan.schedule
         self._ranks, self._clip_norm = plan.ranks, plan.clip_norm
         self.history: list[list[float]] = []
         self.updated = self.skipped = self._in_a_row = 0

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flowkit.ops.chain import Link
+from pyro_flowkit.ops.checks import check_floating
 from pyro_flowkit.transforms.tensors import forget_unconstrained, stamp, tensors_in
 
 # under which attribute of an inverse's result its log-det travels
@@ -247,14 +248,6 @@ def check_size(name: str, value: int, least: int = 1) -> None:
     """Raise a ValueError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Expected {name} to be an integer >= {least}, got {value!r}.")
-
-
-def check_floating(x: Tensor, what: str) -> None:
-    """Raise a ValueError for integers and booleans, which results would be cut to."""
-    if not x.is_floating_point():
-        raise ValueError(
-            f"Expected {what} in floating point, got {x.dtype}: convert it, x.float()."
-        )
 
 
 def check_vector(x: Tensor, input_dim: int, owner: str) -> None:
