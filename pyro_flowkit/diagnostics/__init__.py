@@ -35,7 +35,6 @@ from pyro_flowkit.ops.psis import pareto_k_threshold, psis
 if TYPE_CHECKING:
     from pyro_flowkit.diagnostics.bounds import evidence_bounds
     from pyro_flowkit.diagnostics.calibration import simulation_based_calibration
-    from pyro_flowkit.diagnostics.collapse import latent_verdict
     from pyro_flowkit.diagnostics.compare import compare_densities, compare_guides
     from pyro_flowkit.diagnostics.convergence import compare_restarts, iterate_convergence
     from pyro_flowkit.diagnostics.diagnosis import diagnose
@@ -49,8 +48,8 @@ if TYPE_CHECKING:
     from pyro_flowkit.diagnostics.restarts import join_restarts
     from pyro_flowkit.diagnostics.reweighting import reweight
     from pyro_flowkit.diagnostics.tree import from_svi, to_arviz
-    from pyro_flowkit.diagnostics.uniformity import calibration_tests, symmetry_tests
-    from pyro_flowkit.diagnostics.verdict import Verdict, verdict_of
+    from pyro_flowkit.diagnostics.uniformity import calibration_tests
+    from pyro_flowkit.diagnostics.verdict import Verdict
 
 
 __all__ = [
@@ -67,7 +66,6 @@ __all__ = [
     "iterate_convergence",
     "join_restarts",
     "latent_usage",
-    "latent_verdict",
     "loo_approximate_posterior",
     "pareto_k_threshold",
     "plot_bounds",
@@ -80,9 +78,7 @@ __all__ = [
     "psis",
     "reweight",
     "simulation_based_calibration",
-    "symmetry_tests",
     "to_arviz",
-    "verdict_of",
 ]
 
 # Imported where they are first used: flows, guides and fit do without the xarray and pandas of most of them.
@@ -100,7 +96,6 @@ _HOMES = {
     "iterate_convergence": "convergence",
     "join_restarts": "restarts",
     "latent_usage": "latents",
-    "latent_verdict": "collapse",
     "loo_approximate_posterior": "loo",
     "plot_bounds": "plots",
     "plot_elbo": "plots",
@@ -111,9 +106,7 @@ _HOMES = {
     "probe_modes": "probe",
     "reweight": "reweighting",
     "simulation_based_calibration": "calibration",
-    "symmetry_tests": "uniformity",
     "to_arviz": "tree",
-    "verdict_of": "verdict",
 }
 
 

@@ -7,7 +7,7 @@ from pyro_flowkit.diagnostics.verdict import Verdict
 _NO_KL = 0.1  # nats
 
 
-def latent_verdict(usage: xr.Dataset) -> Verdict:
+def collapse_verdict(usage: xr.Dataset) -> Verdict:
     """Names posterior collapse in words.
 
     Args:
@@ -16,29 +16,7 @@ def latent_verdict(usage: xr.Dataset) -> Verdict:
     Returns:
         "good" where every direction of every site is active, "bad" where none is, otherwise
         "usable".
-
-    Raises:
-        ValueError: if the Dataset has no ``active_directions``.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> from pyro_flowkit.diagnostics import latent_usage, latent_verdict
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
-        >>> bool(latent_verdict(latent_usage(model, guide, torch.randn(50), seed=0)))
-        True
     """
-    if "active_directions" not in usage:
-        raise ValueError(
-            f"Expected a variable active_directions, got {sorted(map(str, usage.data_vars))}"
-        )
     active, sizes = (usage[n].to_numpy() for n in ("active_directions", "num_directions"))
     sites, kl = usage["site"].to_numpy(), usage["site_kl"].to_numpy()
     counts = ", ".join(

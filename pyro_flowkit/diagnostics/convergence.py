@@ -146,14 +146,14 @@ def compare_restarts(
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_flowkit.diagnostics import compare_restarts, from_svi, verdict_of
+        >>> from pyro_flowkit.diagnostics import compare_restarts, diagnose, from_svi
         >>> def model():
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
         ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
         >>> def guide():
         ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
         >>> trees = [from_svi(model, guide, num_samples=200, seed=seed) for seed in range(2)]
-        >>> bool(verdict_of(compare_restarts(trees)))
+        >>> bool(diagnose(compare_restarts(trees)))
         True
     """
     named = dict(restarts) if isinstance(restarts, Mapping) else dict(enumerate(restarts))

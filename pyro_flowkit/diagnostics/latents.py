@@ -44,7 +44,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.collapse import latent_verdict
+from pyro_flowkit.diagnostics.collapse import collapse_verdict
 from pyro_flowkit.diagnostics.directions import explained_by_direction, largest_of_noise
 from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.latent_columns import LatentColumns
@@ -98,8 +98,8 @@ def latent_usage(
         where the dimensions of posterior or prior depend on each other), ``mean_variance`` and
         ``prior_variance`` in squared units of the latent, ``variance_explained``, ``information`` in
         nats, ``active``. Over ``obs_id``: the KL of all latents, ``kl_total``. The attribute
-        ``message`` is the ``latent_verdict``, ``active_threshold`` the share of the variance from which
-        on a direction is active.
+        ``message`` is the verdict of ``diagnose``, ``active_threshold`` the share of the variance from
+        which on a direction is active.
 
     Raises:
         ValueError: as ``pointwise_bounds``, for less than two data or draws, for so few of both that
@@ -165,7 +165,7 @@ def latent_usage(
     usage = _dataset(moments, names, num_samples).merge(
         _by_direction(moments, within, names, num_samples)
     )
-    return usage.assign_attrs(message=str(latent_verdict(usage)))
+    return usage.assign_attrs(message=str(collapse_verdict(usage)))
 
 
 def _check_random(particles: Particles) -> None:

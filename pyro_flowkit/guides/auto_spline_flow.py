@@ -5,7 +5,7 @@ In unconstrained space the guide is
     z ~ base,    latent = loc + S h(f(z)),
 
 where f is a spline flow and h scales and moves the latents of each site as a function of those of the sites before it
-(:class:`~pyro_flowkit.transforms.HierarchicalAffine`); both are the identity at first. loc and S (full or diagonal)
+(:mod:`pyro_flowkit.transforms.hierarchical_affine`); both are the identity at first. loc and S (full or diagonal)
 are learned: at step 0 the guide is the Gaussian that Pyro's AutoMultivariateNormal and AutoDiagonalNormal start from,
 and it only leaves the Gaussians where that raises the ELBO. With ``num_components`` above 1 it is a mixture of such
 densities, each with its own flow and affine maps, which start at the posterior's modes
