@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyro_flowkit.diagnostics.bounds import evidence_bounds
     from pyro_flowkit.diagnostics.calibration import simulation_based_calibration
     from pyro_flowkit.diagnostics.compare import compare_densities, compare_guides
-    from pyro_flowkit.diagnostics.convergence import compare_restarts, iterate_convergence
+    from pyro_flowkit.diagnostics.convergence import iterate_convergence
     from pyro_flowkit.diagnostics.diagnosis import diagnose
     from pyro_flowkit.diagnostics.gaps import inference_gaps
     from pyro_flowkit.diagnostics.guide_plots import plot_guides
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from pyro_flowkit.diagnostics.plots import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
     from pyro_flowkit.diagnostics.pointwise import heldout_log_prob, pointwise_bounds
     from pyro_flowkit.diagnostics.probe import probe_modes
-    from pyro_flowkit.diagnostics.restarts import join_restarts
+    from pyro_flowkit.diagnostics.restarts import compare_restarts
     from pyro_flowkit.diagnostics.reweighting import reweight
     from pyro_flowkit.diagnostics.tree import from_svi, to_arviz
     from pyro_flowkit.diagnostics.uniformity import calibration_tests
@@ -64,7 +64,6 @@ __all__ = [
     "heldout_log_prob",
     "inference_gaps",
     "iterate_convergence",
-    "join_restarts",
     "latent_usage",
     "loo_approximate_posterior",
     "pareto_k_threshold",
@@ -87,14 +86,13 @@ _HOMES = {
     "calibration_tests": "uniformity",
     "compare_densities": "compare",
     "compare_guides": "compare",
-    "compare_restarts": "convergence",
+    "compare_restarts": "restarts",
     "diagnose": "diagnosis",
     "evidence_bounds": "bounds",
     "from_svi": "tree",
     "heldout_log_prob": "pointwise",
     "inference_gaps": "gaps",
     "iterate_convergence": "convergence",
-    "join_restarts": "restarts",
     "latent_usage": "latents",
     "loo_approximate_posterior": "loo",
     "plot_bounds": "plots",

@@ -17,6 +17,7 @@ from pyro_flowkit.diagnostics.verdict import LEVELS, Verdict, verdict_of
 from pyro_flowkit.ops.psis import pareto_k_threshold
 
 _FEW = 0.05  # a share of the data
+NO_GUIDE = "Expected a probe together with the result of from_svi, got another result"
 
 Checks = dict[str, dict[str, Any]]
 
@@ -82,11 +83,11 @@ def diagnose(
 
     Args:
         tree: a result of ``from_svi`` or ``evidence_bounds``, which draw more where this verdict hangs on noise; of
-            ``join_restarts``, judged by its worst restart; of ``pointwise_bounds``, judged datum by datum: at most 5 %
-            of the data may be worse than the verdict says; of ``latent_usage``, judged by posterior collapse: "good"
-            where every direction of every site is active, "bad" where none is; or of
-            ``simulation_based_calibration``, ``calibration_tests``, ``iterate_convergence`` or ``compare_restarts``,
-            which carry their verdict.
+            ``compare_restarts``, judged by whether they agree and by the worst restart; of ``pointwise_bounds``, judged
+            datum by datum: at most 5 % of the data may be worse than the verdict says; of ``latent_usage``, judged by
+            posterior collapse: "good" where every direction of every site is active, "bad" where none is; or of
+            ``simulation_based_calibration``, ``calibration_tests`` or ``iterate_convergence``, which carry their
+            verdict.
         probe: the result of ``probe_modes`` for the same model and guide.
         show_diagnostics: whether to print the verdict.
         return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
@@ -120,11 +121,11 @@ def diagnose(
     """
     found = as_tree(tree)
     checks: Checks = {}
-    if _carries_verdict(found) or _is_usage(found):
+    if isinstance(found, xr.DataTree) and "vi_restarts" in found.children:
+        verdict, checks = _of_restarts(found, probe)
+    elif _carries_verdict(found) or _is_usage(found):
         if probe is not None:
-            raise ValueError(
-                "Expected a probe together with the result of from_svi, got another result"
-            )
+            raise ValueError(NO_GUIDE)
         if _is_usage(found):
             verdict = collapse_verdict(found)
         else:
@@ -138,6 +139,20 @@ def diagnose(
         return verdict
     words = {name: getattr(verdict, name) for name in ("level", "reason", "advice", "limits")}
     return verdict.level == "bad", checks | {"verdict": words}
+
+
+def _of_restarts(found: xr.DataTree, probe: xr.Dataset | None) -> tuple[Verdict, Checks]:
+    """The worse of two verdicts: whether the restarts agree, and on the guide as the worst of them left it."""
+    agreement = verdict_of(found["vi_restarts"].to_dataset())
+    if "vi_diagnostics" not in found.children or "pareto_k" not in found["vi_diagnostics"]:
+        if probe is not None:
+            raise ValueError(NO_GUIDE)
+        return agreement, {}
+    own, checks = _judged(_bounds(found), _probe(probe))
+    if agreement.level != own.level:
+        return max(agreement, own, key=lambda verdict: LEVELS.index(verdict.level)), checks
+    reason, advice = f"{agreement.reason}; {own.reason}", f"{agreement.advice} {own.advice}"
+    return Verdict(own.level, reason, advice, own.limits), checks
 
 
 def _carries_verdict(found: xr.DataTree | xr.Dataset) -> bool:

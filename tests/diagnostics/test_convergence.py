@@ -97,7 +97,7 @@ def test_iterates_that_say_nothing_are_refused():
 def test_restarts_that_agree_are_good_and_one_behind_is_named():
     good = compare_restarts([-10.0, -10.02, -10.05])
     assert diagnose(good).level == "good"
-    np.testing.assert_allclose(good["behind"], [0.0, 0.02, 0.05], atol=1e-12)
+    np.testing.assert_allclose(good["vi_restarts"]["behind"], [0.0, 0.02, 0.05], atol=1e-12)
     behind = diagnose(compare_restarts({"a": -10.0, "b": -13.5, "c": -10.1}))
     assert behind.level == "usable"
     assert "b by 3.50 nats" in behind.reason
@@ -113,7 +113,9 @@ def test_difference_within_its_standard_error_does_not_count():
 
 def test_equally_good_restarts_at_different_places_are_bad():
     result = compare_restarts({"left": fit_tree(-10.0), "right": fit_tree(-10.01, mean=2.0)})
-    assert float(result["max_shift"].sel(restart="right")) == pytest.approx(2.0, abs=0.1)
+    assert float(result["vi_restarts"]["max_shift"].sel(restart="right")) == pytest.approx(
+        2.0, abs=0.1
+    )
     verdict = diagnose(result)
     assert verdict.level == "bad"
     assert "right" in verdict.reason
