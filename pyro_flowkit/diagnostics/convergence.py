@@ -68,9 +68,9 @@ def iterate_convergence(
 
     Example:
         >>> import torch
-        >>> from pyro_flowkit.diagnostics import iterate_convergence, verdict_of
+        >>> from pyro_flowkit.diagnostics import diagnose, iterate_convergence
         >>> drifting = torch.linspace(0.0, 1.0, 400)[:, None] + 0.01 * torch.randn(400, 1)
-        >>> bool(verdict_of(iterate_convergence(drifting)))
+        >>> bool(diagnose(iterate_convergence(drifting)))
         False
     """
     kept = _kept(iterates, last)
