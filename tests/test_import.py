@@ -212,6 +212,27 @@ def test_no_room_imports_from_its_own_floor_or_above(path):
             assert FLOORS[other] < FLOORS[room], f"{room} imports {name}"
 
 
+def test_no_two_files_import_each_other():
+    """Not even for their types: what two files need of each other stands in a third one."""
+    names = {
+        ".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts): path for path in SOURCES
+    }
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    waiting = {}
+    for name, path in names.items():
+        found = {
+            other if other in names else other.rpartition(".")[0] for other in imports_of(path)
+        }
+        waiting[name] = (found & names.keys()) - {name}
+    assert sum(map(len, waiting.values())) > 400, "imports are found"
+    while free := [name for name, others in waiting.items() if not others]:
+        for name in free:
+            del waiting[name]
+        for others in waiting.values():
+            others.difference_update(free)
+    assert waiting == {}, "these import in a circle, or what does"
+
+
 MAX_LINES = 350
 MAX_CODE = 80
 

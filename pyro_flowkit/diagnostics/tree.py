@@ -151,7 +151,7 @@ def from_svi(
             else ({}, {})
         )
         bounds = (
-            of_a_point(particles)
+            of_a_point(particles.points, float(particles.log_joint()[0]))
             if particles.all_points
             else pool.settled(draw, counts, exact_log_evidence)
         )
