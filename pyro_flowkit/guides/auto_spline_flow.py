@@ -129,11 +129,7 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
 
     _warns_of_other_name = True
     _sees_to_its_pace = True
-    latent_dim: int
-    _init_loc: Callable[[], Tensor]
     _create_plates: Callable[..., Any]
-    _cond_indep_stacks: dict[str, Any]
-    _unconstrained_shapes: dict[str, torch.Size]
 
     def __init__(
         self,
@@ -297,13 +293,6 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
         ]
         return [(parameters, rate) for parameters, rate in groups if parameters]
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent; ``{site: value}``, with the model's arguments."""
-        if self.prototype_trace is None:
-            self.setup(*args, **kwargs)
-        self.sync_with_store()
-        return super().forward(*args, **kwargs)
-
     def elbo(self, program: Vectorized, num_particles: int) -> LatentELBO | None:
         """The objective for this guide and its model at many draws, without handlers; None if it has none."""
         if (
@@ -323,6 +312,13 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
                 f"{type(self).__name__}, got {type(objective).__name__}: their weights are learned by a "
                 "score function outside of traces, or at draws that are given"
             )
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent; ``{site: value}``, with the model's arguments."""
+        if self.prototype_trace is None:
+            self.setup(*args, **kwargs)
+        self.sync_with_store()
+        return super().forward(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self._require_setup()
