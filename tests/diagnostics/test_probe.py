@@ -88,7 +88,7 @@ def test_a_guide_of_anybodys_says_its_density():
         def log_prob(self, values, *args, **kwargs):
             return dist.Normal(tensor(9.98), 0.2).log_prob(values["x"])
 
-    shares = {float(missed) for missed in probe_modes(squares, Guide())["missed"]}
+    shares = {float(missed) for missed in probe_modes(squares, Guide(), num_starts=6)["missed"]}
     assert max(shares) == pytest.approx(0.5, abs=0.05) and min(shares) < 1e-6
 
 
