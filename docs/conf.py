@@ -8,6 +8,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
+from docutils.nodes import literal_block  # noqa: E402
+
 import pyro_flowkit  # noqa: E402
 
 project = "pyro_flowkit"
@@ -29,6 +31,7 @@ html_title = f"pyro_flowkit {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_search_scorer = str(DOCS / "_static" / "scorer.js")
 
 # Notebooks show the outputs that they were committed with.
 nb_execution_mode = "off"
@@ -61,5 +64,36 @@ def of_others(app, what, name, member, skip, options):
     return True if isinstance(owner, str) and not owner.startswith("pyro_flowkit") else None
 
 
+PUBLIC = {
+    line.strip()
+    for page in (DOCS / "reference").glob("*.rst")
+    for line in page.read_text(encoding="utf-8").splitlines()
+}
+
+
+def with_pages(app, name, cls, options, bases):
+    """In the place of our bases that have no page name the next ones that have, or that are others'."""
+    known = [
+        base
+        for base in cls.__mro__[1:-1]
+        if not base.__module__.startswith("pyro_flowkit") or base.__name__ in PUBLIC
+    ]
+    nearest = [
+        base for i, base in enumerate(known) if not any(issubclass(k, base) for k in known[:i])
+    ]
+    bases[:] = nearest or [object]
+
+
+def mark_tables(app, doctree):
+    """Of what a program printed, long sentences are wrapped, and what stands in columns is not."""
+    for block in doctree.findall(literal_block):
+        if block.get("language") == "text" and any(
+            "  " in line.strip() for line in block.astext().splitlines()
+        ):
+            block["classes"].append("in-columns")
+
+
 def setup(app):
+    app.connect("doctree-read", mark_tables)
+    app.connect("autodoc-process-bases", with_pages)
     app.connect("autodoc-skip-member", of_others)

@@ -9,6 +9,7 @@ from torch.distributions import Transform
 from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
+from pyro_flowkit.preprocessing import as_tensor
 from pyro_flowkit.transforms.linear import Standardization
 
 
@@ -79,7 +80,7 @@ class Flow(StoreModule):
 
     def plot(
         self,
-        data: Tensor | None = None,
+        data: Any = None,
         context: Tensor | None = None,
         *,
         num_samples: int = 2000,
@@ -88,7 +89,7 @@ class Flow(StoreModule):
         """Marginals and pairs of draws, over those of data where they are given.
 
         Args:
-            data: rows to lay the flow over, shape ``(n, D)``.
+            data: rows to lay the flow over, a tensor, an array or a frame of shape ``(n, D)``.
             context: a single one, shape ``(C,)``, where the flow has one.
             num_samples: draws of the flow.
             axes: an ``(n, n)`` array of Axes; a new figure by default.
@@ -99,7 +100,7 @@ class Flow(StoreModule):
         columns = (
             {}
             if data is None
-            else {"data": columns_of({"x": data.detach().cpu().double().numpy()})}
+            else {"data": columns_of({"x": as_tensor(data).detach().cpu().double().numpy()})}
         )
         columns["flow"] = columns_of(
             {"x": self.sample(num_samples, context).cpu().double().numpy()}
@@ -108,13 +109,13 @@ class Flow(StoreModule):
         reference = None if data is None else "data"
         return draw_panels(columns, names, reference=reference, axes=axes, note=note)
 
-    def standardize(self, data: Tensor, kind: Literal["diagonal", "full"] = "diagonal") -> Self:
+    def standardize(self, data: Any, kind: Literal["diagonal", "full"] = "diagonal") -> Self:
         """Fit shift and scale of the outermost layer to data, so that the flow sees it around 0 with scale 1.
 
         The layer is part of the density, log-det included, and of ``state_dict`` and param store; it is not learned.
 
         Args:
-            data: shape ``(n, D)``, finite.
+            data: a tensor, an array or a frame of shape ``(n, D)``, finite.
             kind: "diagonal" divides each column by its standard deviation; "full" whitens, so that a fresh flow with a
                 normal base is the Gaussian of maximum likelihood.
 
@@ -123,6 +124,7 @@ class Flow(StoreModule):
 
         Raises:
             ValueError: if the data is not finite, of another shape, or has no spread.
+            TypeError: if an array or a frame holds no numbers.
         """
-        self.standardization.fit(data, kind)
+        self.standardization.fit(as_tensor(data), kind)
         return self

@@ -255,7 +255,7 @@ def _legend(
         loc="best" if single else "upper right",
         handlelength=3.5,
         title="\n".join(
-            filter(None, ["" if single else "50 % and 90 % of the draws, and means", note])
+            filter(None, ["" if single else "50 % and 90 % of\nthe draws, and means", note])
         ),
         title_fontsize="small",
         alignment="left",

@@ -11,7 +11,9 @@ References:
 """
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,3 +121,28 @@ def inverse_logit(y: Tensor, *, alpha: float = 1e-6) -> tuple[Tensor, Tensor]:
 def _check_alpha(alpha: float) -> None:
     if not 0.0 <= alpha < 0.5:
         raise ValueError(f"Expected alpha in [0, 0.5), got {alpha!r}.")
+
+
+def as_tensor(data: Any, name: str = "data") -> Any:
+    """An array, or a frame or a series of pandas, as a tensor; anything else is given back as it is.
+
+    Raises:
+        TypeError: if it holds no numbers.
+    """
+    if hasattr(data, "dtypes") and hasattr(data, "to_numpy"):  # of pandas
+        frame = data.to_frame() if data.ndim == 1 else data
+        text = [
+            str(column)
+            for column, dtype in frame.dtypes.items()
+            if not (isinstance(dtype, np.dtype) and dtype.kind in "biuf")
+        ]
+        if text:
+            raise TypeError(
+                f"expected {name} with columns of numbers, got others: {', '.join(text)}"
+            )
+        data = data.to_numpy()
+    if isinstance(data, np.ndarray):
+        if data.dtype.kind not in "biuf":
+            raise TypeError(f"expected {name} to hold numbers, got an array of {data.dtype}")
+        return torch.from_numpy(np.ascontiguousarray(data).copy())
+    return data

@@ -56,13 +56,16 @@ def score(args: argparse.Namespace) -> None:
     rows = np.flatnonzero(~np.isnan(log_prob))
     if not len(rows):
         raise CommandError(f"Expected rows without missing values in {source.name}, got none")
+    without = len(log_prob) - len(rows)
+    left_out = f"; {without} rows with missing values left out" if without else ""
     log_prob = log_prob[rows]
     _write_table(pd.DataFrame({"row": rows, "log_prob": log_prob}), args)
     error = (
         f" (s.e. {log_prob.std(ddof=1) / len(log_prob) ** 0.5:.4f})" if len(log_prob) > 1 else ""
     )
     print(
-        f"{len(log_prob)} rows{_read_as(source)}: mean log density {log_prob.mean():.4f} nats{error}",
+        f"{len(log_prob)} rows{_read_as(source)}: mean log density {log_prob.mean():.4f} nats{error}"
+        f"{left_out}",
         file=sys.stderr,
     )
 

@@ -16,16 +16,15 @@ divided by 256 adds 8.
 import math
 from collections.abc import Mapping
 from textwrap import wrap
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from pyro_flowkit.diagnostics.diagnosis import diagnose
-from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, LOWER_BOUND, as_tree
+from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, LOWER_BOUND, as_result
 
-_PRINTED = ("nats", "se", "kind", "gap", "diff", "diff_se", "diff_kind")
 _PRINTED_WIDTH = 80
 _DIFF_KINDS = {
     (EXACT, EXACT): "exact",
@@ -40,21 +39,35 @@ _COLUMNS = (
 )
 
 
-class DensityTable(pd.DataFrame):
-    """The table of ``compare_densities``: whole like any DataFrame, but printed within 80 columns."""
+class Table(pd.DataFrame):
+    """Whole like any DataFrame, but printed within 80 columns: the first of ``printed``, and the others' names."""
+
+    printed: ClassVar[tuple[str, ...]]
 
     @property
     def _constructor(self) -> type[pd.DataFrame]:
         return pd.DataFrame  # a part of the table, or a change of it, prints as usual
 
     def __repr__(self) -> str:
-        for count in range(len(_PRINTED), 1, -1):
-            columns = list(_PRINTED[:count])
+        for count in range(len(self.printed), 1, -1):
+            columns = list(self.printed[:count])
             text = self[columns].to_string(float_format="{:.3f}".format, na_rep="")
             if max(map(len, text.splitlines())) <= _PRINTED_WIDTH:
                 break
         others = [name for name in map(str, self) if name not in columns]
         return "\n".join([text, *wrap(f"and {', '.join(others)}", _PRINTED_WIDTH)])
+
+
+class DensityTable(Table):
+    """The table of ``compare_densities``."""
+
+    printed = ("nats", "se", "kind", "gap", "diff", "diff_se", "diff_kind")
+
+
+class GuideTable(Table):
+    """The table of ``compare_guides``."""
+
+    printed = ("elbo", "elbo_se", "gap", "pareto_k", "ess", "verdict")
 
 
 def compare_densities(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
@@ -147,8 +160,8 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         trees: results of ``from_svi`` by the name of the guide.
 
     Returns:
-        A table with the index ``name`` and the columns ``elbo``, ``elbo_se``, ``iwae`` (of the
-        largest K, which is ``iwae_particles``), ``iwae_se``, ``log_evidence``,
+        A table, which prints some of its columns, with the index ``name`` and the columns
+        ``elbo``, ``elbo_se``, ``iwae`` (of the largest K, which is ``iwae_particles``), ``iwae_se``, ``log_evidence``,
         ``log_evidence_se``, ``gap`` (the exact log evidence where it is known, else the PSIS
         estimate of this guide, minus its ELBO), ``gap_se`` (as in ``diagnose``), ``pareto_k``,
         ``ess`` of the weights in draws, ``seconds`` of training (NaN without history) and
@@ -175,7 +188,7 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """
     if not trees:
         raise ValueError("Expected at least one tree, got none")
-    trees = {name: as_tree(tree) for name, tree in trees.items()}
+    trees = {name: as_result(tree) for name, tree in trees.items()}
     _check_same_data(trees)
     rows = []
     for name, tree in trees.items():
@@ -210,7 +223,7 @@ def compare_guides(trees: Mapping[str, xr.DataTree]) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows, columns=["name", *_COLUMNS]).set_index("name")
-    return table.sort_values("elbo", ascending=False)
+    return GuideTable(table.sort_values("elbo", ascending=False))
 
 
 def _check_same_data(trees: Mapping[str, xr.DataTree]) -> None:

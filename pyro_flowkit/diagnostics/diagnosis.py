@@ -12,7 +12,7 @@ from pyro_flowkit.diagnostics.point_estimates import with_points
 from pyro_flowkit.diagnostics.reading import numbers_of
 from pyro_flowkit.diagnostics.reweighting import guide_weights
 from pyro_flowkit.diagnostics.rule import Numbers, Probe, judge
-from pyro_flowkit.diagnostics.schema import as_tree
+from pyro_flowkit.diagnostics.schema import as_result
 from pyro_flowkit.diagnostics.verdict import LEVELS, Verdict, verdict_of
 from pyro_flowkit.ops.psis import pareto_k_threshold
 
@@ -104,6 +104,7 @@ def diagnose(
     Raises:
         ValueError: if there is nothing to judge in ``tree``, an exact log evidence is not finite, or ``probe`` is
             given for anything but a guide.
+        TypeError: if ``tree`` is no result, but the guide itself.
 
     Example:
         >>> import pyro
@@ -119,7 +120,7 @@ def diagnose(
         >>> bool(verdict), str(verdict).split(":")[0]
         (True, 'good')
     """
-    found = as_tree(tree)
+    found = as_result(tree)
     checks: Checks = {}
     if isinstance(found, xr.DataTree) and "vi_restarts" in found.children:
         verdict, checks = _of_restarts(found, probe)

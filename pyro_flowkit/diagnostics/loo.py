@@ -28,7 +28,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.reweighting import guide_weights
-from pyro_flowkit.diagnostics.schema import DRAWS, arviz_generation, as_tree
+from pyro_flowkit.diagnostics.schema import DRAWS, arviz_generation, as_result
 from pyro_flowkit.diagnostics.tails import Tail
 from pyro_flowkit.ops.psis import error_factor, psis
 from pyro_flowkit.warning import warn
@@ -85,7 +85,7 @@ def loo_approximate_posterior(
         >>> loo_approximate_posterior(from_svi(model, guide, num_samples=1000, seed=0)).pareto_k.shape
         (3,)
     """
-    tree = as_tree(tree)
+    tree = as_result(tree)
     log_weight = guide_weights(tree)
     likelihood = _log_likelihood(tree, var_name, tuple(log_weight.shape))
     data_dims = [dim for dim in likelihood.dims if dim not in DRAWS]

@@ -18,7 +18,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.evaluation import evaluation
-from pyro_flowkit.diagnostics.schema import DRAWS, as_tree
+from pyro_flowkit.diagnostics.schema import DRAWS, as_result
 from pyro_flowkit.diagnostics.tails import Tail
 from pyro_flowkit.ops.psis import error_factor
 from pyro_flowkit.warning import warn
@@ -77,7 +77,7 @@ def reweight(
         >>> [round(mean, 1) for mean in means]  # exact: 0.8
         [0.5, 0.8]
     """
-    tree = as_tree(tree)
+    tree = as_result(tree)
     log_weight = guide_weights(tree)
     if "posterior" not in tree.children:
         raise ValueError(f"Expected a group posterior, got {sorted(tree.children)}")

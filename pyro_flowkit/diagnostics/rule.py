@@ -335,8 +335,8 @@ def _advice(level: int, numbers: Numbers, checks: dict[str, Check]) -> list[str]
         reparametrise = f"reparametrise {site}" if site else "reparametrise the model"
         return [
             "The weights have a heavy tail and cannot repair that: the guide's own tail is too "
-            f'light. Use AutoSplineFlow(model, base="student_t"), {reparametrise}, or run NUTS in '
-            "the guide's coordinates (NeuTraReparam).",
+            'light. Use AutoSplineFlow(model), with base="student_t" if the guide is one already, '
+            f"{reparametrise}, or run NUTS in the guide's coordinates (NeuTraReparam).",
         ]
     repair = "The weights are light, so that reweight(tree) corrects the draws."
     if level == 1:

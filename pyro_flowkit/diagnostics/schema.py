@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro
+import xarray as xr
 
 EXACT = "exact"
 LOWER_BOUND = "lower bound"
@@ -43,6 +44,21 @@ def as_tree(data: Any) -> Any:
     """ArviZ 0.23's InferenceData, such as ``az.from_netcdf`` returns it, as a tree; others as they are."""
     convert = getattr(data, "to_datatree", None)
     return convert() if convert is not None else data
+
+
+def as_result(data: Any) -> Any:
+    """The same for what must be a result of a diagnostic.
+
+    Raises:
+        TypeError: for anything else, such as the guide itself.
+    """
+    found = as_tree(data)
+    if not isinstance(found, xr.DataTree | xr.Dataset):
+        raise TypeError(
+            f"Expected a result of from_svi or of another diagnostic, got {type(data).__name__}: "
+            "from_svi(model, guide) makes one"
+        )
+    return found
 
 
 def _version(distribution: str) -> str:

@@ -17,6 +17,11 @@ class Columns:
         shared: columns whose splines have parameters that all rows share.
 
     The other columns pass through unchanged.
+
+    Example:
+        >>> from pyro_flowkit.ops import Columns
+        >>> Columns(4, own=(0, 2), shared=(3,))  # column 1 passes through
+        Columns(dim=4, own=(0, 2), shared=(3,))
     """
 
     dim: int

@@ -125,6 +125,18 @@ def spline_columns(
 
     Raises:
         ValueError: for parameters of another size, and for integers.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit.ops import Columns, SplineSettings, spline_columns
+        >>> settings, columns = SplineSettings(count_bins=4, bound=3.0), Columns(2, own=(1,))
+        >>> x, params = torch.tensor([[0.5, 1.0]]), torch.ones(1, settings.num_params)
+        >>> y, log_det = spline_columns(x, params, None, columns, settings)
+        >>> bool(y[0, 0] == x[0, 0]), bool(y[0, 1] != x[0, 1])
+        (True, True)
+        >>> back, _ = spline_columns(y, params, None, columns, settings, inverse=True)
+        >>> torch.allclose(back, x, atol=1e-5), log_det.shape
+        (True, torch.Size([1]))
     """
     for given, numbers, name in (
         (params, columns.own, "params"),

@@ -108,6 +108,7 @@ def choose_columns(
     *,
     where: str,
     allow_missing: bool = False,
+    missing: str = "drop or impute",
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The named columns (None: all) as numbers.
 
@@ -116,6 +117,7 @@ def choose_columns(
         names: columns to take, in this order.
         where: what to call the table in errors.
         allow_missing: whether values may be NaN.
+        missing: what the caller can do with rows of NaN, for the error.
 
     Returns:
         values of shape ``(N, D)`` in float64, and the names of the columns.
@@ -124,10 +126,10 @@ def choose_columns(
         TableError: if columns are missing or named twice, or a value is no finite number.
     """
     names = list(frame.columns) if names is None else list(names)
-    missing = [name for name in names if name not in frame.columns]
-    if missing:
+    unknown = [name for name in names if name not in frame.columns]
+    if unknown:
         raise TableError(
-            f"Expected the columns {listed(missing)} in {where}, got {listed(frame.columns)}"
+            f"Expected the columns {listed(unknown)} in {where}, got {listed(frame.columns)}"
         )
     if len(set(names)) < len(names):
         raise TableError(f"Expected each column once, got {listed(names)}")
@@ -144,11 +146,12 @@ def choose_columns(
     if bad.any():
         worst = [name for name, count in zip(names, bad.sum(0), strict=True) if count]
         rows = np.flatnonzero(bad.any(1))
-        kind = "infinite" if allow_missing else "NaN or infinite"
+        kind, advice = "NaN or infinite", f"fill them in or leave them out (missing: {missing})"
+        if allow_missing:
+            kind, advice = "infinite", "correct them, or make them missing values"
         raise TableError(
             f"Expected finite numbers in {where}, got {kind} values in {len(rows)} of {len(values)} rows "
-            f"(first: row {rows[0]}, counted from 0), in the columns {listed(worst)}: fill them in or leave them out "
-            "(missing: drop or impute)"
+            f"(first: row {rows[0]}, counted from 0), in the columns {listed(worst)}: {advice}"
         )
     return values, tuple(names)
 

@@ -93,6 +93,11 @@ class TableDensity:
         self._settings, self._seed = settings or FlowSettings(), seed
         self._trained: Trained | None = None
 
+    def __repr__(self) -> str:
+        state = "fresh" if self._trained is None else "trained"
+        size = f"{len(self.table.values):,} rows of {', '.join(self.table.columns)}"
+        return f"TableDensity({size}; {state})"
+
     def _fill_in(self, rows: np.ndarray, numbers: np.ndarray, seed: int, name: str) -> None:
         """Add rows with missing values to those that train."""
         table, split = self.table, self.split

@@ -94,7 +94,7 @@ class RowDensity:
                 training rows were.
         """
         values, columns = choose_columns(
-            frame, self.columns, where=where, allow_missing=allow_missing
+            frame, self.columns, where=where, allow_missing=allow_missing, missing="drop"
         )
         found = np.full(len(values), np.nan)
         complete = ~np.isnan(values).any(1)

@@ -11,13 +11,13 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
 from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.preprocessing import as_tensor
 from pyro_flowkit.training.callbacks import Callback
 from pyro_flowkit.warning import warn
 
@@ -28,7 +28,7 @@ def check_programs(model: Any, guide: Any) -> None:
     """Says what is wrong with what is to be trained.
 
     Raises:
-        TypeError: If the model is a distribution, or nothing that can be called.
+        TypeError: If the model is a distribution, if it or the guide is a class or nothing that can be called.
         ValueError: If model and guide have changed places.
         RuntimeError: In inference mode, in which nothing has a gradient.
     """
@@ -39,6 +39,12 @@ def check_programs(model: Any, guide: Any) -> None:
             "expected a module with log_prob, such as a SplineFlow, or a Pyro model, got a distribution, "
             f"{type(model).__name__}: pass flow, not flow()"
         )
+    for program in (model, guide):
+        if isinstance(program, type):
+            raise TypeError(
+                f"expected a model and a guide, got the class {program.__name__}: make one of it first, "
+                f"{program.__name__}(...)"
+            )
     if isinstance(model, AutoGuide) and guide is not None:
         raise ValueError(
             f"expected fit(model, guide), got a guide, {type(model).__name__}, for the model: change their places"
@@ -113,10 +119,10 @@ def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
     """
     if isinstance(data, Mapping):
         ordered = _in_order(data, model, name)
-        return tuple(_as_tensor(data[key], f"{name}[{key!r}]") for key in ordered)
+        return tuple(as_tensor(data[key], f"{name}[{key!r}]") for key in ordered)
     if isinstance(data, tuple | list):
-        return type(data)(_as_tensor(part, name) for part in data)
-    return _as_tensor(data, name)
+        return type(data)(as_tensor(part, name) for part in data)
+    return as_tensor(data, name)
 
 
 @torch.no_grad()
@@ -134,26 +140,6 @@ def warn_of_far_rows(model: Any, rows: torch.Tensor) -> None:
             f"{float(far[worst]):.0%} of the rows are beyond the splines' bound of {model.bound:g} in column {worst}, "
             "where the flow is linear and has far to go: fit(flow.standardize(data), data=data)."
         )
-
-
-def _as_tensor(data: Any, name: str) -> Any:
-    if hasattr(data, "dtypes") and hasattr(data, "to_numpy"):  # of pandas
-        frame = data.to_frame() if data.ndim == 1 else data
-        text = [
-            str(column)
-            for column, dtype in frame.dtypes.items()
-            if not (isinstance(dtype, np.dtype) and dtype.kind in "biuf")
-        ]
-        if text:
-            raise TypeError(
-                f"expected {name} with columns of numbers, got others: {', '.join(text)}"
-            )
-        data = data.to_numpy()
-    if isinstance(data, np.ndarray):
-        if data.dtype.kind not in "biuf":
-            raise TypeError(f"expected {name} to hold numbers, got an array of {data.dtype}")
-        return torch.from_numpy(np.ascontiguousarray(data).copy())
-    return data
 
 
 def _in_order(data: Mapping[Any, Any], model: Any, name: str) -> list[str]:

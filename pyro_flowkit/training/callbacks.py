@@ -23,6 +23,19 @@ class FitState:
         validation: The last validation objective (nats per datum), or None.
         gap: The last estimate of log evidence - ELBO of a guide that watches it (nats), or None.
         stop: Set to a text to end the fit after this step; it becomes the result's ``stop_reason``.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowkit import SplineFlow, fit
+        >>> from pyro_flowkit.training import Callback, FitState
+        >>> class Steps(Callback):
+        ...     def on_step(self, state: FitState):
+        ...         print(state.step, state.epoch, state.validation)
+        >>> x = torch.randn(20, 2)
+        >>> _ = fit(SplineFlow(2), data=x, batch_size=10, max_steps=3, callbacks=[Steps()], progress=False)
+        1 0 None
+        2 0 None
+        3 1 None
     """
 
     model: Any

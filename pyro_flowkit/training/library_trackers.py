@@ -27,6 +27,16 @@ class TensorBoardTracker(BufferedTracker):
 
     Raises:
         ImportError: If TensorBoard is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from pyro_flowkit.training import TensorBoardTracker
+        >>> tracker = TensorBoardTracker("logs")  # fit(..., trackers=[tracker]) does the rest
+        >>> tracker.start({"lr": 0.003}, 0)
+        >>> tracker.log(1, {"elbo": -2.5})
+        >>> tracker.end({"stop_reason": "max_steps"})
+        >>> [path.name.split(".")[0] for path in Path("logs").iterdir()]
+        ['events']
     """
 
     def __init__(
@@ -82,6 +92,13 @@ class MLflowTracker(BufferedTracker):
 
     Raises:
         ImportError: If MLflow is not installed.
+
+    Example:
+        >>> from pyro_flowkit.training import MLflowTracker
+        >>> tracker = MLflowTracker(experiment="seeds", run_name="first")  # fit(..., trackers=[tracker]) does the rest
+        >>> tracker.start({"lr": 0.003}, 0)
+        >>> tracker.log(1, {"elbo": -2.5})
+        >>> tracker.end({"stop_reason": "max_steps"})
     """
 
     patience = 60.0
@@ -211,6 +228,13 @@ class WandbTracker(BufferedTracker):
 
     Raises:
         ImportError: If W&B is not installed.
+
+    Example:
+        >>> from pyro_flowkit.training import WandbTracker
+        >>> tracker = WandbTracker("seeds", run_id="first")  # fit(..., trackers=[tracker]) does the rest
+        >>> tracker.start({"lr": 0.003}, 0)
+        >>> tracker.log(1, {"elbo": -2.5})
+        >>> tracker.end({"stop_reason": "max_steps"})
     """
 
     def __init__(

@@ -22,7 +22,16 @@ from torch import Tensor
 
 
 class LostRankError(RuntimeError):
-    """Another process of the fit is gone."""
+    """Another process of the fit is gone.
+
+    Example:
+        >>> from pyro_flowkit.training import LostRankError
+        >>> try:
+        ...     raise LostRankError("process 0 of 2 has lost the others")  # fit does, in the processes that are left
+        ... except RuntimeError as error:  # start all of them again, with resume=True
+        ...     print(error)
+        process 0 of 2 has lost the others
+    """
 
 
 class Ranks:

@@ -161,6 +161,19 @@ class SplineAutoregressive(_Autoregressive, FlowTransformModule):
         settings: bins, bound and tails.
 
     Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.spline_autoregressive(3, permutation=torch.tensor([2, 0, 1]))  # with its conditioner
+        >>> isinstance(transform, T.SplineAutoregressive)
+        True
+        >>> _ = [torch.nn.init.normal_(parameter) for parameter in transform.parameters()]
+        >>> jacobian = torch.autograd.functional.jacobian(transform, torch.tensor([0.1, 0.2, 0.3]))
+        >>> (jacobian != 0).int()  # y[2] follows x[2] alone, y[0] that and x[0], y[1] all three
+        tensor([[1, 0, 1],
+                [1, 1, 1],
+                [0, 0, 1]], dtype=torch.int32)
     """
 
     def __init__(
@@ -187,6 +200,12 @@ class ConditionalSplineAutoregressive(_Autoregressive, ConditionalFlowTransformM
     """Spline autoregressive transform whose conditioner also reads a context of shape ``(*batch, context_dim)``.
 
     Arguments as for :class:`SplineAutoregressive`; the spline of the first dimension depends on the context alone.
+
+    Example:
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline_autoregressive(3, 2)  # with its conditioner
+        >>> isinstance(transform, T.ConditionalSplineAutoregressive), transform.context_dim
+        (True, 2)
     """
 
     def __init__(

@@ -167,7 +167,16 @@ class InverseLogDet:
 
 
 class FlowTransformModule(Bijection, TransformModule):
-    """A :class:`Bijection` with parameters: at once a ``torch.distributions`` transform and an ``nn.Module``."""
+    """A :class:`Bijection` with parameters: at once a ``torch.distributions`` transform and an ``nn.Module``.
+
+    Example:
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.spline(2)
+        >>> isinstance(transform, T.FlowTransformModule), transform.inv.inv is transform
+        (True, True)
+        >>> sum(p.numel() for p in transform.inv.parameters()) == sum(p.numel() for p in transform.parameters())
+        True
+    """
 
     def __init__(self, input_dim: int):
         super().__init__(cache_size=0)
@@ -199,8 +208,9 @@ class InverseTransformModule(FlowTransformModule):
     Example:
         >>> import torch
         >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit.transforms.base import InverseTransformModule
         >>> transform, x = T.spline(2), torch.randn(5, 2)
-        >>> isinstance(transform.inv, T.InverseTransformModule)
+        >>> isinstance(transform.inv, InverseTransformModule)
         True
         >>> torch.allclose(transform.inv(transform(x)), x, atol=1e-5)
         True

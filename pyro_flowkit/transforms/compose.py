@@ -97,6 +97,14 @@ class ConditionalCompose(_Composition, ConditionalFlowTransformModule):
     Args:
         parts: a non-empty sequence of this package's transforms, all of the same size.
         context_dim: size of the context.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> parts = [T.conditional_spline_coupling(3, 2), T.permute(3), T.conditional_spline_coupling(3, 2)]
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> T.ConditionalCompose(parts, 2).condition(context)(x).shape
+        torch.Size([5, 3])
     """
 
     def __init__(self, parts: Sequence[AnyTransform], context_dim: int):

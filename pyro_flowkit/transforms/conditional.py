@@ -24,6 +24,12 @@ class ConditionalFlowTransformModule(nn.Module):
 
     A plain module, registered as a virtual subclass of Pyro's ``ConditionalTransformModule``: the metaclass of Pyro's
     own keeps it from going through ``to_pyro_module_``. ``event_dim`` and ``is_affine`` are as for :class:`Bijection`.
+
+    Example:
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline(3, 2)
+        >>> isinstance(transform, T.ConditionalFlowTransformModule), transform.input_dim, transform.context_dim
+        (True, 3, 2)
     """
 
     event_dim = 1
@@ -140,8 +146,9 @@ class ConditionedTransform(Bijection):
     Example:
         >>> import torch
         >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit.transforms.conditional import ConditionedTransform
         >>> conditioned = T.conditional_spline(2, 3).condition(torch.randn(5, 3))
-        >>> isinstance(conditioned, T.ConditionedTransform), conditioned(torch.randn(5, 2)).shape
+        >>> isinstance(conditioned, ConditionedTransform), conditioned(torch.randn(5, 2)).shape
         (True, torch.Size([5, 2]))
     """
 

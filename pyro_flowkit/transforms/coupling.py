@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import MLP, Activation, checked_hidden_dims, compressed, make_conditioner
+from pyro_flowkit.nn import MLP, Activation, compressed
 from pyro_flowkit.ops import Columns, SplineSettings, Tails, chain, coupling, fused, spline_columns
 from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
 from pyro_flowkit.transforms.base import FlowTransformModule
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
-from pyro_flowkit.transforms.masks import Split, make_mask
+from pyro_flowkit.transforms.masks import Split, conditioner_of, make_mask
 from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
 
 
@@ -147,6 +147,22 @@ class SplineCoupling(_Coupling, FlowTransformModule):
         identity: leave the passed-through part as it is.
 
     Shapes: ``(*batch, D)`` to ``(*batch, D)`` with log-det ``(*batch,)`` in nats.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit.ops import SplineSettings
+        >>> settings, mask = SplineSettings(count_bins=8, bound=3.0), torch.tensor([True, False, False])
+        >>> class Conditioner(torch.nn.Module):  # one of your own; spline_coupling makes one
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 2 * settings.num_params)
+        ...     def forward(self, passed, context):
+        ...         return self.layer(passed)
+        >>> transform = T.SplineCoupling(3, Conditioner(), mask=mask, settings=settings)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(transform.inv(transform(x)), x, atol=1e-4)
+        True
     """
 
     def __init__(
@@ -196,6 +212,12 @@ class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):
     """Spline coupling whose conditioner also reads a context of shape ``(*batch, context_dim)``.
 
     Arguments as for :class:`SplineCoupling`; the spline of the passed-through part does not see the context.
+
+    Example:
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline_coupling(3, 2)  # with its conditioner
+        >>> isinstance(transform, T.ConditionalSplineCoupling), transform.context_dim
+        (True, 2)
     """
 
     def __init__(
@@ -273,7 +295,7 @@ def spline_coupling(
     settings = SplineSettings(count_bins, float(bound), tails)
     mask = make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
-    conditioner = _make_conditioner(mask, hidden_dims, settings, 0, network)
+    conditioner = conditioner_of(mask, hidden_dims, settings, 0, network)
     return SplineCoupling(input_dim, conditioner, mask=mask, settings=settings, identity=identity)
 
 
@@ -307,24 +329,7 @@ def conditional_spline_coupling(
     settings = SplineSettings(count_bins, float(bound), tails)
     mask = make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
-    conditioner = _make_conditioner(mask, hidden_dims, settings, context_dim, network)
+    conditioner = conditioner_of(mask, hidden_dims, settings, context_dim, network)
     return ConditionalSplineCoupling(
         input_dim, context_dim, conditioner, mask=mask, settings=settings, identity=identity
-    )
-
-
-def _make_conditioner(
-    mask: Tensor,
-    hidden_dims: Sequence[int] | None,
-    settings: SplineSettings,
-    context_dim: int,
-    network: dict[str, Any],
-) -> nn.Module:
-    input_dim, split_dim = len(mask), int(mask.sum())
-    return make_conditioner(
-        2 * split_dim if settings.tails == "circular" else split_dim,
-        (input_dim - split_dim) * settings.num_params,
-        checked_hidden_dims(hidden_dims, input_dim),
-        context_dim=context_dim,
-        **network,
     )

@@ -92,6 +92,16 @@ class Standardization(FlowTransformModule):
 
     Both are in float64 whatever the flow's dtype, and so is the subtraction of ``loc``: of data far from zero (times,
     coordinates, years) little would be left in float32. Only float64 data have digits there.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> data = 5.0 + 2.0 * torch.randn(500, 2)
+        >>> transform = T.Standardization(2)
+        >>> transform.fit(data)
+        >>> z = transform.inv(data)
+        >>> torch.allclose(z.mean(0), torch.zeros(2), atol=1e-4), torch.allclose(z.std(0), torch.ones(2), atol=0.01)
+        (True, True)
     """
 
     is_affine = True

@@ -1,9 +1,13 @@
 """Which dimensions pass through a coupling to its conditioner, and which are transformed."""
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
 
-from pyro_flowkit.ops import Columns
+import torch
+from torch import Tensor, nn
+
+from pyro_flowkit.nn import checked_hidden_dims, make_conditioner
+from pyro_flowkit.ops import Columns, SplineSettings
 from pyro_flowkit.transforms.base import check_size
 
 
@@ -62,3 +66,21 @@ def _checked_mask(mask: Tensor, input_dim: int) -> Tensor:
             f"Expected mask to pass at least one dimension through to the conditioner, got 0 of {input_dim}."
         )
     return mask
+
+
+def conditioner_of(
+    mask: Tensor,
+    hidden_dims: Sequence[int] | None,
+    settings: SplineSettings,
+    context_dim: int,
+    network: dict[str, Any],
+) -> nn.Module:
+    """The network that reads what a mask passes through, and gives the parameters of the other splines."""
+    input_dim, split_dim = len(mask), int(mask.sum())
+    return make_conditioner(
+        2 * split_dim if settings.tails == "circular" else split_dim,
+        (input_dim - split_dim) * settings.num_params,
+        checked_hidden_dims(hidden_dims, input_dim),
+        context_dim=context_dim,
+        **network,
+    )

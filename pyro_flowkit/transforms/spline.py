@@ -133,6 +133,14 @@ class ConditionalSpline(ConditionalFlowTransformModule):
 
     Shapes: as for :class:`Spline`. A batch of contexts does not become part of a distribution's batch shape, as it does
     under transforms of vectors; see :class:`~pyro_flowkit.transforms.conditional.ConditionedTransform`.
+
+    Example:
+        >>> import torch
+        >>> import pyro_flowkit.transforms as T
+        >>> transform = T.conditional_spline(3, 2)  # a ConditionalSpline with its conditioner
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> transform.condition(context)(x).shape
+        torch.Size([5, 3])
     """
 
     event_dim = 0

@@ -16,11 +16,12 @@ def test_the_command_line_keeps_the_numbers_of_the_rows(tmp_path, capsys, fails)
     assert "missing: drop or impute" in fails(*command)
     assert main([*command, *FIT, "--missing", "drop"]) == 0
     assert "80 rows with missing values left out" in capsys.readouterr().out
-    assert "NaN" in fails("score", run, path, "--na", "?")
+    assert fails("score", run, path, "--na", "?").endswith("leave them out (missing: drop)")
     assert (
         main(["score", str(run), str(path), "--na", "?", "--missing", "drop", "-o", str(scores)])
         == 0
     )
+    assert "; 80 rows with missing values left out" in capsys.readouterr().err
     found = pd.read_csv(scores)
     assert found["row"].tolist() == [i for i in range(400) if i % 5]
     test = read_run(run).tables["test"]

@@ -100,6 +100,9 @@ def test_a_part_at_a_point_is_kept_apart_from_latents_with_a_density():
 
 def test_a_table_of_guides_has_no_numbers_for_a_point():
     table = compare_guides({"delta": tree_of(auto_delta()), "flow": tree_of(flow_guide())})
+    header, *lines = str(table).splitlines()
+    assert header.split() == ["elbo", "elbo_se", "gap", "pareto_k", "ess", "verdict"]
+    assert max(map(len, lines)) <= 80 and lines[-1].endswith("seconds")
     assert list(table.index) == ["flow", "delta"]
     assert list(table.columns)[:2] == ["elbo", "elbo_se"]
     assert table.loc["delta"].drop("verdict").isna().all()

@@ -15,12 +15,15 @@ import xarray as xr
 from pyro_flowkit.diagnostics import (
     Verdict,
     calibration_tests,
+    compare_guides,
     compare_restarts,
     diagnose,
     evidence_bounds,
     from_svi,
     iterate_convergence,
+    loo_approximate_posterior,
     pointwise_bounds,
+    reweight,
 )
 from pyro_flowkit.diagnostics.rule import Check, Marginal, Numbers, Probe, judge
 
@@ -290,6 +293,10 @@ def test_every_result_has_the_same_kind_of_verdict(result, level):
 
 
 def test_what_is_no_result_is_refused():
+    guide = pyro.infer.autoguide.AutoNormal(lambda: None)
+    for ask in (diagnose, reweight, loo_approximate_posterior, lambda g: compare_guides({"a": g})):
+        with pytest.raises(TypeError, match="got AutoNormal: from_svi\\(model, guide\\) makes one"):
+            ask(guide)
     with pytest.raises(ValueError, match=r"one pareto_k for all data or each datum, got \['a'\]"):
         diagnose(xr.Dataset({"a": 1.0}))
     with pytest.raises(ValueError, match="Expected the result of probe_modes, got"):

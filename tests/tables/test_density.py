@@ -30,6 +30,7 @@ def test_it_scores_and_draws_frames_in_the_units_of_the_table(fitted):
 def test_an_array_is_a_frame_with_numbers_for_names():
     rows = np.random.default_rng(0).normal(size=(60, 2))
     density = TableDensity(rows, columns=["1"], settings=SETTINGS)
+    assert repr(density) == f"TableDensity({len(rows)} rows of 1; fresh)"
     assert density.table.columns == ("1",)
     assert density.fit(steps=2).log_prob(rows).shape == (60,)
 

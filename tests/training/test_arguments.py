@@ -56,6 +56,12 @@ def ends(step):
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "a Pyro model with a density .* got Linear"),
         ({"model": flow()()}, TypeError, "pass flow, not flow\\(\\)"),
         ({"model": AutoNormal(location), "guide": location}, ValueError, "change their places"),
+        ({"model": SplineFlow}, TypeError, r"got the class SplineFlow: .* SplineFlow\(\.\.\.\)"),
+        (
+            {"model": location, "guide": AutoSplineFlow},
+            TypeError,
+            "got the class AutoSplineFlow: make one of it first",
+        ),
         ({"model": 3}, TypeError, "a model that can be called, got int"),
         ({"model": location, "guide": 3}, TypeError, "a guide that can be called, got int"),
         ({"args": X}, TypeError, "args to be a tuple of arguments, got Tensor"),
@@ -83,6 +89,11 @@ def test_what_cannot_be_meant_is_refused_in_words(options, error, text):
 def test_arrays_and_frames_are_data(data):
     expected = trained().history["elbo"]
     np.testing.assert_allclose(trained(data=data).history["elbo"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("data", [X.numpy(), pd.DataFrame(X.numpy())], ids=["numpy", "frame"])
+def test_a_flow_takes_scale_and_shift_from_what_it_is_fitted_to(data):
+    assert torch.equal(flow().standardize(data).log_prob(X), flow().standardize(X).log_prob(X))
 
 
 def test_keys_of_a_dict_say_which_argument_is_which():
