@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP
-from pyro_flowkit.transforms.coupling import half_mask
+from pyro_flowkit.transforms.masks import half_mask
 
 QUANTITIES = ("log_prob", "training step", "VI step", "sampling")
 NOISE = 0.05

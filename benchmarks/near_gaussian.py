@@ -21,7 +21,7 @@ from benchmarks import RESULTS
 from models._measure import Report, table
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.ops.quasi_random import normal_draws
 
 

@@ -29,9 +29,9 @@ from benchmarks._posteriors import Posterior, posteriors
 from benchmarks.near_gaussian import MODELS, linear
 from models._measure import Report, table
 from pyro_flowkit import fit
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.training import Callback, FitState
 
 JUDGES = 8192
@@ -95,7 +95,7 @@ class _Clock(Callback):
 @torch.no_grad()
 def _elbo(guide: Any, density: LatentDensity) -> float:
     posterior = guide.get_posterior()
-    with _fixed_seed(guide._init_loc().device, 1):
+    with fixed_seed(guide._init_loc().device, 1):
         latent = posterior.sample((JUDGES,))
         log_prob = posterior.log_prob(latent)
     return float(torch.cat([density(part) for part in latent.split(2048)]).sub(log_prob).mean())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models._targets import Target
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_values import pack
+from pyro_flowkit.guides.latent_vector import pack
 
 NUM_CHAINS = 2
 WARMUP_STEPS = 300

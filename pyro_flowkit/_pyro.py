@@ -30,7 +30,7 @@ from pyro.nn import PyroModule
 from pyro.nn.module import _Context, _is_module_local_param_enabled
 from torch import Tensor, nn
 
-from pyro_flowkit.transforms.base import forget_unconstrained
+from pyro_flowkit.transforms.tensors import forget_unconstrained
 from pyro_flowkit.warning import warn
 
 # What the store has as the constraint of an entry that was lent. Pyro looks at the type alone, and puts its own object

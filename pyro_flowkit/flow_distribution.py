@@ -10,23 +10,31 @@ Reference:
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import detach, sum_rightmost
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from pyro_flowkit.moments import fixed_draws, reached_by_tail
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.ops.quasi_random import normal_draws, student_t_draws
-from pyro_flowkit.path_gradient import derivatives_of, guarded_path_term, held_fixed, is_affine
-from pyro_flowkit.transforms.base import Bijection, stamp, tensors_in
-from pyro_flowkit.transforms.conditional import ConditionedTransform
+from pyro_flowkit.path_gradient import (
+    count_bent,
+    derivatives_of,
+    flow_held_fixed,
+    guarded_path_term,
+    held_fixed,
+    unit_of,
+)
+from pyro_flowkit.transforms.base import Bijection
+from pyro_flowkit.transforms.conditional import with_batch_of_contexts
+from pyro_flowkit.transforms.tensors import stamp, tensors_of
 
 
 class Draw(NamedTuple):
@@ -93,7 +101,7 @@ class FlowDistribution(dist.TransformedDistribution):
         path_gradient: bool = False,
         validate_args: bool | None = None,
     ):
-        base_dist = _with_batch_of_contexts(base_dist, transforms)
+        base_dist = with_batch_of_contexts(base_dist, transforms)
         super().__init__(base_dist, transforms, validate_args=validate_args)
         self.path_gradient = path_gradient
         self._draw: Draw | None = None
@@ -230,7 +238,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     @property
     def _dtype(self) -> torch.dtype:
-        dtypes = [t.dtype for t in _tensors_in(self.base_dist) if t.is_floating_point()]
+        dtypes = [t.dtype for t in tensors_of(self.base_dist) if t.is_floating_point()]
         return dtypes[0] if dtypes else torch.get_default_dtype()
 
     @property
@@ -253,36 +261,20 @@ class FlowDistribution(dist.TransformedDistribution):
         if not self._takes_path_gradient or _is_empty(value):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
         if derivatives:
-            u = derivatives[self._count_bent] * self._base_units()
+            u = derivatives[count_bent(self.transforms)] * unit_of(self.base_dist)
             paths, along = [value], derivatives[-1:]
         else:
             paths, along, u = self._pulled_derivatives(value, log_prob.shape)
         entropy_term = guarded_path_term(log_prob, paths, along, u)
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
-    @property
-    def _count_bent(self) -> int:
-        """The number of transforms before the affine ones at the end."""
-        count = len(self.transforms)
-        while count and is_affine(self.transforms[count - 1]):
-            count -= 1
-        return count
-
-    def _base_units(self) -> Tensor | float:
-        """The scale of the base's noise, where it has one: a unit of what the transforms before the affine ones see."""
-        base = self.base_dist
-        while isinstance(base, torch.distributions.Independent):
-            base = base.base_dist
-        scale = getattr(base, "scale", 1.0)
-        return scale.detach() if isinstance(scale, Tensor) else scale
-
     def _pulled_derivatives(
         self, value: Tensor, shape: torch.Size
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """What the gradient goes through, the derivatives of log q along it, and u, by autograd and at any value."""
-        cut = self._count_bent
+        cut = count_bent(self.transforms)
         path = value.expand(shape + self.event_shape)
-        with self._fixed() as (base, transforms):
+        with flow_held_fixed(self.base_dist, self.transforms) as (base, transforms):
             bent, affine = transforms[:cut], transforms[cut:]
             whitened, _ = self._pull_back(path, affine)
             (u,) = derivatives_of(lambda point: self._pull(point, base, bent), whitened)
@@ -292,7 +284,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 return (back * u).sum() + torch.as_tensor(ladj).sum()
 
             (derivative,) = derivatives_of(through_affine, path)
-        u = u * self._base_units()
+        u = u * unit_of(self.base_dist)
         path, derivative, u = (part.reshape(*shape, -1) for part in (path, derivative, u))
         return [path], [derivative], u
 
@@ -315,7 +307,6 @@ class FlowDistribution(dist.TransformedDistribution):
             derivatives.append(layer.pushed_derivative(x, y, derivatives[-1]))
         return log_prob, derivatives
 
-    @torch.no_grad()
     def fixed_draws(self, num_pairs: int = 5000) -> Tensor:
         """The same draws at every call, for summaries that shall not jump: shape ``(2 * num_pairs + 1, *B, D)``.
 
@@ -323,63 +314,21 @@ class FlowDistribution(dist.TransformedDistribution):
         quasi-random and antithetic, the same for every row of a batch, and one is the image of the base's centre, so
         that the marginal medians of a flow that is still affine are exact. Others come from one fixed seed.
         """
-        base = self.base_dist
-        marginal: Any = getattr(base, "base_dist", None)
-        is_known = isinstance(marginal, torch.distributions.Normal | torch.distributions.StudentT)
-        if is_known and len(base.event_shape) == 1:
-            loc, scale = marginal.loc, marginal.scale
-            if isinstance(marginal, torch.distributions.Normal):
-                noise = normal_draws(num_pairs, loc, seed=0)
-            else:
-                noise = student_t_draws(num_pairs, _first_row(marginal.df), seed=0)
-            noise = torch.cat([torch.zeros_like(noise[:1]), noise])
-            noise = noise.reshape(len(noise), *(1,) * len(base.batch_shape), -1)
-            z = loc + scale * noise.expand(-1, *base.batch_shape, -1)
-        else:
-            device = next((t.device for t in _tensors_in(base)), torch.device("cpu"))
-            with _fixed_seed(device):
-                z = base.sample(torch.Size([2 * num_pairs + 1]))
-        for transform in self.transforms:
-            z = transform(z)
-        return z
+        return fixed_draws(self.base_dist, self.transforms, num_pairs)
 
     @property
     def mean(self) -> Tensor:
         """Mean of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``; NaN where the base's tail has none."""
-        return self.fixed_draws().mean(0).masked_fill(self._reached_by(1.0), torch.nan)
+        return self.fixed_draws().mean(0).masked_fill(reached_by_tail(self, 1.0), torch.nan)
 
     @property
     def variance(self) -> Tensor:
         """Variance of :meth:`fixed_draws`, an estimate, shape ``(*B, D)``; infinite where the base's tail has none."""
-        variance = self.fixed_draws().var(0).masked_fill(self._reached_by(2.0), torch.inf)
-        return variance.masked_fill(self._reached_by(1.0), torch.nan)
-
-    @torch.no_grad()
-    def _reached_by(self, df: float) -> Tensor:
-        """Which dimensions follow the tail of one of Student's t with at most so many degrees of freedom."""
-        marginal: Any = getattr(self.base_dist, "base_dist", None)
-        shape = self.batch_shape + self.event_shape
-        if not isinstance(marginal, torch.distributions.StudentT):
-            return torch.zeros(shape, dtype=torch.bool)
-        far = marginal.loc.new_full((*shape,), _FAR)
-        heavy = (marginal.df <= df).expand(shape)
-        moved = far + _FAR * torch.diag_embed(heavy.to(far)).movedim(-2, 0)
-        x = torch.cat([far.unsqueeze(0), moved])
-        for transform in self.transforms:
-            x = transform(x)
-        return ((x[1:] - x[0]).abs() > 1e-3).any(0)
-
-    @contextmanager
-    def _fixed(self) -> Iterator[tuple[torch.distributions.Distribution, list[Transform]]]:
-        """Base and transforms with parameters and context held fixed, for a while."""
-        base = self.base_dist
-        if any(tensor.requires_grad for tensor in _tensors_in(base)):
-            base = detach(base)
-        with held_fixed(self.transforms) as transforms:
-            yield base, transforms
+        variance = self.fixed_draws().var(0).masked_fill(reached_by_tail(self, 2.0), torch.inf)
+        return variance.masked_fill(reached_by_tail(self, 1.0), torch.nan)
 
     def _tracked_tensors(self) -> list[Tensor]:
-        return _tensors_in(self.base_dist, self.transforms)
+        return tensors_of(self.base_dist, self.transforms)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """A new distribution of this batch shape, with the same ``path_gradient`` and nothing remembered."""
@@ -393,61 +342,6 @@ class FlowDistribution(dist.TransformedDistribution):
         return {**self.__dict__, "_draw": None, "_held": ()}
 
 
-def _with_batch_of_contexts(
-    base: torch.distributions.Distribution, transforms: Transform | list[Transform]
-) -> torch.distributions.Distribution:
-    """The base, widened by the batch of each context, so that every context has noise of its own.
-
-    Transforms of vectors have that done by torch; element-wise ones keep the shape of their values.
-    """
-    shape = wide = base.batch_shape + base.event_shape
-    for transform in [transforms] if isinstance(transforms, Transform) else transforms:
-        if isinstance(transform, ConditionedTransform) and wide:
-            wide = transform.widened(wide)
-    return base if wide == shape else base.expand(wide[: len(wide) - len(base.event_shape)])
-
-
 def _is_empty(value: Tensor) -> bool:
     """Whether there is nothing in it: torch's distributions and constraints fail on an empty batch."""
     return not torch.jit.is_tracing() and value.numel() == 0
-
-
-def _first_row(value: Tensor) -> Tensor:
-    """Of a batch whose rows are equal."""
-    return value.reshape(-1, value.shape[-1])[0]
-
-
-@contextmanager
-def _fixed_seed(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """Draw from a seed for a while; the random states of the CPU and of this device come back as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def _tensors_in(*parts: Any) -> list[Tensor]:
-    """The tensors that distributions and transforms compute with."""
-    tensors: list[Tensor] = []
-    seen: set[int] = set()  # a transform and its inverse may refer to each other
-    waiting = list(parts)
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Tensor):
-            tensors.append(part)
-        elif isinstance(part, _LISTS):
-            waiting.extend(part)
-        elif isinstance(part, _OWNERS) and id(part) not in seen:
-            seen.add(id(part))
-            if isinstance(part, nn.Module):
-                tensors += tensors_in(part)
-            else:
-                waiting.extend(vars(part).values())
-    return tensors
-
-
-_FAR = 1e4  # where splines are linear
-_LISTS = (list, tuple)
-_OWNERS = (nn.Module, torch.distributions.Distribution, Transform)

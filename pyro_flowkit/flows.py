@@ -26,10 +26,10 @@ from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
-    half_mask,
     spline_coupling,
 )
 from pyro_flowkit.transforms.linear import LULinear, Standardization
+from pyro_flowkit.transforms.masks import half_mask
 from pyro_flowkit.transforms.permute import Permute
 
 MAX_ORDERED_DIM = 128

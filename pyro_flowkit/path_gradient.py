@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from pyro.distributions.util import detach
 from torch import Tensor, nn
-from torch.distributions import AffineTransform, Transform
+from torch.distributions import AffineTransform, Distribution, Independent, Transform
 
-from pyro_flowkit.transforms.base import modules_in
 from pyro_flowkit.transforms.conditional import ConditionedTransform
+from pyro_flowkit.transforms.tensors import modules_in, tensors_of
 
 MAX_ROUGHNESS = 100.0
 
@@ -110,6 +110,22 @@ def is_affine(transform: Transform) -> bool:
     return isinstance(transform, AffineTransform) or getattr(transform, "is_affine", False)
 
 
+def count_bent(transforms: Sequence[Any]) -> int:
+    """The number of transforms before the affine ones at the end."""
+    count = len(transforms)
+    while count and is_affine(transforms[count - 1]):
+        count -= 1
+    return count
+
+
+def unit_of(base: Distribution) -> Tensor | float:
+    """The scale of a base's noise, where it has one: a unit of what the transforms before the affine ones see."""
+    while isinstance(base, Independent):
+        base = base.base_dist
+    scale = getattr(base, "scale", 1.0)
+    return scale.detach() if isinstance(scale, Tensor) else scale
+
+
 @contextmanager
 def held_fixed(transforms: Sequence[Any], until: Tensor | None = None) -> Iterator[list[Transform]]:
     """The transforms, computing with detached parameters and contexts for a while.
@@ -135,6 +151,17 @@ def held_fixed(transforms: Sequence[Any], until: Tensor | None = None) -> Iterat
     finally:
         for parameters, name, parameter in swapped:
             parameters[name] = parameter
+
+
+@contextmanager
+def flow_held_fixed(
+    base: Distribution, transforms: Sequence[Transform]
+) -> Iterator[tuple[Distribution, list[Transform]]]:
+    """Base and transforms with parameters and contexts held fixed, for a while."""
+    if any(tensor.requires_grad for tensor in tensors_of(base)):
+        base = detach(base)
+    with held_fixed(transforms) as fixed:
+        yield base, fixed
 
 
 def _with_fixed_context(transform: Transform) -> Transform:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flowkit.transforms.base import check_floating
+from pyro_flowkit.ops.checks import check_floating
 
 MIN_CELL = 1 / 8  # the spacing of numbers near 1, in units of a cell: eight to a cell at least
 

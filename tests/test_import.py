@@ -15,12 +15,12 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
-    {"warning"},
+    {"seeds", "warning"},
     {"files", "ops", "pictures", "programs", "_private_names"},
     {"environment", "nn"},
     {"autoregressive_nn"},
     {"transforms"},
-    {"path_gradient"},
+    {"moments", "path_gradient"},
     {"_pyro", "bases", "flow_distribution", "preprocessing"},
     {"head_start"},
     {"flow"},
@@ -115,6 +115,52 @@ def test_importing_loads_nothing_heavy(imported):
     assert imported["loaded"] == []
 
 
+LAZY = """
+import sys
+import torch
+import pyro_flowkit
+from pyro_flowkit import SplineFlow, diagnostics, fit
+
+fit(SplineFlow(2), data=torch.randn(20, 2), max_steps=1, progress=False)
+diagnostics.psis(torch.zeros(9))
+unwanted = ("pandas", "xarray", "arviz", "matplotlib", "lightning")
+print([name for name in unwanted if name in sys.modules])
+diagnostics.evidence_bounds, diagnostics.reweight
+print([name for name in unwanted if name in sys.modules])
+print(callable(diagnostics.reweight), callable(diagnostics.plot_guides))
+"""
+
+
+def test_flows_and_fit_need_no_data_frames_and_the_diagnostics_bring_them():
+    command = [sys.executable, "-c", LAZY]
+    completed = subprocess.run(
+        command, capture_output=True, text=True, cwd=PACKAGE.parent, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
+    before, after, are_functions = completed.stdout.splitlines()
+    assert before == "[]"
+    assert "xarray" in after and "arviz" not in after and "matplotlib" not in after
+    assert are_functions == "True True"
+
+
+def test_the_diagnostics_are_all_where_they_are_looked_up():
+    diagnostics = pyro_flowkit.diagnostics
+    source = Path(diagnostics.__file__).read_text(encoding="utf-8")
+    for_checkers = {
+        alias.name: node.module.rpartition(".")[2]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and "diagnostics" in str(node.module)
+        for alias in node.names
+    }
+    assert for_checkers == diagnostics._HOMES
+    assert set(diagnostics.__all__) == {*diagnostics._HOMES, "psis", "pareto_k_threshold"}
+    assert set(diagnostics.__all__) <= set(dir(diagnostics))
+    for name, home in diagnostics._HOMES.items():
+        assert getattr(diagnostics, name).__module__ == f"pyro_flowkit.diagnostics.{home}"
+    with pytest.raises(AttributeError, match="no attribute 'evidence_bound'"):
+        _ = diagnostics.evidence_bound
+
+
 def test_every_module_can_be_imported(imported):
     assert "pyro_flowkit.transforms.coupling" in imported["modules"]
 
@@ -164,6 +210,58 @@ def test_no_room_imports_from_its_own_floor_or_above(path):
         if other != room:
             assert other in FLOORS, f"{path.name} imports {name} through the front door"
             assert FLOORS[other] < FLOORS[room], f"{room} imports {name}"
+
+
+def test_no_two_files_import_each_other():
+    """Not even for their types: what two files need of each other stands in a third one."""
+    names = {
+        ".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts): path for path in SOURCES
+    }
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    waiting = {}
+    for name, path in names.items():
+        found = {
+            other if other in names else other.rpartition(".")[0] for other in imports_of(path)
+        }
+        waiting[name] = (found & names.keys()) - {name}
+    assert sum(map(len, waiting.values())) > 400, "imports are found"
+    while free := [name for name, others in waiting.items() if not others]:
+        for name in free:
+            del waiting[name]
+        for others in waiting.values():
+            others.difference_update(free)
+    assert waiting == {}, "these import in a circle, or what does"
+
+
+MAX_LINES = 350
+MAX_CODE = 80
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(PACKAGE)) for p in SOURCES])
+def test_no_file_is_too_long_to_be_read_at_once(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, "split it by sense"
+
+
+def code_lines(function: ast.FunctionDef, lines: list[str]) -> int:
+    """Lines of a function's body that are neither docstring, nor comment, nor empty."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    if not body:
+        return 0
+    inside = lines[body[0].lineno - 1 : function.end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in inside)
+
+
+def test_no_function_is_too_long_to_be_read_at_once():
+    found = {}
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                count = code_lines(node, text.splitlines())
+                found[f"{path.relative_to(PACKAGE)}: {node.name}"] = count
+    assert max(found.values()) > MAX_CODE / 2, "lines of code are counted"
+    assert {name: count for name, count in found.items() if count > MAX_CODE} == {}
 
 
 # What a program outside of the package may not look up to, in the order of the floors above it.

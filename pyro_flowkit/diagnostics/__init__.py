@@ -27,24 +27,30 @@ and of the group ``posterior_predictive``, here with the observed site "y"::
     az.plot_loo_pit(corrected)  # 1: is each datum where the others foretell it?
 """
 
-from pyro_flowkit.diagnostics.bounds import evidence_bounds
-from pyro_flowkit.diagnostics.calibration import simulation_based_calibration
-from pyro_flowkit.diagnostics.compare import compare_densities, compare_guides
-from pyro_flowkit.diagnostics.convergence import compare_restarts, iterate_convergence
-from pyro_flowkit.diagnostics.diagnosis import diagnose
-from pyro_flowkit.diagnostics.gaps import inference_gaps
-from pyro_flowkit.diagnostics.latents import latent_usage, latent_verdict
-from pyro_flowkit.diagnostics.loo import loo_approximate_posterior
-from pyro_flowkit.diagnostics.plot_guides import plot_guides
-from pyro_flowkit.diagnostics.plots import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
-from pyro_flowkit.diagnostics.pointwise import heldout_log_prob, pointwise_bounds
-from pyro_flowkit.diagnostics.probe import probe_modes
-from pyro_flowkit.diagnostics.restarts import join_restarts
-from pyro_flowkit.diagnostics.reweight import reweight
-from pyro_flowkit.diagnostics.tree import from_svi, to_arviz
-from pyro_flowkit.diagnostics.uniformity import calibration_tests, symmetry_tests
-from pyro_flowkit.diagnostics.verdict import Verdict, verdict_of
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyro_flowkit.ops.psis import pareto_k_threshold, psis
+
+if TYPE_CHECKING:
+    from pyro_flowkit.diagnostics.bounds import evidence_bounds
+    from pyro_flowkit.diagnostics.calibration import simulation_based_calibration
+    from pyro_flowkit.diagnostics.compare import compare_densities, compare_guides
+    from pyro_flowkit.diagnostics.convergence import iterate_convergence
+    from pyro_flowkit.diagnostics.diagnosis import diagnose
+    from pyro_flowkit.diagnostics.gaps import inference_gaps
+    from pyro_flowkit.diagnostics.guide_plots import plot_guides
+    from pyro_flowkit.diagnostics.latents import latent_usage
+    from pyro_flowkit.diagnostics.loo import loo_approximate_posterior
+    from pyro_flowkit.diagnostics.plots import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
+    from pyro_flowkit.diagnostics.pointwise import heldout_log_prob, pointwise_bounds
+    from pyro_flowkit.diagnostics.probe import probe_modes
+    from pyro_flowkit.diagnostics.restarts import compare_restarts
+    from pyro_flowkit.diagnostics.reweighting import reweight
+    from pyro_flowkit.diagnostics.tree import from_svi, to_arviz
+    from pyro_flowkit.diagnostics.uniformity import calibration_tests
+    from pyro_flowkit.diagnostics.verdict import Verdict
+
 
 __all__ = [
     "Verdict",
@@ -58,9 +64,7 @@ __all__ = [
     "heldout_log_prob",
     "inference_gaps",
     "iterate_convergence",
-    "join_restarts",
     "latent_usage",
-    "latent_verdict",
     "loo_approximate_posterior",
     "pareto_k_threshold",
     "plot_bounds",
@@ -73,7 +77,43 @@ __all__ = [
     "psis",
     "reweight",
     "simulation_based_calibration",
-    "symmetry_tests",
     "to_arviz",
-    "verdict_of",
 ]
+
+# Imported where they are first used: flows, guides and fit do without the xarray and pandas of most of them.
+_HOMES = {
+    "Verdict": "verdict",
+    "calibration_tests": "uniformity",
+    "compare_densities": "compare",
+    "compare_guides": "compare",
+    "compare_restarts": "restarts",
+    "diagnose": "diagnosis",
+    "evidence_bounds": "bounds",
+    "from_svi": "tree",
+    "heldout_log_prob": "pointwise",
+    "inference_gaps": "gaps",
+    "iterate_convergence": "convergence",
+    "latent_usage": "latents",
+    "loo_approximate_posterior": "loo",
+    "plot_bounds": "plots",
+    "plot_elbo": "plots",
+    "plot_gap": "plots",
+    "plot_guides": "guide_plots",
+    "plot_pareto_k": "plots",
+    "pointwise_bounds": "pointwise",
+    "probe_modes": "probe",
+    "reweight": "reweighting",
+    "simulation_based_calibration": "calibration",
+    "to_arviz": "tree",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -26,8 +26,9 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.errors import log_ess_error, pareto_k_spread
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.marginals import Columns, moved
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.reading import numbers_of
 from pyro_flowkit.diagnostics.schema import (
     DIAGNOSTIC,

@@ -30,7 +30,8 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.evaluation import evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.schema import schema_attrs
 from pyro_flowkit.diagnostics.uniformity import DEFAULT_LEVEL, calibration_tests
 from pyro_flowkit.programs.sites import plates_of, scored_sites

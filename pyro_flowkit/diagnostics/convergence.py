@@ -1,4 +1,4 @@
-r"""Has the training settled, and do several trainings agree?
+r"""Has the training settled?
 
 Under a constant learning rate the iterates of stochastic optimisation end in a stationary process
 around the optimum. Dhaka et al. (2020) treat them as the draws of Markov chains: split R-hat of
@@ -16,8 +16,7 @@ References:
     Aki Vehtari. Robust, Accurate Stochastic Optimization for Variational Inference. NeurIPS 2020.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,8 +26,6 @@ from torch import Tensor
 
 from pyro_flowkit.diagnostics.schema import schema_attrs
 from pyro_flowkit.diagnostics.verdict import Verdict, with_verdict
-
-Restart = xr.DataTree | xr.Dataset | float
 
 
 def iterate_convergence(
@@ -71,9 +68,9 @@ def iterate_convergence(
 
     Example:
         >>> import torch
-        >>> from pyro_flowkit.diagnostics import iterate_convergence, verdict_of
+        >>> from pyro_flowkit.diagnostics import diagnose, iterate_convergence
         >>> drifting = torch.linspace(0.0, 1.0, 400)[:, None] + 0.01 * torch.randn(400, 1)
-        >>> bool(verdict_of(iterate_convergence(drifting)))
+        >>> bool(diagnose(iterate_convergence(drifting)))
         False
     """
     kept = _kept(iterates, last)
@@ -107,109 +104,6 @@ def iterate_convergence(
             raise ValueError(f"Expected a scale > 0, got {unit.min()}")
         error = mcse / unit
     verdict = _iterate_verdict(names, rhat, error, max_rhat, max_mcse, n)
-    return with_verdict(dataset, verdict)
-
-
-def compare_restarts(
-    restarts: Mapping[str, Restart] | Sequence[Restart],
-    *,
-    tolerance: float = 0.1,
-    max_shift: float = 0.3,
-) -> xr.Dataset:
-    """Do several trainings of one model and guide end at the same place?
-
-    ===================================================================  ======
-    equally good ELBOs, but posteriors apart by more than ``max_shift``  bad
-    some restarts behind the best by more than ``tolerance``             usable
-    otherwise                                                            good
-    ===================================================================  ======
-
-    Args:
-        restarts: for each restart the result of ``from_svi`` or ``evidence_bounds``, or its ELBO in
-            nats; by name, or in a sequence.
-        tolerance: the difference of ELBOs in nats that does not matter; what lies within two
-            standard errors of zero does not, either.
-        max_shift: the distance of posterior means that does not matter, in standard deviations of
-            the best restart.
-
-    Returns:
-        Variables along ``restart``: ``elbo``, ``elbo_se`` (0 for a plain number), ``behind`` (nats
-        below the best restart) and, if all are trees with draws, ``max_shift`` (the largest
-        distance of the means of a latent from those of the best restart, in its standard
-        deviations).
-        ``diagnose`` reads the verdict from the attributes.
-
-    Raises:
-        ValueError: for fewer than two restarts, no finite ELBO, or trees of different latents.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> from pyro_flowkit.diagnostics import compare_restarts, from_svi, verdict_of
-        >>> def model():
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
-        >>> def guide():
-        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
-        >>> trees = [from_svi(model, guide, num_samples=200, seed=seed) for seed in range(2)]
-        >>> bool(verdict_of(compare_restarts(trees)))
-        True
-    """
-    named = dict(restarts) if isinstance(restarts, Mapping) else dict(enumerate(restarts))
-    if len(named) < 2:
-        raise ValueError(f"Expected at least two restarts, got {len(named)}")
-    labels = [str(name) for name in named]
-    elbo, error = np.array([_elbo(restart) for restart in named.values()]).T
-    if not np.isfinite(elbo).any():
-        raise ValueError(f"Expected a finite ELBO, got {elbo.tolist()}")
-    elbo = np.where(np.isnan(elbo), -np.inf, elbo)
-    best = int(np.argmax(elbo))
-    behind = elbo[best] - elbo
-    variables: dict[str, Any] = {"elbo": elbo, "elbo_se": error, "behind": behind}
-    level_with_best = behind <= np.maximum(tolerance, 2 * np.hypot(error, error[best]))
-    posteriors = [
-        restart["posterior"].to_dataset()
-        for restart in named.values()
-        if isinstance(restart, xr.DataTree) and "posterior" in restart.children
-    ]
-    apart = np.zeros(len(named))
-    if len(posteriors) == len(named):
-        apart = np.array([_shift(posterior, posteriors[best]) for posterior in posteriors])
-        variables["max_shift"] = apart
-    dataset = xr.Dataset(
-        {name: ("restart", value) for name, value in variables.items()},
-        {"restart": labels},
-        schema_attrs(best=labels[best], tolerance=tolerance),
-    )
-    worst = int(np.argmax(behind))
-    others = np.flatnonzero(level_with_best & (apart > max_shift))
-    if len(others):
-        far = others[np.argmax(apart[others])]
-        verdict = Verdict(
-            "bad",
-            f"restart {labels[far]} is as good as {labels[best]} (ELBO {elbo[far]:.2f} and "
-            f"{elbo[best]:.2f}) with means up to {apart[far]:.2f} standard deviations apart",
-            "The posterior has several modes, or labels that can be exchanged: order the labels, or "
-            "use a guide with a component for each mode (AutoSplineFlow(model, num_components=2)).",
-        )
-    elif not level_with_best.all():
-        verdict = Verdict(
-            "usable",
-            f"{int((~level_with_best).sum())} of {len(named)} restarts end below the best, "
-            f"{labels[best]}; {labels[worst]} by {behind[worst]:.2f} nats",
-            f"Use restart {labels[best]}, and train longer or restart more often to see whether "
-            "there is a better one.",
-        )
-    else:
-        verdict = Verdict(
-            "good",
-            f"all {len(named)} restarts agree: ELBOs within {behind[worst]:.2f} nats"
-            + (f", means within {apart.max():.2f} sd" if "max_shift" in variables else ""),
-            f"Use restart {labels[best]}.",
-            "Agreement says that the training is reliable, not that the guide is good, and starts "
-            "that are alike end in one mode: see diagnose and probe_modes.",
-        )
     return with_verdict(dataset, verdict)
 
 
@@ -266,30 +160,3 @@ def _iterate_verdict(
         "The iterates have settled; use their mean.",
         "That does not say that the guide is good: see diagnose.",
     )
-
-
-def _elbo(restart: Restart) -> tuple[float, float]:
-    if isinstance(restart, xr.DataTree):
-        if "vi_diagnostics" not in restart.children:
-            raise ValueError(f"Expected a group vi_diagnostics, got {sorted(restart.children)}")
-        restart = restart["vi_diagnostics"].to_dataset()
-    if isinstance(restart, xr.Dataset):
-        return float(restart["elbo"]), float(restart["elbo_se"])
-    return float(restart), 0.0
-
-
-def _shift(posterior: xr.Dataset, best: xr.Dataset) -> float:
-    """The largest distance of the means of any latent, in standard deviations of the best."""
-    if set(posterior.data_vars) != set(best.data_vars):
-        raise ValueError(
-            f"Expected restarts with the latents {sorted(map(str, best.data_vars))}, got "
-            f"{sorted(map(str, posterior.data_vars))}"
-        )
-    dims = ("chain", "draw")
-    distances = []
-    for name, draws in best.data_vars.items():
-        distance = np.abs((posterior[name].mean(dims) - draws.mean(dims)).to_numpy())
-        spread = draws.std(dims).to_numpy()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            distances.append(np.where(distance > 0, distance / spread, 0.0).max())
-    return float(max(distances))

@@ -7,15 +7,17 @@ import numpy as np
 import xarray as xr
 
 from pyro_flowkit.diagnostics.bounds import bounds_dataset
+from pyro_flowkit.diagnostics.collapse import collapse_verdict
 from pyro_flowkit.diagnostics.point_estimates import with_points
 from pyro_flowkit.diagnostics.reading import numbers_of
-from pyro_flowkit.diagnostics.reweight import guide_weights
+from pyro_flowkit.diagnostics.reweighting import guide_weights
 from pyro_flowkit.diagnostics.rule import Numbers, Probe, judge
 from pyro_flowkit.diagnostics.schema import as_result
 from pyro_flowkit.diagnostics.verdict import LEVELS, Verdict, verdict_of
 from pyro_flowkit.ops.psis import pareto_k_threshold
 
 _FEW = 0.05  # a share of the data
+NO_GUIDE = "Expected a probe together with the result of from_svi, got another result"
 
 Checks = dict[str, dict[str, Any]]
 
@@ -47,7 +49,7 @@ def diagnose(
     show_diagnostics: bool = False,
     return_diagnostics: bool = False,
 ) -> Verdict | tuple[bool, Checks]:
-    """Judges a guide, a calibration, a training or its restarts, in plain words.
+    """Judges a guide, the use of its latents, a calibration, a training or its restarts, in plain words.
 
     A guide is judged by its worst check:
 
@@ -81,10 +83,11 @@ def diagnose(
 
     Args:
         tree: a result of ``from_svi`` or ``evidence_bounds``, which draw more where this verdict hangs on noise; of
-            ``join_restarts``, judged by its worst restart; of ``pointwise_bounds``, judged datum by datum: at most 5 %
-            of the data may be worse than the verdict says; or of ``calibration_tests``,
-            ``simulation_based_calibration``, ``symmetry_tests``, ``iterate_convergence`` or ``compare_restarts``, which
-            carry their verdict.
+            ``compare_restarts``, judged by whether they agree and by the worst restart; of ``pointwise_bounds``, judged
+            datum by datum: at most 5 % of the data may be worse than the verdict says; of ``latent_usage``, judged by
+            posterior collapse: "good" where every direction of every site is active, "bad" where none is; or of
+            ``simulation_based_calibration``, ``calibration_tests`` or ``iterate_convergence``, which carry their
+            verdict.
         probe: the result of ``probe_modes`` for the same model and guide.
         show_diagnostics: whether to print the verdict.
         return_diagnostics: whether to return, as ``az.diagnose`` does, a pair: whether the verdict
@@ -119,12 +122,16 @@ def diagnose(
     """
     found = as_result(tree)
     checks: Checks = {}
-    if _carries_verdict(found):
+    if isinstance(found, xr.DataTree) and "vi_restarts" in found.children:
+        verdict, checks = _of_restarts(found, probe)
+    elif _carries_verdict(found) or _is_usage(found):
         if probe is not None:
-            raise ValueError(
-                "Expected a probe together with the result of from_svi, got another result"
-            )
-        verdict = verdict_of(found["vi_diagnostics"].to_dataset() if _is_point(found) else found)
+            raise ValueError(NO_GUIDE)
+        if _is_usage(found):
+            verdict = collapse_verdict(found)
+        else:
+            point = _is_point(found)
+            verdict = verdict_of(found["vi_diagnostics"].to_dataset() if point else found)
     else:
         verdict, checks = _judged(_bounds(found), _probe(probe))
     if show_diagnostics:
@@ -135,10 +142,29 @@ def diagnose(
     return verdict.level == "bad", checks | {"verdict": words}
 
 
+def _of_restarts(found: xr.DataTree, probe: xr.Dataset | None) -> tuple[Verdict, Checks]:
+    """The worse of two verdicts: whether the restarts agree, and on the guide as the worst of them left it."""
+    agreement = verdict_of(found["vi_restarts"].to_dataset())
+    if "vi_diagnostics" not in found.children or "pareto_k" not in found["vi_diagnostics"]:
+        if probe is not None:
+            raise ValueError(NO_GUIDE)
+        return agreement, {}
+    own, checks = _judged(_bounds(found), _probe(probe))
+    if agreement.level != own.level:
+        return max(agreement, own, key=lambda verdict: LEVELS.index(verdict.level)), checks
+    reason, advice = f"{agreement.reason}; {own.reason}", f"{agreement.advice} {own.advice}"
+    return Verdict(own.level, reason, advice, own.limits), checks
+
+
 def _carries_verdict(found: xr.DataTree | xr.Dataset) -> bool:
     if isinstance(found, xr.DataTree) and "vi_calibration" in found.children:
         return True
     return "verdict" in found.attrs or _is_point(found)
+
+
+def _is_usage(found: xr.DataTree | xr.Dataset) -> bool:
+    """Whether it is a result of ``latent_usage``."""
+    return isinstance(found, xr.Dataset) and "active_directions" in found
 
 
 def _is_point(found: xr.DataTree | xr.Dataset) -> bool:

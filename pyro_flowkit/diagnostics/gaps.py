@@ -29,8 +29,9 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.bounds import as_exact
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.local_optimum import ROUNDS, LocalProblem, new_seed
-from pyro_flowkit.diagnostics.particles import Particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles
 from pyro_flowkit.diagnostics.pointwise import batches, check_data
 from pyro_flowkit.diagnostics.schema import (
     DIAGNOSTIC,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flowkit.diagnostics.particles import Particles
-from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
+from pyro_flowkit.guides.recipe import DensityGuide
 from pyro_flowkit.programs.sites import PARTICLES, is_auxiliary, is_point_mass, scored_sites
 
 _UNCONSTRAINED = "_unconstrained"
@@ -29,8 +29,8 @@ def log_guide(
 
     Args:
         like: particles of the model and this guide.
-        guide: an ``AutoSplineFlow``, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
-            samples the latents themselves.
+        guide: one that says its ``log_prob``, one of Pyro's guides with a Gaussian in unconstrained space, or any
+            program that samples the latents themselves.
         latents: values of all latents, ``(n, *batch, *event)``.
         args: of the guide.
         kwargs: of the guide.
@@ -38,8 +38,8 @@ def log_guide(
     Raises:
         ValueError: if the guide's density cannot be had at given values.
     """
-    if isinstance(guide, AutoSplineFlow):
-        return guide.log_prob(latents).double().cpu()
+    if isinstance(guide, DensityGuide):
+        return guide.log_prob(latents, *args, **kwargs).double().cpu()
     size = len(next(iter(latents.values())))
     with pyro.validation_enabled(
         False

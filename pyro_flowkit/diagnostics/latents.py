@@ -44,12 +44,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_flowkit.diagnostics.collapse import collapse_verdict
 from pyro_flowkit.diagnostics.directions import explained_by_direction, largest_of_noise
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.latent_columns import LatentColumns
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.pointwise import ROWS_AT_ONCE, batches, check_data, data_plate
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, ESTIMATE, schema_attrs
-from pyro_flowkit.diagnostics.verdict import Verdict
 from pyro_flowkit.programs.sites import is_point_mass, scored_sites
 
 ACTIVE = 0.01
@@ -57,7 +58,6 @@ ACTIVE = 0.01
 
 Burda et al. (2016)."""
 
-_NO_KL = 0.1  # nats
 _CLEAR = 3.0  # standard errors
 
 
@@ -98,8 +98,8 @@ def latent_usage(
         where the dimensions of posterior or prior depend on each other), ``mean_variance`` and
         ``prior_variance`` in squared units of the latent, ``variance_explained``, ``information`` in
         nats, ``active``. Over ``obs_id``: the KL of all latents, ``kl_total``. The attribute
-        ``message`` is the ``latent_verdict``, ``active_threshold`` the share of the variance from which
-        on a direction is active.
+        ``message`` is the verdict of ``diagnose``, ``active_threshold`` the share of the variance from
+        which on a direction is active.
 
     Raises:
         ValueError: as ``pointwise_bounds``, for less than two data or draws, for so few of both that
@@ -165,93 +165,7 @@ def latent_usage(
     usage = _dataset(moments, names, num_samples).merge(
         _by_direction(moments, within, names, num_samples)
     )
-    return usage.assign_attrs(message=str(latent_verdict(usage)))
-
-
-def latent_verdict(usage: xr.Dataset) -> Verdict:
-    """Names posterior collapse in words.
-
-    Args:
-        usage: the result of ``latent_usage``.
-
-    Returns:
-        "good" where every direction of every site is active, "bad" where none is, otherwise
-        "usable".
-
-    Raises:
-        ValueError: if the Dataset has no ``active_directions``.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> from pyro_flowkit.diagnostics import latent_usage, latent_verdict
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
-        >>> bool(latent_verdict(latent_usage(model, guide, torch.randn(50), seed=0)))
-        True
-    """
-    if "active_directions" not in usage:
-        raise ValueError(
-            f"Expected a variable active_directions, got {sorted(map(str, usage.data_vars))}"
-        )
-    active, sizes = (usage[n].to_numpy() for n in ("active_directions", "num_directions"))
-    sites, kl = usage["site"].to_numpy(), usage["site_kl"].to_numpy()
-    counts = ", ".join(
-        f"{count} of {size} directions of {site}"
-        + (f" (KL {nats:.2f} nats per datum)" if len(sites) > 1 and nats == nats else "")
-        for site, count, size, nats in zip(sites, active, sizes, kl, strict=True)
-    )
-    used = (
-        f"the posterior means vary with the data along {counts}, by more than "
-        f"{usage.attrs['active_threshold']:g} of the variance "
-        f"(the KL of all latents is {float(usage['kl_total'].mean()):.2f} nats per datum)"
-    )
-    following = _following(usage)
-    if following:
-        used += f"; {', '.join(following)} only follows the other latents (KL below {_NO_KL} nats)"
-    if (active == sizes).all() and not following:
-        return Verdict("good", f"no posterior collapse: {used}", "Nothing to do.")
-    coordinates = usage["active"].to_numpy().astype(bool)
-    if coordinates.sum() > active.sum():
-        used += (
-            f"; {int(coordinates.sum())} of {len(coordinates)} coordinates vary, as a few directions "
-            "make many coordinates vary"
-        )
-    idle = int((usage["kl"].to_numpy()[~coordinates] > _NO_KL).sum())
-    if idle:
-        used += f"; the KL of {idle} coordinates that do not vary is above {_NO_KL} nats"
-    if not active.any():
-        return Verdict(
-            "bad",
-            f"posterior collapse: {used}",
-            "The decoder does without the latents: raise the weight of the KL slowly while training, "
-            "give the decoder less to work with, or train longer.",
-        )
-    return Verdict(
-        "usable",
-        f"posterior collapse in part: {used}",
-        f"The number of directions in use is {active.sum()}: that many latents suffice, or raise the "
-        "weight of the KL slowly while training, so that more are found.",
-    )
-
-
-def _following(usage: xr.Dataset) -> list[str]:
-    """Sites that vary with the data as their prior does, given other latents.
-
-    A site with a prior of its own has a KL of at least its information.
-    """
-    information = usage["direction_information"].groupby(usage["direction_site"]).sum()
-    return [
-        str(site)
-        for site, kl in zip(usage["site"].to_numpy(), usage["site_kl"].to_numpy(), strict=True)
-        if kl < _NO_KL and float(information.sel(direction_site=site)) > 2 * _NO_KL
-    ]
+    return usage.assign_attrs(message=str(collapse_verdict(usage)))
 
 
 def _check_random(particles: Particles) -> None:

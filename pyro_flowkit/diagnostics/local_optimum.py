@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.local_posterior import (
     ENCODER,
     Conditional,
@@ -27,7 +28,7 @@ from pyro_flowkit.diagnostics.local_posterior import (
     family_of,
     local_families,
 )
-from pyro_flowkit.diagnostics.particles import Particles, draw_again, draw_particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_again, draw_particles
 from pyro_flowkit.diagnostics.pointwise import (
     ROWS_AT_ONCE,
     data_plate,

@@ -27,7 +27,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.reweight import guide_weights
+from pyro_flowkit.diagnostics.reweighting import guide_weights
 from pyro_flowkit.diagnostics.schema import DRAWS, arviz_generation, as_result
 from pyro_flowkit.diagnostics.tails import Tail
 from pyro_flowkit.ops.psis import error_factor, psis

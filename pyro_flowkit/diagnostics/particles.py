@@ -8,9 +8,7 @@ guide, and the model by whichever way gives the densities of plain runs at every
 says so.
 """
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +20,8 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from pyro_flowkit.diagnostics.evaluation import owner
 from pyro_flowkit.diagnostics.point_estimates import checked_points, no_bound
-from pyro_flowkit.programs.modules import registered_modules
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.sites import (
     PARTICLES,
@@ -114,30 +112,6 @@ class Particles:
                 .cpu()
             )
         return total
-
-
-@contextlib.contextmanager
-def evaluation(*programs: Any, seed: int | None = None) -> Iterator[None]:
-    """No gradients, modules in eval mode, and a seed of its own, all undone afterwards.
-
-    Those that plain functions register by ``pyro.module`` are among the modules.
-    """
-    owners = [_owner(program) for program in programs]
-    roots = [*filter(lambda owner: isinstance(owner, nn.Module), owners)]
-    roots += registered_modules(*programs).values()
-    modules = [module for root in roots for module in root.modules()]
-    modes = [module.training for module in modules]
-    devices = range(torch.cuda.device_count()) if seed is not None else ()
-    with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            for module in modules:
-                module.training = False
-            yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
 
 
 def draw_particles(
@@ -287,13 +261,6 @@ def _drawn(particles: Particles, site: Site) -> Tensor:
     return particles.view(site["value"], site["fn"].event_dim).cpu()
 
 
-def _owner(program: Any) -> Any:
-    """The module that a program is, or is a method of."""
-    while isinstance(program, functools.partial):
-        program = program.func
-    return getattr(program, "__self__", program)
-
-
 def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Guide and model traces of one run, with their log-probs."""
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -342,7 +309,7 @@ def _prototype(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, 
             f"{sorted(latents - guided)} in the model only and {sorted(guided - latents)} in the "
             "guide only (a latent that is enumerated, not guided, must be summed out in the model)"
         )
-    is_known = isinstance(_owner(guide), AutoGuide)
+    is_known = isinstance(owner(guide), AutoGuide)
     points = checked_points(model_trace, guide_trace, guide, args, kwargs, is_known=is_known)
     nesting = nesting_of(model_trace, guide_trace)
     return Particles(

@@ -10,7 +10,7 @@ lie on a surface, which has none.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xarray as xr
@@ -21,9 +21,6 @@ from torch.distributions import biject_to
 from pyro_flowkit.diagnostics.schema import EXACT, schema_attrs
 from pyro_flowkit.diagnostics.verdict import Verdict, with_verdict
 from pyro_flowkit.programs.sites import Site, is_auxiliary, is_point_mass, scored_sites
-
-if TYPE_CHECKING:
-    from pyro_flowkit.diagnostics.particles import Particles
 
 MOST_NUMBERS = 64
 SAME = 0.01  # nats, for each number
@@ -212,16 +209,15 @@ def no_bound(names: tuple[str, ...]) -> ValueError:
     )
 
 
-def of_a_point(particles: "Particles") -> xr.Dataset:
+def of_a_point(points: Sequence[str], log_joint: float) -> xr.Dataset:
     """What there is to say of a guide that is a point: the density there, and the verdict."""
-    names = ", ".join(particles.points)
+    names = ", ".join(points)
     verdict = Verdict(
         "bad",
         f"the guide is a point estimate (Delta) of all latents, {names}, and no distribution: there is "
         "no bound on the evidence, and the draws are one point",
         f"{_REMEDY}.",
     )
-    log_joint = float(particles.log_joint()[0])
     dataset = xr.Dataset(
         {"log_joint": ((), log_joint, {"kind": EXACT, "units": "nats"})},
         attrs=schema_attrs(point_estimates=names),

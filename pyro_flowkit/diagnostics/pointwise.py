@@ -17,7 +17,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, bounds_dataset, check_particles
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.evaluation import evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.point_estimates import no_bound
 from pyro_flowkit.diagnostics.schema import ESTIMATE, EXACT, schema_attrs
 from pyro_flowkit.programs.sites import plates_of, scored_sites, unscaled_log_prob

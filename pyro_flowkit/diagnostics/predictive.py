@@ -10,8 +10,9 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.naming import latent_sites, observed_sites
-from pyro_flowkit.diagnostics.particles import Particles, draws_again, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draws_again
 from pyro_flowkit.warning import warn
 
 MAX_NUMBERS = 10**8

@@ -28,13 +28,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.calibration import store_of_model
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.guide_density import log_guide
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attrs
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, improved
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import in_words, pack, unpack
+from pyro_flowkit.guides.latent_vector import LatentDensity, in_words, pack, unpack
 from pyro_flowkit.ops.psis import psis
 from pyro_flowkit.ops.quasi_random import normal_draws
 
@@ -68,8 +68,8 @@ def probe_modes(
 
     Args:
         model: a Pyro model whose latents are all in the guide and have a support that real numbers can be mapped onto.
-        guide: an ``AutoSplineFlow``, one of Pyro's guides with a Gaussian in unconstrained space, or any program that
-            samples the latents themselves.
+        guide: one that says its ``log_prob`` (``AutoSplineFlow``, ``AmortizedSplineFlow``), one of Pyro's guides with a
+            Gaussian in unconstrained space, or any program that samples the latents themselves.
         args: positional arguments of both: all data.
         kwargs: keyword arguments of both.
         num_starts: number of optimisations: a third from draws of the prior (around the origin where it cannot be

@@ -14,8 +14,9 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_flowkit.diagnostics.bounds import DEFAULT_PARTICLES, Pool, check_particles
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.naming import Namer, constants, latent_sites, observed_sites
-from pyro_flowkit.diagnostics.particles import Particles, draw_particles, evaluation
+from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.point_estimates import of_a_point
 from pyro_flowkit.diagnostics.predictive import (
     MAX_NUMBERS,
@@ -117,8 +118,7 @@ def from_svi(
     counts = check_particles(num_particles, num_samples)
     options = kwargs or {}
     pool = Pool(max_samples, num_samples)
-    stats: dict[str, list[Tensor]] = {"lp": [], "log_q": []}
-    draws, log_prior, likelihoods, predicted = _Parts(), _Parts(), _Parts(), _Parts()
+    found = _Found()
 
     def draw(size: int, like: Particles | None = None) -> Iterable[Particles]:
         return draw_particles(
@@ -138,44 +138,32 @@ def from_svi(
             if not particles.all_points:
                 pool.add(particles)
             own_seed = None if seed is None else seed + 1 + chunk
-            stats["lp"].append(particles.log_joint())
-            stats["log_q"].append(particles.log_guide())
-            for name, site in latent_sites(particles):
-                draws.add(name, particles.view(site["value"], site["fn"].event_dim))
-                log_prior.add(name, particles.view(site["log_prob"]))
-            for name, site in observed_sites(particles) if log_likelihood else ():
-                likelihoods.add(name, particles.view(site["log_prob"]))
+            found.take_in(particles, log_likelihood=log_likelihood)
             if predictions is None:
                 predictions = _are_few(particles, num_samples)
             if predictions:
                 drawn = posterior_predictive(particles, model, args, options, own_seed)
                 for name, value in drawn.items():
-                    predicted.add(name, value)
+                    found.predicted.add(name, value)
         prior, prior_predictive = (
             prior_draws(particles, model, args, options, num_prior_samples, seed)
             if num_prior_samples
             else ({}, {})
         )
         bounds = (
-            of_a_point(particles)
+            of_a_point(particles.points, float(particles.log_joint()[0]))
             if particles.all_points
             else pool.settled(draw, counts, exact_log_evidence)
         )
 
     namer = Namer(particles, dims or {}, coords or {})
-    sample_stats = {name: torch.cat(parts) for name, parts in stats.items()}
-    if particles.all_points:
-        del sample_stats["log_q"]
-    else:
-        log_weight = sample_stats["lp"] - sample_stats["log_q"]
-        sample_stats |= {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
     observed = dict(observed_sites(particles))
     groups = {
-        "posterior": namer.dataset(draws.joined()),
-        "sample_stats": namer.dataset(sample_stats),
-        "log_likelihood": namer.dataset(likelihoods.joined(), events=False),
-        "log_prior": namer.dataset(log_prior.joined(), events=False),
-        "posterior_predictive": namer.dataset(predicted.joined()),
+        "posterior": namer.dataset(found.draws.joined()),
+        "sample_stats": namer.dataset(found.sample_stats(particles.all_points)),
+        "log_likelihood": namer.dataset(found.likelihoods.joined(), events=False),
+        "log_prior": namer.dataset(found.log_prior.joined(), events=False),
+        "posterior_predictive": namer.dataset(found.predicted.joined()),
         "prior": namer.dataset(prior),
         "prior_predictive": namer.dataset(prior_predictive),
         "observed_data": namer.data({name: site["value"] for name, site in observed.items()}),
@@ -229,6 +217,33 @@ class _Parts:
 
     def joined(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
+
+
+class _Found:
+    """What is kept of the particles of every chunk."""
+
+    def __init__(self) -> None:
+        self.stats, self.draws, self.log_prior = _Parts(), _Parts(), _Parts()
+        self.likelihoods, self.predicted = _Parts(), _Parts()
+
+    def take_in(self, particles: Particles, *, log_likelihood: bool) -> None:
+        """Keep values and densities of a chunk."""
+        self.stats.add("lp", particles.log_joint())
+        self.stats.add("log_q", particles.log_guide())
+        for name, site in latent_sites(particles):
+            self.draws.add(name, particles.view(site["value"], site["fn"].event_dim))
+            self.log_prior.add(name, particles.view(site["log_prob"]))
+        for name, site in observed_sites(particles) if log_likelihood else ():
+            self.likelihoods.add(name, particles.view(site["log_prob"]))
+
+    def sample_stats(self, all_points: bool) -> dict[str, Tensor]:
+        """log p and, for a guide that is no point, log q and the log weights of all particles."""
+        stats = self.stats.joined()
+        if all_points:
+            del stats["log_q"]
+            return stats
+        log_weight = stats["lp"] - stats["log_q"]
+        return stats | {"log_weight": log_weight, "log_weight_psis": psis(log_weight)[0]}
 
 
 def _are_few(particles: Particles, num_samples: int) -> bool:

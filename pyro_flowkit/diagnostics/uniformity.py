@@ -23,6 +23,7 @@ References:
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -35,51 +36,74 @@ _WEIGHTS = {"location": 0.45, "spread": 0.45, "shape": 0.1}
 _POWER_SCORE = 1.2816  # Phi^-1(0.9): what is called detectable is found in 9 cases of 10
 
 
-def calibration_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVEL) -> xr.Dataset:
-    """Tests the PIT values of every latent for uniformity, and says what is wrong with the guide.
+def calibration_tests(
+    sbc: xr.DataTree | xr.Dataset,
+    *,
+    kind: Literal["uniformity", "symmetry"] = "uniformity",
+    level: float = DEFAULT_LEVEL,
+) -> xr.Dataset:
+    """Tests the PIT values of every latent, and says what is wrong with the guide.
 
-    ==========================================  ======
-    a latent shifted, too narrow, misshapen     bad
+    ==========================================  ==========  ========
+    verdict on a guide with                     uniformity  symmetry
+    ==========================================  ==========  ========
+    a latent that is shifted                    bad         bad
+    a latent that is too narrow, or misshapen   bad
     nothing but latents that are too wide       usable
-    no departure found                          good
-    ==========================================  ======
+    no departure found                          good        good
+    ==========================================  ==========  ========
+
+    A guide of the wrong family cannot have the right spread, and fails tests of uniformity. Those of symmetry (VSBC)
+    ask less of it, as Yao et al. (2018) do: that ``u`` and ``1 - u`` have one distribution, so that its location is
+    right on average over data sets. They compare the two by the distance of Kolmogorov and Smirnov; the p-value here is
+    that of Wilcoxon's signed ranks of ``u - 1/2``, valid for any symmetric distribution, which finds a shift of 0.3 at
+    200 simulations of one latent with probability 0.94.
 
     Args:
         sbc: the result of ``simulation_based_calibration``, or its group ``prior_sbc``: PIT values in
             (0, 1) with the dims chain and draw.
+        kind: "uniformity", or "symmetry": whether the guide is unbiased.
         level: the probability of an alarm at a calibrated guide, over all latents together
             (Bonferroni); it is met from below.
 
     Returns:
         Variables along ``latent``, one for every element: ``shift`` (of the guide against the
-        truth, in standard deviations of the guide), ``scale_ratio`` (of the guide's scale to the
-        right one), ``p_location``, ``p_spread``, ``p_shape``, and ``p_value``, which combines the
-        three and is corrected for the number of latents. ``shift`` and ``scale_ratio`` are normal
-        approximations.
+        truth, in standard deviations of the guide) and ``p_value``, corrected for the number of latents. Of uniformity
+        also ``scale_ratio`` (of the guide's scale to the right one), ``p_location``, ``p_spread`` and ``p_shape``,
+        which ``p_value`` combines; of symmetry ``asymmetry``, the Kolmogorov-Smirnov distance of ``u`` and ``1 - u``.
+        ``shift`` and ``scale_ratio`` are normal approximations.
         ``diagnose`` reads the verdict from the attributes.
 
     Raises:
-        ValueError: if there are no PIT values in [0, 1], fewer than two, or ``level`` is no
-            probability.
+        ValueError: if there are no PIT values in [0, 1], fewer than two, ``level`` is no
+            probability, or ``kind`` is another one.
 
     Example:
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_flowkit.diagnostics import calibration_tests, simulation_based_calibration, verdict_of
+        >>> from pyro_flowkit.diagnostics import calibration_tests, diagnose, simulation_based_calibration
         >>> def model(y=torch.tensor(0.0)):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> def guide(y=torch.tensor(0.0)):  # the exact posterior
         ...     pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
         >>> sbc = simulation_based_calibration(model, guide, args=(torch.tensor(0.0),), num_simulations=40, seed=0)
-        >>> bool(verdict_of(calibration_tests(sbc)))
-        True
+        >>> bool(diagnose(calibration_tests(sbc))), bool(diagnose(calibration_tests(sbc, kind="symmetry")))
+        (True, True)
     """
+    labels, pit = _flat(sbc, level)
+    if kind == "uniformity":
+        return _uniformity(labels, pit, level)
+    if kind == "symmetry":
+        return _symmetry(labels, pit, level)
+    raise ValueError(f'Expected kind to be "uniformity" or "symmetry", got {kind!r}')
+
+
+def _uniformity(labels: list[str], pit: np.ndarray, level: float) -> xr.Dataset:
     import scipy.special
     import scipy.stats  # changes the filters of warnings
 
-    labels, pit = _flat(sbc, level)
     n = pit.shape[1]
     scores = _scores(pit)
     mean, variance = scores.mean(1), scores.var(1, ddof=1)
@@ -104,45 +128,9 @@ def calibration_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_L
     return _tests(labels, variables, verdict, num_simulations=n, level=level)
 
 
-def symmetry_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVEL) -> xr.Dataset:
-    """VSBC: are the guide's tail probabilities of the truth symmetric, that is, is it unbiased?
-
-    A guide of the wrong family cannot have the right spread, and fails tests of uniformity. Yao et al.
-    (2018) ask less of it: that ``u`` and ``1 - u`` have one distribution, so that its location is right
-    on average over data sets. They compare the two by the distance of Kolmogorov and Smirnov; the
-    p-value here is that of Wilcoxon's signed ranks of ``u - 1/2``, valid for any symmetric distribution,
-    which finds a shift of 0.3 at 200 simulations of one latent with probability 0.94.
-
-    Args:
-        sbc: as for ``calibration_tests``.
-        level: as for ``calibration_tests``.
-
-    Returns:
-        Variables along ``latent``: ``shift`` (as in ``calibration_tests``), ``asymmetry`` (the
-        Kolmogorov-Smirnov distance of ``u`` and ``1 - u``) and ``p_value``, corrected for the
-        number of latents.
-        ``diagnose`` reads the verdict from the attributes: "good" or "bad".
-
-    Raises:
-        ValueError: as ``calibration_tests``.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> from pyro_flowkit.diagnostics import simulation_based_calibration, symmetry_tests, verdict_of
-        >>> def model(y=torch.tensor(0.0)):
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> def guide(y=torch.tensor(0.0)):  # the exact posterior
-        ...     pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
-        >>> sbc = simulation_based_calibration(model, guide, args=(torch.tensor(0.0),), num_simulations=40, seed=0)
-        >>> bool(verdict_of(symmetry_tests(sbc)))
-        True
-    """
+def _symmetry(labels: list[str], pit: np.ndarray, level: float) -> xr.Dataset:
     import scipy.stats  # changes the filters of warnings
 
-    labels, pit = _flat(sbc, level)
     n = pit.shape[1]
     both = np.sort(np.concatenate([pit, 1 - pit], axis=1), axis=1)
     asymmetry = [
@@ -170,7 +158,7 @@ def symmetry_tests(sbc: xr.DataTree | xr.Dataset, *, level: float = DEFAULT_LEVE
             f"no bias in {len(labels)} latents over {n} simulations (smallest corrected p-value "
             f"{variables['p_value'].min():.2g}, level {level:g})",
             "Point estimates of these latents are right on average.",
-            "This says nothing of spreads: see calibration_tests.",
+            "This says nothing of spreads: see the tests of uniformity.",
         )
     return _tests(labels, variables, verdict, num_simulations=n, level=level)
 

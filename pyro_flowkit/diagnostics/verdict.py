@@ -53,31 +53,13 @@ def with_verdict(dataset: xr.Dataset, verdict: Verdict) -> xr.Dataset:
 
 
 def verdict_of(result: xr.DataTree | xr.Dataset) -> Verdict:
-    """The verdict that a result of this package carries in its attributes; ``diagnose`` reads it, too.
+    """The verdict that a result carries in its attributes.
 
     Args:
-        result: of ``calibration_tests``, ``symmetry_tests``, ``iterate_convergence`` or
-            ``compare_restarts``, or a tree with a group ``vi_calibration``.
-
-    Returns:
-        The verdict; ``str`` of it is one line.
+        result: of :func:`with_verdict`, or a tree with a group ``vi_calibration``.
 
     Raises:
         ValueError: if there is none.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> from pyro_flowkit.diagnostics import compare_restarts, from_svi, verdict_of
-        >>> def model():
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
-        >>> def guide():
-        ...     pyro.sample("mu", dist.Normal(0.8, 0.8**0.5))
-        >>> trees = [from_svi(model, guide, num_samples=200, seed=seed) for seed in range(2)]
-        >>> str(verdict_of(compare_restarts(trees))).split(":")[0]
-        'good'
     """
     if isinstance(result, xr.DataTree) and "vi_calibration" in result.children:
         result = result["vi_calibration"].to_dataset()

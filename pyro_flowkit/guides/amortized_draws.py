@@ -17,8 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import _fixed_seed
-from pyro_flowkit.guides.latent_values import pack
+from pyro_flowkit.guides.latent_vector import pack
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.summaries import Evidence, chosen_by, evidence_of
 from pyro_flowkit.guides.supports import bijection_to
@@ -31,6 +30,7 @@ from pyro_flowkit.programs.sites import (
     scored_sites,
     subsampled_frame,
 )
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 NUMBERS_AT_ONCE = 2**17  # of latents
@@ -282,7 +282,7 @@ class AmortizedDraws(AutoGuide):
 
     def _seeded(self, seed: int | None) -> AbstractContextManager[None]:
         self._require_setup()
-        return nullcontext() if seed is None else _fixed_seed(self.affine.weight.device, seed)
+        return nullcontext() if seed is None else fixed_seed(self.affine.weight.device, seed)
 
     def _synchronise(self) -> None:
         self._require_setup()

@@ -15,7 +15,6 @@ References:
     Abhinav Agrawal, Justin Domke. Amortized Variational Inference for Simple Hierarchical Models. NeurIPS 2021.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, cast
@@ -28,25 +27,23 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 from pyro_flowkit._pyro import StoreModule
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.amortized_draws import AmortizedDraws
-from pyro_flowkit.guides.amortized_posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.amortized_summaries import AmortizedSummaries
-from pyro_flowkit.guides.auto_spline_flow import DEFAULT_INIT_SCALE
+from pyro_flowkit.guides.component import DEFAULT_INIT_SCALE, check_start
 from pyro_flowkit.guides.data_plate import (
     PlateCall,
     choose_plate,
     refuse_other_subsampled,
     split,
+    warn_of_untrained,
 )
 from pyro_flowkit.guides.data_rows import DataRows
-from pyro_flowkit.guides.encode import warn_of_untrained
-from pyro_flowkit.guides.global_context import centred
-from pyro_flowkit.guides.global_spline_flow import GlobalSplineFlow, check_covered
+from pyro_flowkit.guides.global_spline_flow import GlobalPart, centred
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.masked_rows import MaskedRows
+from pyro_flowkit.guides.posterior import AmortizedPosterior, condition
 from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.supports import (
     Edges,
@@ -57,11 +54,14 @@ from pyro_flowkit.guides.supports import (
 from pyro_flowkit.guides.without_masked import whole_model
 from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 
-class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRows, StoreModule):
+class AmortizedSplineFlow(
+    LazyGuide, GlobalPart, AmortizedDraws, AmortizedSummaries, DataRows, StoreModule
+):
     """Guide for a model with a latent for every datum::
 
         def model(x):
@@ -159,10 +159,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
         check_size("context_dim", context_dim)
         if not callable(encoder):
             raise ValueError(f"Expected encoder to be a module or a function, got {encoder!r}.")
-        if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
-            raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
-        if base not in ("normal", "student_t"):
-            raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
+        check_start(init_scale, base)
         if affine not in ("full", "diagonal", None):
             raise ValueError(f'Expected affine to be "full" or "diagonal", got {affine!r}.')
         init_loc_fn = initialisation(init_loc_fn)
@@ -258,34 +255,6 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
         self.head_start = HeadStart(self.affine)
         self._convert()
 
-    def _setup_global_guide(self, args: tuple, kwargs: dict) -> None:
-        if self.global_guide is not None:
-            self._lead()
-            check_covered(self.global_guide, self._global, self._plate, args, kwargs)
-        elif self._global.sites:
-            guide: Any = GlobalSplineFlow(
-                poutine.block(self._plain_model[0], expose=self._global.names),
-                init_loc_fn=self.init_loc_fn,
-                init_scale=self.init_scale,
-                path_gradient=self.path_gradient,
-            )
-            guide._conversions = list(self._early_conversions)
-            guide._pyro_name = f"{self._pyro_name}.global_guide"
-            guide._update_master(weakref.ref(self) if self.master is None else self.master)
-            guide.setup(*args, **kwargs)  # before it is a child: Pyro may ask those for parameters
-            call = self._prototype_call
-            guide.flow.requires_grad_(call.rows == call.size)
-            self.global_guide = guide
-
-    def _check_prototype(self, part_trace: poutine.Trace) -> None:
-        """What a master is asked for its parts; :meth:`_setup_global_guide` compares the latents."""
-
-    def _lead(self) -> None:
-        """Be the global guide's master; copying takes that away from Pyro's guides."""
-        master = weakref.ref(self) if self.master is None else self.master
-        if self.global_guide is not None and self.global_guide.master is not master:
-            self.global_guide._update_master(master)
-
     def recipe(self) -> Recipe:
         """What :func:`pyro_flowkit.fit` should do where its caller does not say."""
         return Recipe(lr=3e-3, num_particles=4, scheduler="cosine")
@@ -359,7 +328,7 @@ class AmortizedSplineFlow(LazyGuide, AmortizedDraws, AmortizedSummaries, DataRow
         self.sync_with_store(lend=False)
         global_context = None
         if self.condition_on_global:
-            with poutine.block(), _fixed_seed(self.affine.weight.device):
+            with poutine.block(), fixed_seed(self.affine.weight.device):
                 self._create_plates(*args, **kwargs)
                 self._lead()
                 values = self._global_medians(args, kwargs) if given is None else given

@@ -5,7 +5,7 @@ In unconstrained space the guide is
     z ~ base,    latent = loc + S h(f(z)),
 
 where f is a spline flow and h scales and moves the latents of each site as a function of those of the sites before it
-(:class:`~pyro_flowkit.transforms.HierarchicalAffine`); both are the identity at first. loc and S (full or diagonal)
+(:mod:`pyro_flowkit.transforms.hierarchical_affine`); both are the identity at first. loc and S (full or diagonal)
 are learned: at step 0 the guide is the Gaussian that Pyro's AutoMultivariateNormal and AutoDiagonalNormal start from,
 and it only leaves the Gaussians where that raises the ELBO. With ``num_components`` above 1 it is a mixture of such
 densities, each with its own flow and affine maps, which start at the posterior's modes
@@ -18,13 +18,12 @@ References:
     Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing. NeurIPS 2017 (``path_gradient``).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self, cast
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
@@ -32,44 +31,34 @@ from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.circular import CircularAffine, angular_columns
 from pyro_flowkit.guides.component import (
-    Component,
+    DEFAULT_INIT_SCALE,
     OtherComponent,
-    layers_of,
-    look_all,
+    check_start,
     make_hierarchy,
     paced,
 )
+from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Gaussian
-from pyro_flowkit.guides.gaussian_start import GaussianStart
-from pyro_flowkit.guides.kernel_draw import kernel_draw
-from pyro_flowkit.guides.latent_density import LatentDensity
 from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
-from pyro_flowkit.guides.mixture import MixturePosterior, MixtureWeights
-from pyro_flowkit.guides.pace import Pace
-from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
+from pyro_flowkit.guides.mixture import MixtureWeights
+from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.recipe import Recipe
-from pyro_flowkit.guides.room import Room
 from pyro_flowkit.guides.start import Start
 from pyro_flowkit.guides.storage import Storage
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
-from pyro_flowkit.guides.warm_start import gaussian_of
-from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.programs.vectorized import Vectorized
 from pyro_flowkit.transforms.affine import Affine, AffineKind
-from pyro_flowkit.transforms.compose import Compose
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
-from pyro_flowkit.warning import warn
 
-DEFAULT_INIT_SCALE = 0.1
 AFFINE_LR, HIERARCHY_LR = 9e-4, 6e-3
 HIDDEN_DIMS = [32, 32]
 # up to this many latents matrices with a row and a column for each are cheap
 MAX_FULL_DIM = 200
 
 
-class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
+class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -140,15 +129,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
 
     _warns_of_other_name = True
     _sees_to_its_pace = True
-    _runs_in_the_kernel = True
-    latent_dim: int
-    _init_loc: Callable[[], Tensor]
     _create_plates: Callable[..., Any]
-    _cond_indep_stacks: dict[str, Any]
-    _unconstrained_shapes: dict[str, torch.Size]
-    hierarchy: HierarchicalAffine | None
-
-    _noise_squares: Tensor
 
     def __init__(
         self,
@@ -166,10 +147,7 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
         num_components: int = 1,
         path_gradient: bool = True,
     ):
-        if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
-            raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
-        if base not in ("normal", "student_t"):
-            raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
+        check_start(init_scale, base)
         if affine not in (None, "full", "diagonal", "low_rank"):
             raise ValueError(
                 f'Expected affine to be "full", "diagonal", "low_rank" or None, got {affine!r}.'
@@ -197,34 +175,6 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
         }
         SplineFlow(1, **self._flow_settings)  # bad settings are said here, not at the first call
         self._conversions: list[Callable[[Tensor], Tensor]] = []
-
-    @classmethod
-    def from_guide(cls, guide: Any, **settings: Any) -> Self:
-        """A guide that starts as the Gaussian which another one has learned.
-
-        Args:
-            guide: a trained AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal or AutoLowRankMultivariateNormal;
-                its model is taken over.
-            settings: those of the constructor, without ``init_loc_fn`` and ``init_scale``. A scale that is "diagonal"
-                or "low_rank" starts at the marginal standard deviations of a Gaussian with correlations.
-
-        Raises:
-            ValueError: for another guide, one that was never called, or settings that the Gaussian decides.
-        """
-        decided = {"init_loc_fn", "init_scale"} & set(settings)
-        if decided:
-            raise ValueError(
-                f"Expected the guide to say where to start, got {sorted(decided)}, too."
-            )
-        if settings.get("num_components", 1) != 1:
-            raise ValueError(
-                f"Expected num_components=1, got {settings['num_components']!r}: one Gaussian is no start for several "
-                "components. AutoSplineFlow(model, num_components=...) looks for one for each."
-            )
-        warm_start = gaussian_of(guide)
-        new = cls(guide.model, init_loc_fn=initialisation(None), **settings)
-        new._warm_start = warm_start
-        return new
 
     def setup(self, *args: Any, **kwargs: Any) -> "AutoSplineFlow":
         """Run the model once on these arguments and build the parameters; nothing happens if that was done before.
@@ -306,13 +256,6 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
                 component.affine.raw_loc.copy_(place.gaussian.loc / component.affine.rate)
         self.mixture.restart(place.elbo for place in places)
 
-    @property
-    def components(self) -> list[Component]:
-        """The parts of every component; those of the first are the guide's own."""
-        self._require_setup()
-        first = Component(self.flow, self.hierarchy, self.affine, self.pace, self._noise_squares)
-        return [first, *(cast(OtherComponent, other).component for other in self.others)]
-
     def _refuse_subsampled_latents(self) -> None:
         for name, stack in self._cond_indep_stacks.items():
             for frame in stack:
@@ -350,105 +293,6 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
         ]
         return [(parameters, rate) for parameters, rate in groups if parameters]
 
-    def find_start(
-        self,
-        model: Callable[..., Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        max_seconds: float = 30.0,
-        found: Mapping[str, Tensor] | None = None,
-    ) -> GaussianStart | None:
-        """Move the affine map of a fresh guide to the best Gaussian for the model, before training.
-
-        A guide that was trained already stays where it is.
-
-        Args:
-            model: the model that the guide will be trained on, usually its own.
-            args: its arguments, with all of the data.
-            kwargs: its keyword arguments.
-            max_seconds: of the search for that Gaussian.
-            found: the ``tensors`` of an earlier start, to go on from there without a search; the guide is left alone.
-
-        Returns:
-            What to call after the training, so that it does not end below this start; None, with nothing done, where
-            the model cannot be run for many draws at a time.
-        """
-        self._require_setup()
-        density = LatentDensity(model, self, args, kwargs)
-        if found is not None:
-            return GaussianStart(self, density, found)
-        other_starts = partial(self._other_starts, model, tuple(args), dict(kwargs or {}))
-        return GaussianStart.of(self, density, max_seconds, other_starts)
-
-    def room(
-        self,
-        model: Callable[..., Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Room | None:
-        """What the guide has left to gain on a model; None where that is not run for many draws at a time."""
-        self._require_setup()
-        density = LatentDensity(model, self, args, kwargs)
-        return Room(self, density) if density.obstacle is None else None
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent; ``{site: value}``, with the model's arguments."""
-        if self.prototype_trace is None:
-            self.setup(*args, **kwargs)
-        self.sync_with_store()
-        return super().forward(*args, **kwargs)
-
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
-        latent = super().sample_latent(*args, **kwargs)
-        if torch.is_grad_enabled() and not is_transformed():
-            self._drew(latent.shape[:-1].numel())
-        return latent
-
-    def _drew(self, count: int) -> None:
-        for pace in self._paces():
-            pace.drew(count)
-
-    def _look(self) -> None:
-        look_all(self._paces())
-
-    def _paces(self) -> list[Pace]:
-        self._require_setup()
-        others = cast(Iterable[OtherComponent], self.others)
-        return [self.pace, *(other.pace for other in others)]
-
-    def draw_with_log_prob(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Draws for a step of training, whose parameters are in step with the param store.
-
-        Returns:
-            Unconstrained latents ``(num_samples, latent_dim)``, their log-density in nats, the term of log q that
-            the gradient of the ELBO goes through, both ``(num_samples,)``, and their weights in the mean, None where
-            these are equal: every component has as many draws.
-        """
-        self._require_setup()
-        if self._runs_in_the_kernel and self.num_components == 1:
-            self._look()
-            found = kernel_draw(
-                self.flow.base,
-                self._layers(),
-                self._gradient_noise(),
-                self._say_undefined,
-                num_samples=num_samples,
-                path_gradient=self.path_gradient,
-            )
-            if found is not None:
-                if torch.is_grad_enabled():
-                    self._drew(num_samples)
-                return *found, None
-        posterior = self.get_posterior()
-        if torch.is_grad_enabled():
-            self._drew(num_samples)
-        if isinstance(posterior, MixturePosterior):
-            return posterior.stratified(num_samples)
-        latent = posterior.rsample((num_samples,))
-        parts = posterior.score_parts(latent)
-        return latent, parts.log_prob, cast(Tensor, parts.entropy_term), None
-
     def elbo(self, program: Vectorized, num_particles: int) -> LatentELBO | None:
         """The objective for this guide and its model at many draws, without handlers; None if it has none."""
         if (
@@ -457,72 +301,24 @@ class AutoSplineFlow(LazyGuide, Summaries, Start, Storage, StoreModule):
             return None
         return LatentELBO(program, num_particles)
 
-    def _say_undefined(self, gradient: Tensor) -> None:
-        """Say once that derivatives at draws, ``(*batch, latent_dim)``, are no numbers in some rows."""
-        if self._said_undefined:
+    def check_objective(self, objective: ELBO) -> None:
+        """Raise a ValueError unless it knows score functions, or takes draws as given: components need that."""
+        by_score = isinstance(objective, Trace_ELBO) and not isinstance(objective, JitTrace_ELBO)
+        if self.num_components == 1 or by_score:
             return
-        self._said_undefined = True
-        is_defined = gradient.isfinite().reshape(-1, gradient.shape[-1])
-        marks = torch.where(is_defined.all(0), gradient.new_zeros(()), torch.nan)
-        sites = [
-            site["name"]
-            for site, part in self._unpack_latent(marks)
-            if not bool(part.isfinite().all())
-        ]
-        rows = is_defined.all(-1)
-        warn(
-            f"At {int((~rows).sum())} of {rows.numel()} draws the model's log-density has no derivative with respect "
-            f"to {', '.join(sites)}, as the square root of a number that underflows to 0. Such draws are taken to be "
-            "where guide and model agree, which leaves them out of the gradient; this is said once."
-        )
-
-    def get_base_dist(self) -> dist.TorchDistribution:
-        """Distribution of z, event shape ``(latent_dim,)``."""
-        self._require_one_map()
-        self._look()
-        return self.flow.base()
-
-    def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
-        """The map from z to the unconstrained latents, event_dim 1."""
-        self._require_one_map()
-        self._look()
-        return Compose(self._layers())
-
-    def _require_one_map(self) -> None:
-        self._require_setup()
-        if self.num_components > 1:
+        if not getattr(objective, "takes_draws_as_given", False):
             raise ValueError(
-                f"Expected num_components=1, got {self.num_components}: a mixture is no map of one base, so that there "
-                "are no coordinates for NeuTra. Train a guide with one component for that, with init_loc_fn at one of "
-                "the modes, or run NUTS from each; evidence and resample correct a mixture by importance weights."
+                f"expected Trace_ELBO or ForwardKL for the {self.num_components} components of "
+                f"{type(self).__name__}, got {type(objective).__name__}: their weights are learned by a "
+                "score function outside of traces, or at draws that are given"
             )
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> GuidePosterior | MixturePosterior:
-        """Distribution of the unconstrained latents, event shape ``(latent_dim,)``."""
-        self._require_setup()
-        if self.num_components == 1:
-            return self._posterior(self.get_base_dist(), self._layers(), self._gradient_noise())
-        self._look()
-        each = [
-            self._posterior(c.flow.base(), c.layers(), GradientNoise(c.noise_squares))
-            for c in self.components
-        ]
-        return MixturePosterior(each, self.mixture)
-
-    def _posterior(
-        self, base: dist.TorchDistribution, layers: list[Any], noise: GradientNoise
-    ) -> GuidePosterior:
-        posterior = GuidePosterior(base, layers, path_gradient=self.path_gradient)
-        posterior.noise = noise
-        posterior.on_undefined = self._say_undefined
-        return posterior
-
-    def _gradient_noise(self) -> GradientNoise:
-        return GradientNoise(self._noise_squares)
-
-    def _layers(self) -> list[Any]:
-        """From the base to the unconstrained latents, of the first component."""
-        return layers_of(self.flow, self.hierarchy, self.affine)
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent; ``{site: value}``, with the model's arguments."""
+        if self.prototype_trace is None:
+            self.setup(*args, **kwargs)
+        self.sync_with_store()
+        return super().forward(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self._require_setup()

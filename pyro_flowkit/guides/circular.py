@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import _fixed_seed
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.base import Bijection
 
@@ -180,7 +180,7 @@ def _one_by_one(density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     """Log densities with the same random numbers for each, where the model draws some."""
     values = []
     for point in points:
-        with _fixed_seed(points.device):
+        with fixed_seed(points.device):
             values.append(density(point[None])[0])
     return torch.stack(values)
 

@@ -16,6 +16,7 @@ from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
+DEFAULT_INIT_SCALE = 0.1
 MAX_BLOCKS = 4
 
 
@@ -79,6 +80,14 @@ def paced(
     if hierarchy is not None:
         layers.append((hierarchy, HIERARCHY))
     return Pace(affine, layers, is_active=is_active)
+
+
+def check_start(init_scale: float | None, base: str) -> None:
+    """Raise a ValueError for settings that no guide has: the scale at first, and the base."""
+    if init_scale is not None and not (isinstance(init_scale, float) and init_scale > 0):
+        raise ValueError(f"Expected init_scale to be a float > 0, got {init_scale!r}.")
+    if base not in ("normal", "student_t"):
+        raise ValueError(f'Expected base to be "normal" or "student_t", got {base!r}.')
 
 
 def look_all(paces: Iterable[Pace]) -> None:

@@ -8,8 +8,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.util import ignore_jit_warnings
 from torch import Tensor, nn
 
-from pyro_flowkit.guides.data_plate import PlateCall, plate_call
-from pyro_flowkit.guides.encode import encode
+from pyro_flowkit.guides.data_plate import PlateCall, encode, plate_call
 from pyro_flowkit.guides.masked_rows import MaskedRows, RowMasks
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 

@@ -11,16 +11,15 @@ L-BFGS: the latents of each site are a Gaussian then whose location and log scal
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine
+from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import in_words
+from pyro_flowkit.guides.latent_vector import LatentDensity, in_words
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.modes import (
     COMPARABLE,
@@ -36,12 +35,10 @@ from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.modules import copied
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from pyro_flowkit.warning import warn
-
-if TYPE_CHECKING:
-    from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
 
 NUM_JUDGES = 2048
 SHARE_FOR_MORE = 0.5  # of the time that is left by the first Gaussian, for other modes and for the hierarchical map
@@ -59,7 +56,7 @@ class GaussianStart:
 
     def __init__(
         self,
-        guide: "AutoSplineFlow",
+        guide: Draws,
         density: LatentDensity,
         tensors: Mapping[str, Tensor] | None = None,
     ):
@@ -70,7 +67,7 @@ class GaussianStart:
     @classmethod
     def of(
         cls,
-        guide: "AutoSplineFlow",
+        guide: Draws,
         density: LatentDensity,
         max_seconds: float,
         other_starts: Callable[[], Sequence[Tensor]],
@@ -188,7 +185,7 @@ class GaussianStart:
     ) -> Tensor:
         """log p - log q where a component takes draws of its base."""
         if self._guide.base_kind == "student_t":
-            with _fixed_seed(z.device):
+            with fixed_seed(z.device):
                 z = component.base_dist.sample(z.shape[:1])
         latent, log_prob = component._push(z)
         if component is not posterior:
@@ -201,7 +198,7 @@ class GaussianStart:
 
 
 @torch.no_grad()
-def _is_gaussian(guide: "AutoSplineFlow", *, hierarchical: bool) -> bool:
+def _is_gaussian(guide: Draws, *, hierarchical: bool) -> bool:
     """Whether the splines are the identity still; one with a base of Student's t counts.
 
     Args:
@@ -219,7 +216,7 @@ def _is_gaussian(guide: "AutoSplineFlow", *, hierarchical: bool) -> bool:
     return True
 
 
-def _place_components(guide: "AutoSplineFlow", density: Density, found: Sequence[Mode]) -> None:
+def _place_components(guide: Draws, density: Density, found: Sequence[Mode]) -> None:
     places = spread(found, guide.num_components)
     for component, place in zip(guide.components, places, strict=True):
         component.affine.restart(place.gaussian.loc, place.gaussian.scale)
@@ -227,7 +224,7 @@ def _place_components(guide: "AutoSplineFlow", density: Density, found: Sequence
 
 
 def _refined_modes(
-    guide: "AutoSplineFlow",
+    guide: Draws,
     density: Density,
     first: Gaussian,
     starts: Sequence[Tensor],
@@ -256,7 +253,7 @@ def _refined_modes(
     return found
 
 
-def _several_modes(guide: "AutoSplineFlow", found: Sequence[Mode]) -> str:
+def _several_modes(guide: Draws, found: Sequence[Mode]) -> str:
     places = [f"{in_words(guide, m.gaussian.loc)} (ELBO {m.elbo:.2f})" for m in found[:3]]
     count = guide.num_components
     followed = "the first" if count == 1 else f"the first {count}"

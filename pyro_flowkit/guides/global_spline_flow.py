@@ -17,20 +17,36 @@ times as hard as their own spread justifies. Two things follow:
 - Where the plate is subsampled at setup, the splines are frozen. Under Adam, whose steps do not shrink with the
   gradient, such noise bends them further than any signal would, and with many data the posterior of global latents is
   close to normal.
+
+Local latents may be told of the draws of global ones: how far these are from the centre of the global guide.
+With t the unconstrained global draws, m and s location and scale of the global guide, as they are at the time,
+
+    context = (t - m) / max(s, 1).
+
+- Raw draws would not do: with many data the posterior of a global latent is narrow, 1.30 +- 0.01 say, and a network
+  that reads 1.30 learns nothing of the 0.01.
+- Nor would whitened draws, (t - m) / s: where s is small the local latents depend little on t, and the noise of
+  training moves a network that reads numbers of unit size further than that.
+- No gradient passes through m and s. To move m is the same as to move the constants of the local guide, so that this
+  changes nothing at the optimum; on the way there local latents move with t, as in the posterior, not with t - m.
 """
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
 from torch import Size, Tensor
 
 from pyro_flowkit.bases import _StandardNormal
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
+from pyro_flowkit.guides.data_plate import PlateCall
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.posterior import GradientNoise
+from pyro_flowkit.guides.without_masked import all_values
 from pyro_flowkit.path_gradient import held_fixed
 from pyro_flowkit.transforms.base import FlowTransformModule
 
@@ -146,3 +162,90 @@ def check_covered(
             f"Expected a global guide for the latents outside of plate {plate!r}, {latents.names}, got one for "
             f"{covered}: poutine.block(model, hide=[...]) leaves latents out."
         )
+
+
+def centred(guide: Any, latents: Latents, values: Mapping[str, Tensor]) -> Tensor:
+    """Global draws as a context, shape ``(*batch, size)``.
+
+    Args:
+        guide: the global guide, after its setup. Guides that have no location and scale leave the unconstrained draws
+            as they are.
+        latents: the global latents.
+        values: their values.
+    """
+    draws = latents.pack(values)
+    with torch.no_grad():
+        loc, scale = _loc_scale(guide, latents, draws)
+    return (draws - loc) / scale.clamp(min=1.0)
+
+
+def _loc_scale(guide: Any, latents: Latents, draws: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(guide, AutoSplineFlow):
+        if guide.num_components > 1:
+            loc, scale = guide._loc_scale()
+        else:
+            unit = torch.eye(guide.latent_dim, dtype=draws.dtype, device=draws.device)
+            loc, _ = guide.affine.call_and_ladj(torch.zeros_like(unit[0]))
+            columns, _ = guide.affine.call_and_ladj(unit)
+            scale = (columns - loc).square().sum(0).sqrt()
+        if guide.idle is not None:
+            loc, scale = (
+                all_values(guide, loc),
+                guide.idle.all_of(scale, torch.ones_like(guide.idle.fixed)),
+            )
+        return loc, scale
+    if isinstance(guide, AutoNormal):
+        pairs = [guide._get_loc_and_scale(site.name) for site in latents.sites]
+        loc, scale = (
+            torch.cat([part.reshape(-1) for part in parts]) for parts in zip(*pairs, strict=True)
+        )
+        return loc, scale
+    if isinstance(guide, AutoContinuous):
+        try:
+            return guide._loc_scale()
+        except NotImplementedError:  # flows of Pyro's
+            pass
+    return torch.zeros_like(draws[..., :1]), torch.ones_like(draws[..., :1])
+
+
+class GlobalPart(AutoGuide):
+    """The global guide of an amortised one, which is its master."""
+
+    global_guide: Any
+    _plain_model: tuple[Any]
+    _pyro_name: str
+    _plate: str
+    _global: Latents
+    init_loc_fn: Callable[..., Any]
+    init_scale: float
+    path_gradient: bool
+    _early_conversions: list[Callable[[Tensor], Tensor]]
+    _prototype_call: PlateCall
+
+    def _setup_global_guide(self, args: tuple, kwargs: dict) -> None:
+        if self.global_guide is not None:
+            self._lead()
+            check_covered(self.global_guide, self._global, self._plate, args, kwargs)
+        elif self._global.sites:
+            guide: Any = GlobalSplineFlow(
+                poutine.block(self._plain_model[0], expose=self._global.names),
+                init_loc_fn=self.init_loc_fn,
+                init_scale=self.init_scale,
+                path_gradient=self.path_gradient,
+            )
+            guide._conversions = list(self._early_conversions)
+            guide._pyro_name = f"{self._pyro_name}.global_guide"
+            guide._update_master(weakref.ref(self) if self.master is None else self.master)
+            guide.setup(*args, **kwargs)  # before it is a child: Pyro may ask those for parameters
+            call = self._prototype_call
+            guide.flow.requires_grad_(call.rows == call.size)
+            self.global_guide = guide
+
+    def _check_prototype(self, part_trace: poutine.Trace) -> None:
+        """What a master is asked for its parts; :meth:`_setup_global_guide` compares the latents."""
+
+    def _lead(self) -> None:
+        """Be the global guide's master; copying takes that away from Pyro's guides."""
+        master = weakref.ref(self) if self.master is None else self.master
+        if self.global_guide is not None and self.global_guide.master is not master:
+            self.global_guide._update_master(master)

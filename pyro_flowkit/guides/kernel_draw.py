@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from pyro_flowkit.bases import LOG_SQRT_2PI, NormalBase
 from pyro_flowkit.guides.posterior import GradientNoise, corrected, takes_path
 from pyro_flowkit.ops import chain
-from pyro_flowkit.path_gradient import is_affine
+from pyro_flowkit.path_gradient import count_bent
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Plan:
     affine: Any
     on_undefined: Callable[[Tensor], None]
     path_gradient: bool
-    count_bent: int
+    num_bent: int
     shape: torch.Size
     passage: chain.Passage | None = None
     derivative: Tensor | None = None
@@ -61,11 +61,8 @@ def kernel_draw(
     z = torch.empty(num_samples, *base.loc.shape, dtype=base.loc.dtype, device=base.loc.device)
     if not chain.applies(z, links):
         return None
-    count_bent = len(layers)
-    while count_bent and is_affine(layers[count_bent - 1]):
-        count_bent -= 1
     path_gradient = path_gradient and torch.is_grad_enabled()
-    plan = _Plan(links, noise, layers[-1], on_undefined, path_gradient, count_bent, z.shape)
+    plan = _Plan(links, noise, layers[-1], on_undefined, path_gradient, count_bent(layers), z.shape)
     tensors = [tensor for link in links for tensor in link.tensors]
     return cast(tuple[Tensor, Tensor, Tensor], _Draw.apply(plan, z.normal_(), *tensors))
 
@@ -78,7 +75,7 @@ class _Draw(torch.autograd.Function):
         at_base = z.square().sum(-1).mul_(-0.5).sub_(z.shape[-1] * LOG_SQRT_2PI)
         log_prob = at_base.sub_(ladj)
         if plan.path_gradient:
-            u, plan.before_affine, plan.derivative = passage.pushed(z.neg(), plan.count_bent)
+            u, plan.before_affine, plan.derivative = passage.pushed(z.neg(), plan.num_bent)
             plan.is_path = takes_path(plan.noise, u)
         ctx.plan = plan
         ctx.set_materialize_grads(False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
@@ -10,13 +10,10 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.guides.draws import Draws
+from pyro_flowkit.guides.latent_vector import unpack
 from pyro_flowkit.programs.derivative import Differentiated, Graph
 from pyro_flowkit.programs.vectorized import Vectorized
-
-if TYPE_CHECKING:
-    from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
-
 
 FEW_STEPS = 50  # that do not pay for a graph
 
@@ -39,9 +36,9 @@ class LatentELBO(Trace_ELBO):
         self.program = program
         self.kl_weight = 1.0
         self.num_steps = 0
-        self._differentiated: tuple[AutoSplineFlow, Differentiated] | None = None
+        self._differentiated: tuple[Draws, Differentiated] | None = None
 
-    def _differentiated_for(self, guide: "AutoSplineFlow") -> Differentiated:
+    def _differentiated_for(self, guide: Draws) -> Differentiated:
         known = self._differentiated
         if known is None or known[0] is not guide:
             known = self._differentiated = (
@@ -51,9 +48,7 @@ class LatentELBO(Trace_ELBO):
         return known[1]
 
     @torch.no_grad()
-    def loss(
-        self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
-    ) -> float:
+    def loss(self, model: Callable[..., Any], guide: Draws, *args: Any, **kwargs: Any) -> float:
         """The loss in nats, without gradients."""
         log_p, log_q, _, weights = self._terms(guide, args, kwargs)
         loss = _mean(log_q - log_p, weights)
@@ -61,7 +56,7 @@ class LatentELBO(Trace_ELBO):
         return loss.item()
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
+        self, model: Callable[..., Any], guide: Draws, *args: Any, **kwargs: Any
     ) -> Tensor:
         """A scalar with the value of the loss, in nats, and the gradient of the objective."""
         log_p, _, entropy_term, weights = self._terms(guide, args, kwargs)
@@ -70,7 +65,7 @@ class LatentELBO(Trace_ELBO):
         return loss
 
     def loss_and_grads(
-        self, model: Callable[..., Any], guide: "AutoSplineFlow", *args: Any, **kwargs: Any
+        self, model: Callable[..., Any], guide: Draws, *args: Any, **kwargs: Any
     ) -> float:
         """The loss in nats; its gradient is added to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -78,14 +73,14 @@ class LatentELBO(Trace_ELBO):
         return loss.item()
 
     @torch.no_grad()
-    def density_graph(self, guide: "AutoSplineFlow", args: tuple, kwargs: dict) -> Graph | None:
+    def density_graph(self, guide: Draws, args: tuple, kwargs: dict) -> Graph | None:
         """The graph that a step takes the density and its derivative from; None where there is none."""
         with torch.random.fork_rng(devices=[]):
             latent = guide.draw_with_log_prob(self.num_particles)[0]
         return self._differentiated_for(guide).graph(latent, args, kwargs)
 
     def _terms(
-        self, guide: "AutoSplineFlow", args: tuple, kwargs: dict
+        self, guide: Draws, args: tuple, kwargs: dict
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """log p and log q of the draws, what the gradient of the second goes through, and the draws' weights.
 

@@ -27,9 +27,9 @@ from pyro.util import ignore_jit_warnings
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.programs.sites import Site, is_scored
+from pyro_flowkit.seeds import fixed_seed
 
 Masks = dict[str, Tensor]
 
@@ -155,7 +155,7 @@ def read_masks(
     """
     reader = _MaskReader(names, values, init_loc_fn)
     try:
-        with _fixed_seed(device), poutine.block(), reader, ignore_jit_warnings():
+        with fixed_seed(device), poutine.block(), reader, ignore_jit_warnings():
             model(*args, **kwargs)
     except _Reached:
         pass
@@ -233,7 +233,7 @@ class _Probe:
             for name, node in latents.items()
         }
         self._device = next(iter(loc.values())).device
-        with _fixed_seed(self._device):
+        with fixed_seed(self._device):
             near = {name: u + 0.1 * torch.randn_like(u) for name, u in loc.items()}
             self._there = {name: u + torch.randn_like(u) for name, u in loc.items()}
         self._others = _drawn(prototype, loc)  # rows of subsampled plates, too
@@ -310,7 +310,7 @@ class _Probe:
 
     def _trace(self, point: Mapping[str, Tensor]) -> poutine.Trace:
         values = {name: bijection_to(self._supports[name])(u) for name, u in point.items()}
-        with _fixed_seed(self._device), poutine.block(), pyro.validation_enabled(False):
+        with fixed_seed(self._device), poutine.block(), pyro.validation_enabled(False):
             model = poutine.condition(self._model, data={**values, **self._others})
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
             trace.compute_log_prob(lambda _, site: is_scored(site))

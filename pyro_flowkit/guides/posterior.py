@@ -1,4 +1,4 @@
-r"""The distribution of a guide's latents: the path gradient, where it is the less noisy one.
+r"""The distributions of guides' latents: the path gradient, where it is the less noisy one.
 
 The path gradient drops the score term of the ELBO's gradient, whose mean is zero. What then reaches the parameters
 through a draw x is
@@ -17,6 +17,11 @@ A trace learns nothing from one step for the next. There the path gradient is ta
 maps bends little, so that log q is near a Gaussian: where the mean square of its log-determinant is below a limit.
 
 The derivative of log q at a draw is carried along with it, see :mod:`pyro_flowkit.flow_distribution`.
+
+Where local latents z are conditioned on global draws t, as those of an amortised guide, log q(z | x, t) depends on two
+draws, and both paths count (Roeder et al. 2017): the encoder's features are held fixed, the global draws are not. At
+the posterior of all latents nothing is left, not even noise. A row whose draw is rough takes the ordinary gradient,
+see :mod:`pyro_flowkit.path_gradient`.
 """
 
 import math
@@ -25,11 +30,22 @@ from typing import Any
 
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.path_gradient import MAX_ROUGHNESS, derivatives_of, path_term
+from pyro_flowkit.path_gradient import (
+    MAX_ROUGHNESS,
+    count_bent,
+    derivatives_of,
+    flow_held_fixed,
+    path_term,
+)
+from pyro_flowkit.transforms.conditional import (
+    ConditionalFlowTransformModule,
+    ConditionedTransform,
+)
+from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 MAX_BEND = 0.1
 MEMORY = 0.9
@@ -132,7 +148,7 @@ class GuidePosterior(FlowDistribution):
 
     def derivative(self, value: Tensor) -> Tensor:
         """d log q / d value at any values, shape ``(*batch, D)``, without a graph."""
-        with self._fixed() as (base, transforms):
+        with flow_held_fixed(self.base_dist, self.transforms) as (base, transforms):
             (found,) = derivatives_of(lambda point: self._pull(point, base, transforms), value)
         return found
 
@@ -143,7 +159,7 @@ class GuidePosterior(FlowDistribution):
             return self._traced_score_parts(value)
         log_prob, derivatives = self._with_derivatives(value)
         if derivatives:
-            derivative, u = derivatives[-1], derivatives[self._count_bent]
+            derivative, u = derivatives[-1], derivatives[count_bent(self.transforms)]
         else:
             _, (derivative,), u = self._pulled_derivatives(value, log_prob.shape)
         is_path = takes_path(self.noise, u)
@@ -155,7 +171,7 @@ class GuidePosterior(FlowDistribution):
 
     def _traced_score_parts(self, value: Tensor) -> ScoreParts:
         parts = super().score_parts(value)
-        cut = self._count_bent
+        cut = count_bent(self.transforms)
         bent, affine = self.transforms[:cut], self.transforms[cut:]
         with torch.no_grad():
             whitened, _ = self._pull_back(value, affine)
@@ -183,3 +199,85 @@ class GuidePosterior(FlowDistribution):
         if value.requires_grad:
             value.register_hook(lambda gradient: finish(gradient.detach()))
             entropy_term.register_hook(note)
+
+
+class AmortizedPosterior(FlowDistribution):
+    """A conditioned flow that ends in a :class:`ConditionalAffine`; made by :func:`condition`."""
+
+    _global_context: Tensor | None = None
+
+    @property
+    def _pushes_derivatives(self) -> bool:
+        # What is carried along says nothing of the derivative at the global draws.
+        return super()._pushes_derivatives and self._global_context is None
+
+    def _pulled_derivatives(
+        self, value: Tensor, shape: torch.Size
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        if self._global_context is None:
+            return super()._pulled_derivatives(value, shape)
+        path = self._global_context.expand(*shape, -1)
+        features = self.transforms[-1].context.detach()[..., : -path.shape[-1]]
+        features = features.expand(*shape, -1)
+        with flow_held_fixed(self.base_dist, self.transforms) as (base, transforms):
+
+            def given(context: Tensor) -> list[Any]:
+                context = torch.cat([features, context], dim=-1)
+                return [_recondition(transform, context) for transform in transforms]
+
+            def before_affine(point: Tensor, context: Tensor) -> Tensor:
+                return self._pull(point, base, given(context)[:-1])
+
+            def through_affine(point: Tensor, context: Tensor) -> Tensor:
+                back, ladj = given(context)[-1].inverse_and_ladj(point)
+                return (back * u).sum() + ladj.sum()
+
+            whitened, _ = self._pull_back(value, transforms[-1:])
+            u, by_flow = derivatives_of(before_affine, whitened, path)
+            derivative, by_affine = derivatives_of(through_affine, value, path)
+        return [value, path], [derivative, by_flow + by_affine], u
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "AmortizedPosterior":
+        new = super().expand(batch_shape, _instance)
+        new._global_context = self._global_context
+        return new
+
+
+def condition(
+    base: torch.distributions.Distribution,
+    layers: Sequence[nn.Module],
+    affine: ConditionalAffine,
+    features: Tensor,
+    global_context: Tensor | None,
+    *,
+    path_gradient: bool,
+) -> AmortizedPosterior:
+    """The distribution for these features and global draws.
+
+    Args:
+        base: of z, event shape ``(D,)``.
+        layers: of the flow, with and without context.
+        affine: the last layer.
+        features: the encoder's, shape ``(*batch, context_dim)``.
+        global_context: what the local latents are told of the global draws, a function of these alone, shape
+            ``(*batch, G)``; broadcasts against the features.
+        path_gradient: see :class:`~pyro_flowkit.FlowDistribution`.
+    """
+    context = features
+    if global_context is not None:
+        parts = (features, global_context)
+        batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        context = torch.cat([part.expand(*batch_shape, -1) for part in parts], dim=-1)
+    transforms: list[Any] = [
+        layer.condition(context) if isinstance(layer, ConditionalFlowTransformModule) else layer
+        for layer in (*layers, affine)
+    ]
+    posterior = AmortizedPosterior(base, transforms, path_gradient=path_gradient)
+    posterior._global_context = global_context
+    return posterior
+
+
+def _recondition(transform: Any, context: Tensor) -> Any:
+    if isinstance(transform, ConditionedTransform):
+        return ConditionedTransform(transform.transform, context)
+    return transform

@@ -1,16 +1,19 @@
 """How guides want to be trained, and how they take part in :func:`pyro_flowkit.fit`.
 
-Any guide takes part that has these methods, whoever wrote it: a ``recipe()``, and where it knows of a good place to
-start from what a :class:`StartingGuide` has.
+Any guide takes part that has these methods, whoever wrote it: a ``recipe()``; where it knows of a good place to start
+from what a :class:`StartingGuide` has; where it can begin anew, or has a say in its objective, what a
+:class:`RestartingGuide` and an :class:`ObjectiveGuide` have. Diagnostics ask a :class:`DensityGuide` for its density.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_flowkit.guides.room import Room
+from pyro_flowkit.programs.vectorized import Vectorized
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,63 @@ class StartingGuide(Protocol):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Room | None:
         """What is left to gain on a model; None where that cannot be told."""
+
+
+@runtime_checkable
+class RestartingGuide(Protocol):
+    """A guide, a ``torch.nn.Module``, that can begin anew elsewhere, for ``fit(restarts=...)``."""
+
+    def check_restarts(self) -> None:
+        """Raise a ValueError where this guide has one place only, after all; asked before the first fit."""
+
+    def restart(self, number: int, *args: Any, **kwargs: Any) -> None:
+        """Begin anew, as if nothing had been learned.
+
+        Args:
+            number: of the start, from 1; the guide's own was 0.
+            args: the model's arguments, with all of the data.
+            kwargs: the model's keyword arguments.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As a ``torch.nn.Module`` has it."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
+        """As a ``torch.nn.Module`` has it."""
+
+
+@runtime_checkable
+class ObjectiveGuide(Protocol):
+    """A guide that has a say in its objective.
+
+    An objective of its own may call the guide by whatever names it has, so ``fit`` puts no handlers around it: in a
+    plate of the data it says itself which rows ``val_fraction`` left.
+    """
+
+    def elbo(self, program: Vectorized, num_particles: int) -> ELBO | None:
+        """An objective for this guide and its model, in the place of ``Trace_ELBO``; None if it has none.
+
+        Args:
+            program: the model at many draws.
+            num_particles: draws of the guide in a step.
+        """
+
+    def check_objective(self, objective: ELBO) -> None:
+        """Raise a ValueError for an objective of the caller's that would not train all of the guide."""
+
+
+@runtime_checkable
+class DensityGuide(Protocol):
+    """A guide whose density can be had at values that it did not draw."""
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """log q in nats, shape ``(*sample_shape,)``.
+
+        Args:
+            values: of all latents, ``{site: value}``, shapes ``(*sample_shape, *batch, *event)``.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+        """
 
 
 def recipe_of(guide: Any) -> Recipe:

@@ -11,17 +11,14 @@ the error is larger then by the factor of PSIS estimates (:func:`~pyro_flowkit.o
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import _fixed_seed
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.draws import Draws
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.ops.psis import error_factor, gap_error, psis, unseen_share
-
-if TYPE_CHECKING:
-    from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
+from pyro_flowkit.seeds import fixed_seed
 
 NUM_DRAWS = 2048
 
@@ -74,14 +71,14 @@ class Room:
         density: of its model.
     """
 
-    def __init__(self, guide: "AutoSplineFlow", density: LatentDensity):
+    def __init__(self, guide: Draws, density: LatentDensity):
         self._guide, self._density = guide, density
 
     @torch.no_grad()
     def gap(self, seed: int, num_draws: int = NUM_DRAWS) -> Gap:
         """The gap of the guide as it is now, from draws of this seed; the generator of the caller stays as it is."""
         posterior = self._guide.get_posterior()
-        with _fixed_seed(self._guide.affine.loc.device, seed):
+        with fixed_seed(self._guide.affine.loc.device, seed):
             latent = posterior.sample((num_draws,))
             log_prob = posterior.log_prob(latent)
         return Gap.of((self._density(latent) - log_prob).cpu())

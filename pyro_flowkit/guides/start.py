@@ -3,24 +3,33 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Self
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
 from pyro_flowkit.guides.gaussian import Gaussian
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import pack
+from pyro_flowkit.guides.gaussian_start import GaussianStart
+from pyro_flowkit.guides.latent_vector import LatentDensity, pack
 from pyro_flowkit.guides.modes import Mode, modes, spread
 from pyro_flowkit.guides.posterior import GradientNoise
-from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.guides.room import Room
+from pyro_flowkit.guides.supports import bijection_to, initialisation
 from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.vectorized import Way
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.warning import warn
 
@@ -38,6 +47,34 @@ class Start(WithoutMasked):
     num_components: int
     _mode_locs: list[Tensor]
     _warm_start: Any
+
+    @classmethod
+    def from_guide(cls, guide: Any, **settings: Any) -> Self:
+        """A guide that starts as the Gaussian which another one has learned.
+
+        Args:
+            guide: a trained AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal or AutoLowRankMultivariateNormal;
+                its model is taken over.
+            settings: those of the constructor, without ``init_loc_fn`` and ``init_scale``. A scale that is "diagonal"
+                or "low_rank" starts at the marginal standard deviations of a Gaussian with correlations.
+
+        Raises:
+            ValueError: for another guide, one that was never called, or settings that the Gaussian decides.
+        """
+        decided = {"init_loc_fn", "init_scale"} & set(settings)
+        if decided:
+            raise ValueError(
+                f"Expected the guide to say where to start, got {sorted(decided)}, too."
+            )
+        if settings.get("num_components", 1) != 1:
+            raise ValueError(
+                f"Expected num_components=1, got {settings['num_components']!r}: one Gaussian is no start for several "
+                "components. AutoSplineFlow(model, num_components=...) looks for one for each."
+            )
+        warm_start = gaussian_of(guide)
+        new = cls(guide.model, init_loc_fn=initialisation(None), **settings)
+        new._warm_start = warm_start
+        return new
 
     def _start_warm(self, sizes: dict[str, int], gaussian: Gaussian) -> None:
         own = {name: shape.numel() for name, shape in self._unconstrained_shapes.items()}
@@ -97,6 +134,56 @@ class Start(WithoutMasked):
             return []
         return self._prior_draws(model, args, kwargs, self._init_loc())
 
+    def find_start(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        max_seconds: float = 30.0,
+        found: Mapping[str, Tensor] | None = None,
+    ) -> GaussianStart | None:
+        """Move the affine map of a fresh guide to the best Gaussian for the model, before training.
+
+        A guide that was trained already stays where it is.
+
+        Args:
+            model: the model that the guide will be trained on, usually its own.
+            args: its arguments, with all of the data.
+            kwargs: its keyword arguments.
+            max_seconds: of the search for that Gaussian.
+            found: the ``tensors`` of an earlier start, to go on from there without a search; the guide is left alone.
+
+        Returns:
+            What to call after the training, so that it does not end below this start; None, with nothing done, where
+            the model cannot be run for many draws at a time.
+        """
+        self._require_setup()
+        density = LatentDensity(model, self, args, kwargs)
+        if found is not None:
+            return GaussianStart(self, density, found)
+        other_starts = partial(self._other_starts, model, tuple(args), dict(kwargs or {}))
+        return GaussianStart.of(self, density, max_seconds, other_starts)
+
+    def room(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Room | None:
+        """What the guide has left to gain on a model; None where that is not run for many draws at a time."""
+        self._require_setup()
+        density = LatentDensity(model, self, args, kwargs)
+        return Room(self, density) if density.obstacle is None else None
+
+    def check_restarts(self) -> None:
+        """Raise a ValueError for a guide with several components, which are at the modes already."""
+        if self.num_components > 1:
+            raise ValueError(
+                f"Expected num_components=1 for several starts, got {self.num_components}: the components of "
+                f"{type(self).__name__} start at the modes that are found."
+            )
+
     def restart(self, number: int, *args: Any, **kwargs: Any) -> None:
         """Begin anew, at a draw of the prior: as fresh as after the setup, but for where it starts.
 
@@ -140,7 +227,7 @@ class Start(WithoutMasked):
     ) -> list[Tensor]:
         """Starts where the prior is; around the origin where it cannot be drawn from."""
         found = []
-        with _fixed_seed(loc.device), poutine.block():
+        with fixed_seed(loc.device), poutine.block():
             for _ in range(count):
                 try:
                     trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -194,3 +281,43 @@ def _with_gradient(density: LatentDensity, points: Tensor) -> tuple[Tensor, Tens
         log_prob = density(points)
         (gradient,) = torch.autograd.grad(log_prob.sum(), points)
     return log_prob.detach(), gradient
+
+
+@torch.no_grad()
+def gaussian_of(guide: Any) -> tuple[dict[str, int], Gaussian]:
+    """Sizes of the latents of a trained guide, ``{site: number of unconstrained values}``, and its Gaussian.
+
+    The Gaussian's scale is triangular where the guide correlates latents, else a diagonal.
+
+    Raises:
+        ValueError: for another guide, or one that was never called.
+    """
+    if isinstance(guide, AutoNormal):
+        _require_call(guide)
+        pairs = {name: guide._get_loc_and_scale(name) for name in _latents(guide)}
+        loc, scale = (
+            torch.cat([pair[i].detach().reshape(-1) for pair in pairs.values()]) for i in (0, 1)
+        )
+        return {name: pair[0].numel() for name, pair in pairs.items()}, Gaussian(loc, scale)
+    kinds = (AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal)
+    if isinstance(guide, kinds):
+        _require_call(guide)
+        posterior: Any = guide.get_posterior()
+        diagonal = isinstance(guide, AutoDiagonalNormal)
+        scale = posterior.stddev if diagonal else posterior.scale_tril
+        sizes = {name: math.prod(guide._unconstrained_shapes[name]) for name in _latents(guide)}
+        return sizes, Gaussian(posterior.mean.detach().clone(), scale.detach().clone())
+    raise ValueError(
+        "Expected a trained AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal or AutoLowRankMultivariateNormal, "
+        f"got {type(guide).__name__}."
+    )
+
+
+def _require_call(guide: AutoNormal | AutoContinuous) -> None:
+    if guide.prototype_trace is None:
+        raise ValueError(f"Expected a trained {type(guide).__name__}, got one never called.")
+
+
+def _latents(guide: AutoNormal | AutoContinuous) -> list[str]:
+    trace: Any = guide.prototype_trace
+    return [name for name, _ in trace.iter_stochastic_nodes()]

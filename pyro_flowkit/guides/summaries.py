@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flowkit.flow_distribution import FlowDistribution, _fixed_seed
+from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.guides.constrained import ConstrainedLatents
-from pyro_flowkit.guides.latent_density import LatentDensity
-from pyro_flowkit.guides.latent_values import pack, unpack
+from pyro_flowkit.guides.latent_vector import LatentDensity, pack, unpack
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
 from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.warning import warn
 
 MAX_ROWS = 1000  # that pass through the model at a time
@@ -111,11 +111,13 @@ class Summaries(ConstrainedLatents):
             note=note,
         )
 
-    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """log q of values of all latents, in constrained space.
 
         Args:
             values: ``{site: value}``, shapes ``(*sample_shape, *batch, *event)``, such as :meth:`sample` returns.
+            args: the model's arguments, which this guide does not look at.
+            kwargs: the model's keyword arguments, likewise.
 
         Returns:
             log q in nats, shape ``(*sample_shape,)``, differentiable.
@@ -237,7 +239,7 @@ class Summaries(ConstrainedLatents):
 
     def _seeded(self, seed: int | None) -> AbstractContextManager[None]:
         self._require_setup()
-        return nullcontext() if seed is None else _fixed_seed(self._init_loc().device, seed)
+        return nullcontext() if seed is None else fixed_seed(self._init_loc().device, seed)
 
     def _synchronise(self) -> None:
         self._require_setup()

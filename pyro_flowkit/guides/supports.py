@@ -28,7 +28,6 @@ from torch.distributions.transforms import (
     Transform,
 )
 
-from pyro_flowkit.flow_distribution import _fixed_seed
 from pyro_flowkit.guides.bijections import (
     Between,
     CorrCholesky,
@@ -37,6 +36,7 @@ from pyro_flowkit.guides.bijections import (
     PositiveDefinite,
     StickBreaking,
 )
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.warning import warn
 
 MOVE = 0.1  # of the unconstrained latents, as the first draws of a guide are
@@ -167,7 +167,7 @@ def refuse_changing_supports(
     if not any(_has_tensors(support) for support in supports.values()):
         return
     device = next(iter(sites.values()))["value"].device
-    with _fixed_seed(device, seed=1):
+    with fixed_seed(device, seed=1):
         values = {name: _moved(site) for name, site in sites.items()}
         with torch.enable_grad(), poutine.block(), pyro.validation_enabled(False):
             try:

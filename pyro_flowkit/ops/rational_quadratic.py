@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_flowkit.ops import fused, reference
 from pyro_flowkit.ops.backend import compiles_reference
+from pyro_flowkit.ops.checks import check_floating
 from pyro_flowkit.ops.columns import Columns, take
 from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.ops.settings import (
@@ -142,7 +143,11 @@ def spline_columns(
         (shared_params, columns.shared, "shared_params"),
     ):
         _check_size(given, len(numbers) * settings.num_params, settings, name)
-    _check_floating(x=x, params=params, shared_params=shared_params)
+    check_floating(x, "x")
+    if params is not None:
+        check_floating(params, "params")
+    if shared_params is not None:
+        check_floating(shared_params, "shared_params")
     if shared_params is not None and shared_params.dim() != 1:
         raise ValueError(
             f"Expected shared_params of one dimension, got shape {tuple(shared_params.shape)}."
@@ -234,7 +239,8 @@ def spline_elements(
         (torch.Size([4]), torch.Size([4]))
     """
     _check_size(params, settings.num_params, settings, "params")
-    _check_floating(inputs=inputs, params=params)
+    check_floating(inputs, "inputs")
+    check_floating(params, "params")
     if not fused.applies(inputs, params):
         return _in_pytorch(inputs, params, settings, inverse)
     dtype, working = inputs.dtype, _working(inputs, params)
@@ -272,12 +278,6 @@ def _working(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None and tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def _check_floating(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"Expected {name} in floating point, got {tensor.dtype}.")
 
 
 def _check_size(params: Tensor | None, size: int, settings: SplineSettings, name: str) -> None:

@@ -4,7 +4,7 @@ Rounding is what the densities themselves lose when their inputs change in the l
 first look does not suffice; it does not grow with the number of sites, rows or particles.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 ROUNDINGS = 1e3  # units in the last place that a density may lose without a closer look
 SENSITIVITY = 20.0  # times as much as it changes when its latents do in the last digits
 JITTER = 4.0  # units in the last place
+MAX_GRADIENT_GAP = 1e-2  # of the largest derivative: what is looked for is a gradient that is cut, not a last digit
 
 Values = Mapping[str, Tensor]
 
@@ -54,6 +55,77 @@ def disagreement(
                 f"{float(expected.reshape(-1)[at]):.6g}"
             )
     return None
+
+
+def row_disagreement(
+    found: Values,
+    row: int,
+    nesting: int,
+    density: Callable[[dict[str, Tensor]], Values],
+    latents: dict[str, Tensor],
+) -> str | None:
+    """Where one of many draws has other densities than in a plain run, as a clause.
+
+    Args:
+        found: log-densities of every site, shapes ``(n, *nesting dims)``.
+        row: which draw.
+        nesting: number of batch dimensions of the program.
+        density: the plain run, as a function of the latents.
+        latents: of that draw.
+    """
+    expected = density(latents)
+    got = {}
+    for name, log_prob in found.items():
+        if log_prob.dim() < nesting + 1:
+            return f"site {name!r} has one density for all draws"
+        of_row = log_prob[row]
+        fits = name in expected and of_row.numel() == expected[name].numel()
+        got[name] = of_row.reshape(expected[name].shape) if fits else of_row
+    return disagreement(expected, got, density, latents)
+
+
+def gradient_gap(
+    alone: Callable[[dict[str, Tensor]], Values],
+    at_once: Callable[[dict[str, Tensor]], Values],
+    values: Values,
+    learned: Iterable[Tensor],
+) -> str | None:
+    """Which derivative of a recording is another than that of a plain run, as a clause.
+
+    Args:
+        alone: the plain run, as a function of the latents.
+        at_once: the recording, as a function of many draws of them.
+        values: of the latents, ``(n, *batch, *event)``; the first draw is compared.
+        learned: the parameters.
+    """
+    draw = {
+        name: value[0].detach().clone().requires_grad_(value.is_floating_point())
+        for name, value in values.items()
+    }
+    leaves = {f"site {name!r}": value for name, value in draw.items() if value.requires_grad}
+    leaves |= {f"a parameter of shape {tuple(p.shape)}": p for p in learned}
+    with torch.enable_grad():
+        wide = {name: value.expand(len(values[name]), *value.shape) for name, value in draw.items()}
+        one, all_alike = alone(draw), at_once(wide)
+        expected = _gradients([value.sum() for value in one.values()], leaves)
+        got = _gradients([value[0].sum() for value in all_alike.values()], leaves)
+    for name, derivative in expected.items():
+        finite = derivative.isfinite() & got[name].isfinite()
+        size = derivative[finite].abs().max() if bool(finite.any()) else 0.0
+        gap = (derivative - got[name])[finite].abs()
+        if bool((gap > MAX_GRADIENT_GAP * (1e-3 + size)).any()):
+            return f"the derivative by {name} is another one in a recording"
+    return None
+
+
+def _gradients(totals: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    total = torch.stack(totals).sum()
+    if not total.requires_grad or not leaves:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(
+        total, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))
 
 
 def _tolerance(expected: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_flowkit.programs.agreement import disagreement
@@ -22,6 +23,14 @@ from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way
 
 class NotVectorizable(Exception):
     """A pair that cannot be run for many draws at a time; the message is a clause that says why."""
+
+
+def set_up(guide: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Have an autoguide that was never called build its parameters; whether it did."""
+    if not isinstance(guide, AutoGuide) or guide.prototype_trace is not None:
+        return False
+    getattr(guide, "setup", guide)(*args, **kwargs)
+    return True
 
 
 def trace_pair(

@@ -1,7 +1,7 @@
 """Plain runs of a model, by Pyro's handlers: with given latents and rows, for one draw or in a plate of draws."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -11,11 +11,10 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_flowkit.programs.sites import PARTICLES, is_deterministic, is_scored, scored_sites
+from pyro_flowkit.programs.sites import PARTICLES, is_deterministic, scored_sites
 
 Values = dict[str, Tensor]
 Program = Callable[..., Any]
@@ -33,70 +32,6 @@ class Densities(NamedTuple):
     unscaled: Values
     scales: dict[str, Any]
     values: Values
-
-
-class Layout(NamedTuple):
-    """A site as a plain run has it, but for what differs from draw to draw.
-
-    Attributes:
-        kind: "latent", "observed", "deterministic", "subsample" (some rows of a plate) or "plate" (all of its rows).
-        fn: its distribution.
-        stack: its plates.
-        scale: what its density is multiplied by; 1 for a tensor.
-        infer: what is said of it for inference.
-    """
-
-    kind: str
-    fn: Any
-    stack: tuple
-    scale: float
-    infer: dict[str, Any]
-
-
-class DrawnRows(Messenger):
-    """Takes note of the plates whose rows the model leaves to be drawn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and site_is_subsample(msg):
-            self.names.add(msg["name"])
-
-
-def layouts(
-    trace: poutine.Trace, latents: Collection[str], plates: Collection[str]
-) -> dict[str, Layout]:
-    """The sites of a trace that a run of the model gives, in their order.
-
-    Args:
-        trace: of a plain run.
-        latents: names of the latents, whatever the trace has them for.
-        plates: names of those whose rows are drawn.
-    """
-    found = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if site_is_subsample(site):
-            if name not in plates:
-                continue
-            size = site["fn"].size
-            kind = "subsample" if (site["fn"].subsample_size or size) < size else "plate"
-        elif is_deterministic(site):
-            kind = "deterministic"
-        elif name in latents:
-            kind = "latent"
-        elif is_scored(site):
-            kind = "observed"
-        else:
-            continue
-        stack = tuple(frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES)
-        infer = dict(site["infer"] or {})
-        scale = 1.0 if isinstance(site["scale"], Tensor) else site["scale"]
-        found[name] = Layout(kind, site["fn"], stack, scale, infer)
-    return found
 
 
 def run_given(
@@ -142,6 +77,12 @@ def _densities_of(
 def scaled(found: Densities) -> Values:
     """log-densities with their scales, in nats."""
     return {name: value * found.scales.get(name, 1.0) for name, value in found.unscaled.items()}
+
+
+def each_draw(values: Values) -> list[Values]:
+    """The draws, one by one."""
+    size = len(next(iter(values.values())))
+    return [{name: value[i] for name, value in values.items()} for i in range(size)]
 
 
 def stacked(runs: list[Densities]) -> Densities:

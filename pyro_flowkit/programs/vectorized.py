@@ -13,7 +13,7 @@ A way is taken only if it gives the log-densities of plain runs: at every site, 
 first, and for one at calls 1, 2, 4, 8 and so on and wherever the shapes of arguments are new.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -21,18 +21,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_flowkit.programs.agreement import disagreement
+from pyro_flowkit.programs.agreement import gradient_gap, row_disagreement
 from pyro_flowkit.programs.given import Frames, Given
 from pyro_flowkit.programs.graph import Unrecordable
-from pyro_flowkit.programs.recording import MAX_GRAPHS, Recording, Totals, signature
+from pyro_flowkit.programs.layout import Layout, Layouts
+from pyro_flowkit.programs.recording import Recording, Totals
 from pyro_flowkit.programs.runs import (
     BesideEachOther,
     Densities,
-    DrawnRows,
-    Layout,
     Program,
     Values,
-    layouts,
+    each_draw,
     own_values,
     run_given,
     scaled,
@@ -42,8 +41,6 @@ from pyro_flowkit.warning import warn
 
 Way = Literal["graph", "plate", "rows"]
 WAYS: tuple[Way, ...] = ("graph", "plate", "rows")
-
-MAX_GRADIENT_GAP = 1e-2  # of the largest derivative: what is looked for is a gradient that is cut, not a last digit
 
 
 class Vectorized:
@@ -75,9 +72,9 @@ class Vectorized:
         self.model, self.nesting, self.latents = model, nesting, dict(latents)
         self.way: Way = "rows"
         self.reasons: dict[str, str] = {}
-        self._plain_run, self._with_deterministic = plain_run, with_deterministic
+        self._with_deterministic = with_deterministic
         self._recording = Recording(model, with_deterministic, num_varying)
-        self._layouts: dict[Hashable, dict[str, Layout]] = {}
+        self._layouts = Layouts(model, plain_run, self.latents)
         self._agrees: dict[Way, bool] = {}
         self._calls = 0
 
@@ -142,15 +139,7 @@ class Vectorized:
 
     def layout(self, args: tuple, kwargs: dict) -> dict[str, Layout]:
         """The model's sites for arguments of these shapes."""
-        key = signature(args, kwargs)
-        if key not in self._layouts:
-            while len(self._layouts) >= MAX_GRAPHS:
-                del self._layouts[next(iter(self._layouts))]
-            with poutine.block(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                drawn = DrawnRows()
-                trace = self._plain_run(drawn(self.model), args, kwargs)
-                self._layouts[key] = layouts(trace, self.latents, drawn.names)
-        return self._layouts[key]
+        return self._layouts.of(args, kwargs)
 
     def drawn_rows(self, args: tuple, kwargs: dict) -> Values:
         """Rows of those plates that have some of theirs only."""
@@ -175,7 +164,7 @@ class Vectorized:
     def log_joint(self, values: Values, args: tuple, kwargs: dict) -> Tensor:
         """log p(x, z) at many draws, shape ``(n,)``, in nats."""
         if self.way == "rows":  # whose sites may differ from draw to draw
-            runs = [self._run(self.model, draw, args, kwargs) for draw in _each(values)]
+            runs = [self._run(self.model, draw, args, kwargs) for draw in each_draw(values)]
             totals = [[part.sum() for part in scaled(run).values()] for run in runs]
             return torch.stack([torch.stack(total).sum() for total in totals])
         parts = self.log_probs(values, args, kwargs).values()
@@ -199,7 +188,10 @@ class Vectorized:
             return found._replace(values=own)
         else:
             found = stacked(
-                [self._run(self.model, {**draw, **rows}, args, kwargs) for draw in _each(values)]
+                [
+                    self._run(self.model, {**draw, **rows}, args, kwargs)
+                    for draw in each_draw(values)
+                ]
             )
         wide = {name: self._wide(value, 0) for name, value in found.unscaled.items()}
         scales = {
@@ -339,59 +331,20 @@ class Vectorized:
         self, found: Densities, values: Values, rows: Values, row: int, args: tuple, kwargs: dict
     ) -> str | None:
         """Where one of the draws has other densities than in a plain run, as a clause."""
-
-        def density(latents: Values) -> Values:
-            return scaled(self._run(self.model, {**latents, **rows}, args, kwargs))
-
         latents = {name: value[row] for name, value in values.items()}
-        expected = density(latents)
-        got = {}
-        for name, log_prob in scaled(found).items():
-            if log_prob.dim() < self.nesting + 1:
-                return f"site {name!r} has one density for all draws"
-            of_row = log_prob[row]
-            fits = name in expected and of_row.numel() == expected[name].numel()
-            got[name] = of_row.reshape(expected[name].shape) if fits else of_row
-        return disagreement(expected, got, density, latents)
+        return row_disagreement(
+            scaled(found), row, self.nesting, self._plain_density(rows, args, kwargs), latents
+        )
 
     def _gradient_gap(self, values: Values, rows: Values, args: tuple, kwargs: dict) -> str | None:
         """Which derivative of the recording is another than that of a plain run, as a clause."""
-        draw = {
-            name: value[0].detach().clone().requires_grad_(value.is_floating_point())
-            for name, value in values.items()
-        }
+
+        def at_once(wide: Values) -> Values:
+            return scaled(self._densities(wide, rows, args, kwargs))
+
         learned = self._recording.learned(values, rows, args, kwargs)
-        leaves = {f"site {name!r}": value for name, value in draw.items() if value.requires_grad}
-        leaves |= {f"a parameter of shape {tuple(p.shape)}": p for p in learned}
-        with torch.enable_grad():
-            wide = {
-                name: value.expand(len(values[name]), *value.shape) for name, value in draw.items()
-            }
-            one = scaled(self._run(self.model, {**draw, **rows}, args, kwargs))
-            all_alike = scaled(self._densities(wide, rows, args, kwargs))
-            expected = _gradients([value.sum() for value in one.values()], leaves)
-            got = _gradients([value[0].sum() for value in all_alike.values()], leaves)
-        for name, derivative in expected.items():
-            finite = derivative.isfinite() & got[name].isfinite()
-            size = derivative[finite].abs().max() if bool(finite.any()) else 0.0
-            if bool(
-                ((derivative - got[name])[finite].abs() > MAX_GRADIENT_GAP * (1e-3 + size)).any()
-            ):
-                return f"the derivative by {name} is another one in a recording"
-        return None
+        return gradient_gap(self._plain_density(rows, args, kwargs), at_once, values, learned)
 
-
-def _each(values: Values) -> list[Values]:
-    """The draws, one by one."""
-    size = len(next(iter(values.values())))
-    return [{name: value[i] for name, value in values.items()} for i in range(size)]
-
-
-def _gradients(totals: list[Tensor], leaves: dict[str, Tensor]) -> Values:
-    total = torch.stack(totals).sum()
-    if not total.requires_grad or not leaves:
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(
-        total, list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(leaves, found, strict=True))
+    def _plain_density(self, rows: Values, args: tuple, kwargs: dict) -> Callable[[Values], Values]:
+        """The densities of a plain run, with these rows of plates, as a function of the latents."""
+        return lambda latents: scaled(self._run(self.model, {**latents, **rows}, args, kwargs))

@@ -11,8 +11,9 @@ import numpy as np
 import pyro
 
 from pyro_flowkit.guides.recipe import StartingGuide, StartingPoint
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.training.variational import Variational
 
 SEARCH_SECONDS = 30.0
 SHARE_FOR_SEARCH = 0.9  # of max_seconds, where it needs so much: without it a flow gets no farther

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from pyro_flowkit.ops import backend
-from pyro_flowkit.training.losses import Batch, MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import Batch, MaximumLikelihood
+from pyro_flowkit.training.variational import Variational
 
 REPEATS = 5
 MIN_GAIN = 1.1

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_flowkit.programs.sites import scored_sites
-from pyro_flowkit.training.losses import Batch, MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import Batch, MaximumLikelihood
+from pyro_flowkit.training.variational import Variational
 
 SAME_WISH = 0.25  # seconds in which a second signal says nothing new
 

@@ -14,7 +14,8 @@ import torch
 
 from pyro_flowkit.training.data import Batches, LoaderBatches, RowBatches
 from pyro_flowkit.training.faults import caused_by_numbers
-from pyro_flowkit.training.losses import Batch, MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import Batch, MaximumLikelihood
+from pyro_flowkit.training.variational import Variational
 
 REMEDY = "leave these rows out, or mask what is missing (obs_mask)"
 

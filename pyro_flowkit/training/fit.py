@@ -165,9 +165,10 @@ def fit(
         tolerance: Nats of KL that may be left to gain when the fit of an ``AutoSplineFlow`` stops by itself: the gap is
             estimated by importance sampling after every window of steps. None is 0.01 where none of
             max_steps, max_epochs and average is given, and no such stop where one is. 0 goes on to the recipe's end.
-        restarts: Number of starts of an ``AutoSplineFlow``: its own, then draws of the prior. The best is kept, and the
-            result's ``restarts`` have ELBO and log evidence of all: separate modes share the posterior's mass in
-            proportion to these. max_seconds is shared among them; checkpoints have a folder each.
+        restarts: Number of starts of a guide that can begin anew; of an ``AutoSplineFlow`` its own, then draws of the
+            prior. The best is kept, and the result's ``restarts`` have ELBO and log evidence of all: separate modes
+            share the posterior's mass in proportion to these. max_seconds is shared among them; checkpoints have a
+            folder each.
 
     Returns:
         A ``FitResult``. Modules are in eval mode afterwards. Ctrl-C returns what there is, with
@@ -195,5 +196,5 @@ def fit(
         return best_of(options.restarts, fit, vars(options))
     with Bar() as bar:
         plan = make_plan(options.with_tensors(), bar)
-        with paced(guide, plan.schedule.optimizer, by_recipe=plan.by_recipe):
+        with paced(guide, plan.state.optimizer, by_recipe=plan.by_recipe):
             return Loop(plan).run()

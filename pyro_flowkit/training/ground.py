@@ -10,9 +10,9 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import JitTrace_ELBO
-from pyro.infer.autoguide import AutoGuide
 
 from pyro_flowkit.flow import Flow
+from pyro_flowkit.programs.pairs import set_up
 from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.training.arguments import warn_of_far_rows
 from pyro_flowkit.training.checkpoint import Checkpoints, open_checkpoints
@@ -24,11 +24,12 @@ from pyro_flowkit.training.finite_rows import (
     check_rows_of_program,
     naming_rows,
 )
-from pyro_flowkit.training.losses import Batch, MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import Batch, MaximumLikelihood
 from pyro_flowkit.training.names import separate_names
 from pyro_flowkit.training.objective import chosen_loss
 from pyro_flowkit.training.options import Options
 from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.training.variational import Variational
 
 Check = Callable[[Batch, str], None]
 
@@ -125,8 +126,7 @@ def open_objective(
     if guide is None and first:
         warn_of_far_rows(model, first[0])
     with naming_rows(batches, first):
-        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-            getattr(guide, "setup", guide)(*ground.inputs, **ground.kwargs)
+        if set_up(guide, ground.inputs, ground.kwargs):
             move_modules(ground.place, guide)
         sizes, rows = None, None
         if batches.size is not None:

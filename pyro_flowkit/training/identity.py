@@ -20,9 +20,10 @@ from torch import nn
 from pyro_flowkit.files import digest_of
 from pyro_flowkit.programs.modules import modules_of
 from pyro_flowkit.training.data import Batch, Batches, RowBatches
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.state import evaluating, random_state, set_random_state
+from pyro_flowkit.training.variational import Variational
 
 PROBE_SEED = 20_241_129
 SAME = 1e-4  # relative difference of the objective that another processor may make

@@ -9,10 +9,11 @@ from typing import Any
 from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.divergence import Divergence
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.state import Tensors, write_into
 from pyro_flowkit.training.validation import Best, Validator, Window
+from pyro_flowkit.training.variational import Variational
 from pyro_flowkit.warning import warn
 
 

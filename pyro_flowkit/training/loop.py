@@ -15,12 +15,12 @@ from typing import Any
 from pyro_flowkit.files import check_plain
 from pyro_flowkit.training.faults import Interruption
 from pyro_flowkit.training.identity import check_probe, probe
-from pyro_flowkit.training.losses import Variational
 from pyro_flowkit.training.plan import Plan
 from pyro_flowkit.training.result import FitResult, history_columns
 from pyro_flowkit.training.state import random_state, set_random_state
 from pyro_flowkit.training.steps import NON_FINITE_LIMIT, Steps
 from pyro_flowkit.training.tolerance import Tolerance
+from pyro_flowkit.training.variational import Variational
 from pyro_flowkit.warning import warn
 
 MAX_SKIPPED = 0.1  # of the steps, without a word
@@ -195,7 +195,7 @@ class Loop:
         if self._tolerance is not None:
             self._state.gap = self._tolerance.at_the_end(kept)
         self._loss.set_mode(training=False)
-        self._plan.schedule.optimizer.zero_grad(set_to_none=True)
+        self._state.optimizer.zero_grad(set_to_none=True)
         if failed:
             warn(f"fit stopped early: {self._reason}", RuntimeWarning)
         elif self._steps.skipped > MAX_SKIPPED * self._state.step:

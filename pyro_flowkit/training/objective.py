@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous
 
-from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.recipe import recipe_of
+from pyro_flowkit.guides.recipe import ObjectiveGuide, recipe_of
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
-from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood, Variational, no_guide
+from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood
+from pyro_flowkit.training.variational import Variational, no_guide
 from pyro_flowkit.warning import warn
 
 MAX_SEQUENTIAL = 8
@@ -75,7 +75,7 @@ def chosen_loss(
         count, num_particles is None, loss.model, program, inputs, kwargs, num_varying=len(batch)
     )
     if isinstance(found, Vectorized):
-        own = guide.elbo(found, count) if isinstance(guide, AutoSplineFlow) else None
+        own = guide.elbo(found, count) if isinstance(guide, ObjectiveGuide) else None
         loss.objective = own or Trace_ELBO(
             count, max_plate_nesting=found.nesting, vectorize_particles=True
         )
@@ -147,8 +147,8 @@ def checked_objective(objective: ELBO | str, particles: int | None, guide: Progr
                 "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
                 "that log-density, so the result would not be the ELBO"
             )
-        if isinstance(part, AutoSplineFlow) and part.num_components > 1:
-            _check_learns_weights(objective, part)
+        if isinstance(part, ObjectiveGuide):
+            part.check_objective(objective)
         if (
             getattr(part, "path_gradient", False)
             and not isinstance(objective, Trace_ELBO | TraceGraph_ELBO)
@@ -160,14 +160,3 @@ def checked_objective(objective: ELBO | str, particles: int | None, guide: Progr
                 "it. The gradient is the ordinary one; path_gradient=False says so too."
             )
     return objective
-
-
-def _check_learns_weights(objective: ELBO, guide: AutoSplineFlow) -> None:
-    """Raise a ValueError unless the objective knows score functions, or takes draws as given."""
-    by_score = isinstance(objective, Trace_ELBO) and not isinstance(objective, JitTrace_ELBO)
-    if not (by_score or getattr(objective, "takes_draws_as_given", False)):
-        raise ValueError(
-            f"expected Trace_ELBO or ForwardKL for the {guide.num_components} components of "
-            f"{type(guide).__name__}, got {type(objective).__name__}: their weights are learned by a "
-            "score function outside of traces, or at draws that are given"
-        )

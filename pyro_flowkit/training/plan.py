@@ -21,7 +21,7 @@ from pyro_flowkit.training.ground import Check, Ground, lay_ground, open_objecti
 from pyro_flowkit.training.identity import check_identity, fingerprint, identity
 from pyro_flowkit.training.judge import Judge
 from pyro_flowkit.training.limits import Limits, chosen_limits
-from pyro_flowkit.training.losses import MaximumLikelihood, Variational
+from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.optimizer import DEFAULT_LR, add_group, build_optimizer
 from pyro_flowkit.training.options import Options
 from pyro_flowkit.training.progress import Bar
@@ -31,6 +31,7 @@ from pyro_flowkit.training.schedule import Schedule, kl_weight
 from pyro_flowkit.training.tolerance import Tolerance, watch_gap
 from pyro_flowkit.training.trackers import safely
 from pyro_flowkit.training.validation import Validator
+from pyro_flowkit.training.variational import Variational
 
 WINDOW = 100
 WINDOW_OF_RECIPE = 50
@@ -138,7 +139,9 @@ def make_plan(options: Options, bar: Bar) -> Plan:
     clip_norm = recipe.clip_norm if options.clip_norm is None else options.clip_norm
     start, call = beginning.start, fingerprint(batches, ranks)
     bound = (
-        {} if ground.checkpoints is None else _identity(options, ground, loss, schedule, clip_norm)
+        {}
+        if ground.checkpoints is None
+        else _identity(options, ground, loss, optimizer, scheduler, clip_norm)
     )
     if earlier is not None:
         check_identity(earlier["call"], bound, (earlier["versions"], versions()))
@@ -234,16 +237,17 @@ def _identity(
     options: Options,
     ground: Ground,
     loss: MaximumLikelihood | Variational,
-    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
     clip_norm: float | None,
 ) -> dict[str, Any]:
     """What a checkpoint of this call is bound to."""
     batches, objective = ground.batches, getattr(loss, "objective", loss)
     seed = ground.seed if options.seed is None else options.seed
     settings = {
-        "optimizer": type(schedule.optimizer).__name__,
-        "lr": [group["lr"] for group in schedule.optimizer.param_groups],
-        "scheduler": schedule.name,
+        "optimizer": type(optimizer).__name__,
+        "lr": [group["lr"] for group in optimizer.param_groups],
+        "scheduler": scheduler,
         "clip_norm": clip_norm,
         "average": options.average,
         "kl_schedule": options.kl_schedule,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.guides.recipe import RestartingGuide, StartingGuide
 from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.arguments import as_tensors
 from pyro_flowkit.training.data import as_rows
-from pyro_flowkit.training.device import moved
+from pyro_flowkit.training.device import chosen_device, moved
 from pyro_flowkit.training.result import FitResult, Restart
 
 Run = Callable[..., FitResult]
@@ -29,16 +29,17 @@ def best_of(count: int, run: Run, call: Mapping[str, Any]) -> FitResult:
         call: Its arguments by name.
 
     Raises:
-        ValueError: For a guide that starts at one place only, data that cannot be had at once, or trackers.
+        ValueError: For a guide that has one place to start from only, data that cannot be had at once, or trackers.
     """
     if count < 1:
         raise ValueError(f"expected restarts >= 1, got {count}")
     guide, args, kwargs = call["guide"], tuple(call["args"]), dict(call["kwargs"] or {})
-    if not isinstance(guide, AutoSplineFlow) or guide.num_components > 1:
+    if not isinstance(guide, RestartingGuide):
         raise ValueError(
-            f"expected an AutoSplineFlow with one component for restarts={count}, got {type(guide).__name__}"
-            + (f" with {guide.num_components}" if isinstance(guide, AutoSplineFlow) else "")
+            f"expected a guide that can begin anew, such as an AutoSplineFlow, for restarts={count}, "
+            f"got {type(guide).__name__}"
         )
+    guide.check_restarts()
     if callable(call["data"]) or hasattr(call["data"], "dataset"):
         raise ValueError(
             f"expected data in tensors for restarts={count}, got {type(call['data']).__name__}"
@@ -48,14 +49,13 @@ def best_of(count: int, run: Run, call: Mapping[str, Any]) -> FitResult:
     data = as_tensors(call["data"], call["model"])
     rows = () if data is None else as_rows(data)
     found: list[Restart] = []
-    inputs = (*rows, *args)
+    inputs = moved((*rows, *args), chosen_device(call["device"]))
     best: dict[str, torch.Tensor] = {}
     for number in range(count):
         options = {**call, **_own_options(number, count, call)}
         if number:
             guide.restart(number, *inputs, **kwargs)
         result = run(**options)
-        inputs = moved(inputs, guide._init_loc().device)
         found.append(_end_of(number, result, inputs, kwargs))
         if found[-1] is max(found, key=lambda restart: _or_lowest(restart.elbo)):
             best, kept = copied(guide.state_dict()), result
@@ -67,7 +67,8 @@ def best_of(count: int, run: Run, call: Mapping[str, Any]) -> FitResult:
 
 
 def _end_of(number: int, result: FitResult, inputs: tuple, kwargs: Mapping[str, Any]) -> Restart:
-    room = result.guide.room(result.model, inputs, kwargs)
+    guide = result.guide
+    room = guide.room(result.model, inputs, kwargs) if isinstance(guide, StartingGuide) else None
     gap = None if room is None else room.gap(number)
     elbo = result.history["elbo"][-max(1, len(result.history["elbo"]) // 10) :]
     return Restart(

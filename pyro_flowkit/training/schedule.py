@@ -47,9 +47,6 @@ class Schedule:
         warmup_steps: Over so many first steps the rate rises in a line to what the name gives. Adam's first steps move
             every parameter by the whole rate, whatever its gradient: too far for one that starts near its place.
 
-    Attributes:
-        optimizer, name: The first two arguments.
-
     Raises:
         ValueError: If the name is unknown.
         TypeError: If the callable returns something else than an ``LRScheduler``, or one that needs
@@ -64,7 +61,7 @@ class Schedule:
         scheduler: str | Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
         warmup_steps: int = 0,
     ) -> None:
-        self.optimizer, self.name, self._warmup_steps = optimizer, scheduler, warmup_steps
+        self._optimizer, self._warmup_steps = optimizer, warmup_steps
         self._initial = [float(group["lr"]) for group in optimizer.param_groups]
         self._factor: Callable[[float], float] | None = None
         self._torch: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -90,7 +87,7 @@ class Schedule:
     @property
     def learning_rate(self) -> float:
         """The first parameter group's learning rate."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def before_step(self, step: int, used: float) -> None:
         """Sets the rate for the next step, after ``step`` others; ``used`` is the share of the budget that is gone."""
@@ -98,7 +95,7 @@ class Schedule:
             factor = self._factor(min(used, 1.0))
             if step < self._warmup_steps:
                 factor *= (step + 1) / (self._warmup_steps + 1)
-            for group, initial in zip(self.optimizer.param_groups, self._initial, strict=True):
+            for group, initial in zip(self._optimizer.param_groups, self._initial, strict=True):
                 group["lr"] = initial * factor
 
     def after_step(self) -> None:
@@ -111,7 +108,7 @@ class Schedule:
         if self._drops_left == 0:
             return True
         self._drops_left -= 1
-        for group in self.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] / 10
         return False
 

@@ -14,7 +14,6 @@ import torch
 
 from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.faults import caused_by_numbers, worst_site
-from pyro_flowkit.training.losses import Variational
 from pyro_flowkit.training.optimizer import (
     GradientNorm,
     load_optimizer_state,
@@ -23,6 +22,7 @@ from pyro_flowkit.training.optimizer import (
 )
 from pyro_flowkit.training.plan import Plan
 from pyro_flowkit.training.result import HISTORY
+from pyro_flowkit.training.variational import Variational
 
 NON_FINITE_LIMIT = 10
 
@@ -40,7 +40,7 @@ class Steps:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._state, self._loss = plan, plan.state, plan.loss
-        self._optimizer, self._schedule = plan.schedule.optimizer, plan.schedule
+        self._optimizer, self._schedule = plan.state.optimizer, plan.schedule
         self._ranks, self._clip_norm = plan.ranks, plan.clip_norm
         self.history: list[list[float]] = []
         self.updated = self.skipped = self._in_a_row = 0

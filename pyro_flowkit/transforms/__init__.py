@@ -14,7 +14,6 @@ import pyro.distributions.transforms as _pyro_transforms
 from pyro.distributions.transforms import *  # noqa: F403
 
 from pyro_flowkit.transforms.act_norm import ActNorm, act_norm
-from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.autoregressive import (
     ConditionalSplineAutoregressive,
     SplineAutoregressive,
@@ -24,12 +23,10 @@ from pyro_flowkit.transforms.autoregressive import (
 from pyro_flowkit.transforms.base import (
     Bijection,
     FlowTransformModule,
-    InverseTransformModule,
 )
 from pyro_flowkit.transforms.compose import Compose, ConditionalCompose, iterated
 from pyro_flowkit.transforms.conditional import (
     ConditionalFlowTransformModule,
-    ConditionedTransform,
 )
 from pyro_flowkit.transforms.coupling import (
     ConditionalSplineCoupling,
@@ -37,7 +34,6 @@ from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
     spline_coupling,
 )
-from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from pyro_flowkit.transforms.linear import LULinear, Standardization, lu_linear
 from pyro_flowkit.transforms.permute import Permute, permute
 from pyro_flowkit.transforms.spline import (
@@ -49,7 +45,6 @@ from pyro_flowkit.transforms.spline import (
 
 __all__ = [
     "ActNorm",
-    "Affine",
     "Bijection",
     "Compose",
     "ConditionalCompose",
@@ -57,10 +52,7 @@ __all__ = [
     "ConditionalSpline",
     "ConditionalSplineAutoregressive",
     "ConditionalSplineCoupling",
-    "ConditionedTransform",
     "FlowTransformModule",
-    "HierarchicalAffine",
-    "InverseTransformModule",
     "LULinear",
     "Permute",
     "Spline",

@@ -46,8 +46,8 @@ class Affine(FlowTransformModule):
 
     Example:
         >>> import torch
-        >>> import pyro_flowkit.transforms as T
-        >>> y, log_det = T.Affine(torch.zeros(3), 0.5).call_and_ladj(torch.randn(5, 3))
+        >>> from pyro_flowkit.transforms.affine import Affine
+        >>> y, log_det = Affine(torch.zeros(3), 0.5).call_and_ladj(torch.randn(5, 3))
         >>> y.shape, log_det.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """

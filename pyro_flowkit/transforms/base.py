@@ -15,7 +15,7 @@ calls: the log-det that an inverse computed travels with the tensor that it retu
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flowkit.ops.chain import Link
+from pyro_flowkit.ops.checks import check_floating
+from pyro_flowkit.transforms.tensors import forget_unconstrained, stamp, tensors_in
 
 # under which attribute of an inverse's result its log-det travels
 _HINT = "_inverse_ladj"
@@ -164,43 +166,6 @@ class InverseLogDet:
         return OrderedDict, ()  # an empty container that every unpickler accepts, and nobody reads
 
 
-def stamp(tensors: list[Tensor], value: Tensor) -> tuple:
-    """What must not have changed for a result computed from ``tensors`` and ``value`` to hold still."""
-    return torch.is_grad_enabled(), version(value), [*map(id, tensors)], [*map(version, tensors)]
-
-
-def version(tensor: Tensor) -> int:
-    """Number of in-place writes so far; inference tensors do not count them, nor can they be written later."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def modules_in(root: nn.Module) -> Iterable[nn.Module]:
-    """The same as ``root.modules()``, which spends most of its time on names."""
-    found: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [root]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            waiting.extend(module._modules.values())
-    return found
-
-
-def tensors_in(root: nn.Module) -> list[Tensor]:
-    """The same as ``[*root.parameters(), *root.buffers()]`` in another order, without their names."""
-    tensors: list[Tensor] = []
-    for module in modules_in(root):
-        for owned in (module._parameters, module._buffers):
-            tensors += [tensor for tensor in owned.values() if tensor is not None]
-    return tensors
-
-
-def forget_unconstrained(module: nn.Module) -> None:
-    """Remove the weak references that Pyro's param store hangs on parameters, which cannot be pickled."""
-    for tensor in tensors_in(module):
-        tensor.__dict__.pop("unconstrained", None)
-
-
 class FlowTransformModule(Bijection, TransformModule):
     """A :class:`Bijection` with parameters: at once a ``torch.distributions`` transform and an ``nn.Module``.
 
@@ -243,8 +208,9 @@ class InverseTransformModule(FlowTransformModule):
     Example:
         >>> import torch
         >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit.transforms.base import InverseTransformModule
         >>> transform, x = T.spline(2), torch.randn(5, 2)
-        >>> isinstance(transform.inv, T.InverseTransformModule)
+        >>> isinstance(transform.inv, InverseTransformModule)
         True
         >>> torch.allclose(transform.inv(transform(x)), x, atol=1e-5)
         True
@@ -292,14 +258,6 @@ def check_size(name: str, value: int, least: int = 1) -> None:
     """Raise a ValueError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Expected {name} to be an integer >= {least}, got {value!r}.")
-
-
-def check_floating(x: Tensor, what: str) -> None:
-    """Raise a ValueError for integers and booleans, which results would be cut to."""
-    if not x.is_floating_point():
-        raise ValueError(
-            f"Expected {what} in floating point, got {x.dtype}: convert it, x.float()."
-        )
 
 
 def check_vector(x: Tensor, input_dim: int, owner: str) -> None:

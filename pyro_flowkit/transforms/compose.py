@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.transforms.base import FlowTransformModule, check_context
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
-from pyro_flowkit.transforms.coupling import half_mask
+from pyro_flowkit.transforms.masks import half_mask
 
 AnyTransform = FlowTransformModule | ConditionalFlowTransformModule
 

@@ -6,16 +6,16 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_flowkit.transforms.base import (
     Bijection,
     check_context,
     check_size,
     check_vector,
-    forget_unconstrained,
     pushed_by_inverse,
-    tensors_in,
 )
+from pyro_flowkit.transforms.tensors import forget_unconstrained, tensors_in
 from pyro_flowkit.warning import warn
 
 
@@ -146,8 +146,9 @@ class ConditionedTransform(Bijection):
     Example:
         >>> import torch
         >>> import pyro_flowkit.transforms as T
+        >>> from pyro_flowkit.transforms.conditional import ConditionedTransform
         >>> conditioned = T.conditional_spline(2, 3).condition(torch.randn(5, 3))
-        >>> isinstance(conditioned, T.ConditionedTransform), conditioned(torch.randn(5, 2)).shape
+        >>> isinstance(conditioned, ConditionedTransform), conditioned(torch.randn(5, 2)).shape
         (True, torch.Size([5, 2]))
     """
 
@@ -237,3 +238,17 @@ class ConditionedTransform(Bijection):
         )
 
     __hash__ = object.__hash__
+
+
+def with_batch_of_contexts(
+    base: torch.distributions.Distribution, transforms: Transform | list[Transform]
+) -> torch.distributions.Distribution:
+    """The base, widened by the batch of each context, so that every context has noise of its own.
+
+    Transforms of vectors have that done by torch; element-wise ones keep the shape of their values.
+    """
+    shape = wide = base.batch_shape + base.event_shape
+    for transform in [transforms] if isinstance(transforms, Transform) else transforms:
+        if isinstance(transform, ConditionedTransform) and wide:
+            wide = transform.widened(wide)
+    return base if wide == shape else base.expand(wide[: len(wide) - len(base.event_shape)])

@@ -4,7 +4,7 @@ r"""An affine map whose location and scale are functions of the context: the las
 
 with N strictly lower triangular. Each of m, log s and N is a constant, plus a linear function of the context, plus a
 network of it; the last two are zero at first. The linear part makes the posterior of a linear-Gaussian model exact; the
-network is for the rest. As in :class:`~pyro_flowkit.transforms.Affine` the constants are multiplied by ``rate``: under
+network is for the rest. As in :mod:`pyro_flowkit.transforms.affine` the constants are multiplied by ``rate``: under
 Adam they move ``rate`` times faster than the other parameters. So does the linear part of m and N where the context is
 one number; of more each moves :data:`SLOPE_RATE` times faster, as their moves add up, and so does the linear part of
 log s: a posterior does not bear its jitter at a large learning rate.

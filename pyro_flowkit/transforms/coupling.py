@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.nn import MLP, Activation, checked_hidden_dims, compressed, make_conditioner
+from pyro_flowkit.nn import MLP, Activation, compressed
 from pyro_flowkit.ops import Columns, SplineSettings, Tails, chain, coupling, fused, spline_columns
 from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
-from pyro_flowkit.transforms.base import FlowTransformModule, check_size
+from pyro_flowkit.transforms.base import FlowTransformModule
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
+from pyro_flowkit.transforms.masks import Split, conditioner_of, make_mask
 from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
 
 
@@ -51,7 +52,7 @@ class _Coupling(nn.Module):
         self.settings = settings
         self.conditioner = conditioner
         self.register_buffer("mask", mask)
-        self._split = _Split(mask)
+        self._split = Split(mask)
         passed = int(mask.sum())
         if identity or passed == 0:
             self.register_parameter("passed_params", None)
@@ -128,26 +129,10 @@ class _Coupling(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._split = _Split(self.mask)
+        self._split = Split(self.mask)
 
     def extra_repr(self) -> str:
         return f"{describe(self.settings)}, identity={self.passed_params is None}"
-
-
-class _Split:
-    """The columns of a mask, in the combinations that a coupling sends through splines."""
-
-    def __init__(self, mask: Tensor):
-        flags = mask.tolist()
-        self.dim = dim = len(flags)
-        self.passed = tuple(i for i in range(dim) if flags[i])
-        self.passed_range = None
-        if self.passed and self.passed[-1] - self.passed[0] + 1 == len(self.passed):
-            self.passed_range = (self.passed[0], self.passed[-1] + 1)
-        transformed = tuple(i for i in range(dim) if not flags[i])
-        self.transformed = Columns(dim, own=transformed)
-        self.both = Columns(dim, own=transformed, shared=self.passed)
-        self.only_passed = Columns(dim, own=(), shared=self.passed)
 
 
 class SplineCoupling(_Coupling, FlowTransformModule):
@@ -308,9 +293,9 @@ def spline_coupling(
     """
     check_order(order)
     settings = SplineSettings(count_bins, float(bound), tails)
-    mask = _make_mask(input_dim, split_dim, mask)
+    mask = make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
-    conditioner = _make_conditioner(mask, hidden_dims, settings, 0, network)
+    conditioner = conditioner_of(mask, hidden_dims, settings, 0, network)
     return SplineCoupling(input_dim, conditioner, mask=mask, settings=settings, identity=identity)
 
 
@@ -342,67 +327,9 @@ def conditional_spline_coupling(
     """
     check_order(order)
     settings = SplineSettings(count_bins, float(bound), tails)
-    mask = _make_mask(input_dim, split_dim, mask)
+    mask = make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
-    conditioner = _make_conditioner(mask, hidden_dims, settings, context_dim, network)
+    conditioner = conditioner_of(mask, hidden_dims, settings, context_dim, network)
     return ConditionalSplineCoupling(
         input_dim, context_dim, conditioner, mask=mask, settings=settings, identity=identity
     )
-
-
-def _make_conditioner(
-    mask: Tensor,
-    hidden_dims: Sequence[int] | None,
-    settings: SplineSettings,
-    context_dim: int,
-    network: dict[str, Any],
-) -> nn.Module:
-    input_dim, split_dim = len(mask), int(mask.sum())
-    return make_conditioner(
-        2 * split_dim if settings.tails == "circular" else split_dim,
-        (input_dim - split_dim) * settings.num_params,
-        checked_hidden_dims(hidden_dims, input_dim),
-        context_dim=context_dim,
-        **network,
-    )
-
-
-def half_mask(input_dim: int, *, flip: bool = False) -> Tensor:
-    """Bool mask of shape ``(input_dim,)`` that passes the first half through, or the second with ``flip``.
-
-    With one dimension nothing passes: it is always the one transformed.
-    """
-    mask = torch.arange(input_dim) < input_dim // 2
-    return ~mask if flip and input_dim > 1 else mask
-
-
-def _make_mask(input_dim: int, split_dim: int | None, mask: Tensor | None) -> Tensor:
-    check_size("input_dim", input_dim)
-    if mask is not None:
-        return _checked_mask(mask, input_dim)
-    if split_dim is None:
-        return half_mask(input_dim)
-    if not (1 <= split_dim < input_dim or (input_dim == 1 and split_dim == 0)):
-        raise ValueError(
-            f"Expected split_dim between 1 and input_dim - 1 = {input_dim - 1}, got {split_dim!r}."
-        )
-    return torch.arange(input_dim) < split_dim
-
-
-def _checked_mask(mask: Tensor, input_dim: int) -> Tensor:
-    mask = torch.as_tensor(mask).cpu()
-    if mask.dtype != torch.bool or mask.shape != (input_dim,):
-        raise ValueError(
-            f"Expected mask to be a bool tensor of shape ({input_dim},), got dtype {mask.dtype} and shape "
-            f"{tuple(mask.shape)}."
-        )
-    passed = int(mask.sum())
-    if passed == input_dim:
-        raise ValueError(
-            f"Expected mask to leave at least one dimension to transform, got {passed} of {input_dim} passed through."
-        )
-    if passed == 0 and input_dim > 1:
-        raise ValueError(
-            f"Expected mask to pass at least one dimension through to the conditioner, got 0 of {input_dim}."
-        )
-    return mask

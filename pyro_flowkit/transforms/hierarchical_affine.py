@@ -42,8 +42,8 @@ class HierarchicalAffine(FlowTransformModule):
 
     Example:
         >>> import torch
-        >>> import pyro_flowkit.transforms as T
-        >>> y, log_det = T.HierarchicalAffine([1, 2]).call_and_ladj(torch.randn(5, 3))
+        >>> from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
+        >>> y, log_det = HierarchicalAffine([1, 2]).call_and_ladj(torch.randn(5, 3))
         >>> y.shape, log_det.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """

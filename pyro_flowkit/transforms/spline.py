@@ -132,7 +132,7 @@ class ConditionalSpline(ConditionalFlowTransformModule):
         count_bins, bound, tails: as for :class:`Spline`.
 
     Shapes: as for :class:`Spline`. A batch of contexts does not become part of a distribution's batch shape, as it does
-    under transforms of vectors; see :class:`~pyro_flowkit.transforms.ConditionedTransform`.
+    under transforms of vectors; see :class:`~pyro_flowkit.transforms.conditional.ConditionedTransform`.
 
     Example:
         >>> import torch

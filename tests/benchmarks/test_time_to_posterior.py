@@ -8,7 +8,7 @@ import torch
 from benchmarks._posteriors import populations, posteriors
 from benchmarks.time_to_posterior import Course
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 
 
 def test_populations_keep_what_lotka_and_volterra_keep():

@@ -15,10 +15,9 @@ from scipy.special import ndtr, ndtri
 
 from pyro_flowkit.diagnostics import (
     calibration_tests,
+    diagnose,
     simulation_based_calibration,
-    symmetry_tests,
     to_arviz,
-    verdict_of,
 )
 
 ARVIZ = int(importlib.metadata.version("arviz").split(".")[0])
@@ -62,13 +61,13 @@ def normal_scores(shift=0.0, scale=1.0, latents=1, n=200, seed=0):
 
 def test_correct_guide_passes_and_a_narrow_or_shifted_one_fails_at_200_simulations():
     tree = calibrate(guide_with())
-    assert verdict_of(tree).level == "good", verdict_of(tree)
+    assert diagnose(tree).level == "good", diagnose(tree)
     narrow = calibrate(guide_with(scale=0.8))
-    assert verdict_of(narrow).level == "bad"
-    assert "too narrow" in verdict_of(narrow).reason
+    assert diagnose(narrow).level == "bad"
+    assert "too narrow" in diagnose(narrow).reason
     shifted = calibrate(guide_with(shift=0.3))
-    assert verdict_of(shifted).level == "bad"
-    assert "too high" in verdict_of(shifted).reason
+    assert diagnose(shifted).level == "bad"
+    assert "too high" in diagnose(shifted).reason
 
 
 def test_pit_values_are_the_tail_probabilities_of_the_truth():
@@ -100,12 +99,12 @@ def test_one_latent_is_judged_at_the_documented_rates(shift, scale, together, ko
 def test_three_latents_are_judged_right_for_ten_seeds_of_ten():
     for seed in range(10):
         levels = {
-            verdict_of(calibration_tests(pits(normal_scores(*fault, latents=3, seed=seed)))).level
+            diagnose(calibration_tests(pits(normal_scores(*fault, latents=3, seed=seed)))).level
             for fault in ((0.3, 1.0), (0.0, 0.8))
         }
         assert levels == {"bad"}
         exact = calibration_tests(pits(normal_scores(latents=3, seed=seed)))
-        assert verdict_of(exact).level == "good"
+        assert diagnose(exact).level == "good"
 
 
 def test_shift_and_scale_are_recovered_with_their_sign():
@@ -116,7 +115,7 @@ def test_shift_and_scale_are_recovered_with_their_sign():
 
 
 def test_guide_that_is_only_too_wide_is_usable():
-    verdict = verdict_of(calibration_tests(pits(normal_scores(scale=1.5))))
+    verdict = diagnose(calibration_tests(pits(normal_scores(scale=1.5))))
     assert verdict.level == "usable"
     assert "too wide" in verdict.reason
 
@@ -124,17 +123,17 @@ def test_guide_that_is_only_too_wide_is_usable():
 def test_wrong_shape_with_right_mean_and_variance_is_seen():
     scores = np.random.default_rng(0).choice([-1.0, 1.0], (1, 200))
     scores += 0.05 * np.random.default_rng(1).standard_normal((1, 200))
-    verdict = verdict_of(calibration_tests(pits(scores / scores.std() - scores.mean())))
+    verdict = diagnose(calibration_tests(pits(scores / scores.std() - scores.mean())))
     assert verdict.level == "bad"
     assert "wrong shape" in verdict.reason
 
 
 def test_symmetry_sees_a_shift_but_not_a_scale():
-    biased = symmetry_tests(pits(normal_scores(shift=0.4)))
-    assert verdict_of(biased).level == "bad"
-    assert "too high" in verdict_of(biased).reason
-    narrow = symmetry_tests(pits(normal_scores(scale=0.5)))
-    assert verdict_of(narrow).level == "good"
+    biased = calibration_tests(pits(normal_scores(shift=0.4)), kind="symmetry")
+    assert diagnose(biased).level == "bad"
+    assert "too high" in diagnose(biased).reason
+    narrow = calibration_tests(pits(normal_scores(scale=0.5)), kind="symmetry")
+    assert diagnose(narrow).level == "good"
     assert float(biased["asymmetry"][0]) > 2 * float(narrow["asymmetry"][0])
 
 
@@ -143,7 +142,10 @@ def test_symmetry_sees_a_shift_but_not_a_scale():
 )
 def test_symmetry_of_one_latent_is_judged_at_the_documented_rates(shift, scale, least, most):
     scores = normal_scores(shift, scale, latents=200)
-    alarms = [verdict_of(symmetry_tests(pits(row[None]))).level == "bad" for row in scores]
+    alarms = [
+        diagnose(calibration_tests(pits(row[None]), kind="symmetry")).level == "bad"
+        for row in scores
+    ]
     assert least <= np.mean(alarms) <= most
 
 
@@ -165,7 +167,7 @@ def test_amortised_guide_of_local_latents_has_a_pit_for_each_row():
     )
     assert tree["prior_sbc"]["z"].dims == ("chain", "draw", "data")
     assert list(tree["vi_calibration"]["latent"].values) == ["z[0]", "z[1]", "z[2]"]
-    assert verdict_of(tree).level == "good"
+    assert diagnose(tree).level == "good"
 
 
 def test_guide_is_trained_anew_in_a_param_store_of_its_own():
@@ -228,7 +230,7 @@ def test_as_args_says_where_the_data_belong():
     tree = simulation_based_calibration(
         model, guide, args=args, as_args=lambda new: ((new,), {}), num_simulations=50, seed=0
     )
-    assert verdict_of(tree).level == "good"
+    assert diagnose(tree).level == "good"
 
 
 def test_data_of_two_sites_go_where_they_were_observed():
@@ -263,7 +265,7 @@ def test_discrete_latents_are_ranked_with_ties_spread_evenly():
     tree = simulation_based_calibration(
         model, guide, args=(torch.tensor(0.0, dtype=DOUBLE),), num_samples=50, seed=0
     )
-    assert verdict_of(tree).level == "good", verdict_of(tree)
+    assert diagnose(tree).level == "good", diagnose(tree)
 
 
 def test_what_cannot_be_calibrated_is_refused():
@@ -294,6 +296,8 @@ def test_what_cannot_be_calibrated_is_refused():
         simulation_based_calibration(local_model, args=(x,))
     with pytest.raises(ValueError, match="level"):
         calibration_tests(pits(normal_scores()), level=0.0)
+    with pytest.raises(ValueError, match='"uniformity" or "symmetry", got \'ks\''):
+        calibration_tests(pits(normal_scores()), kind="ks")
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         calibration_tests(pits(normal_scores()) + 1)
 
@@ -312,7 +316,7 @@ def test_tree_goes_through_netcdf_and_arviz(tmp_path):
     tree = calibrate(guide_with(), num_simulations=20, num_samples=50)
     tree.to_netcdf(tmp_path / "sbc.nc", engine="h5netcdf")
     with xr.open_datatree(tmp_path / "sbc.nc", engine="h5netcdf") as opened:
-        assert verdict_of(opened) == verdict_of(tree)
+        assert diagnose(opened) == diagnose(tree)
         np.testing.assert_array_equal(opened["prior_sbc"]["b"], tree["prior_sbc"]["b"])
     converted = to_arviz(tree)
     np.testing.assert_array_equal(converted["prior_sbc"]["b"], tree["prior_sbc"]["b"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_flowkit.diagnostics import compare_restarts, iterate_convergence, verdict_of
+from pyro_flowkit.diagnostics import compare_restarts, diagnose, iterate_convergence
 
 
 def autoregressive(correlation, *shape, seed=0):
@@ -37,14 +37,14 @@ def test_standard_error_of_a_stationary_process_is_the_known_one():
     np.testing.assert_allclose(result["mcse"], exact, rtol=0.2)
     np.testing.assert_allclose(result["ess"], n * (1 - rho) / (1 + rho), rtol=0.3)
     assert (np.abs(result["mean"]) < 4 * exact).all()
-    assert verdict_of(result).level == "good"
+    assert diagnose(result).level == "good"
 
 
 def test_parameter_that_drifts_is_named():
     path = autoregressive(0.5, 2000, 3)
     path[:, 1] += np.linspace(0, 10, 2000)
     result = iterate_convergence(torch.tensor(path), names=["a", "drifting", "c"])
-    verdict = verdict_of(result)
+    verdict = diagnose(result)
     assert verdict.level == "bad"
     assert "drifting" in verdict.reason
     assert float(result["rhat"].sel(parameter="drifting")) > 1.5
@@ -54,21 +54,21 @@ def test_parameter_that_drifts_is_named():
 def test_the_way_to_the_optimum_does_not_count():
     path = autoregressive(0.5, 2000, 1)
     path[:1000] += np.linspace(50, 0, 1000)[:, None]
-    assert verdict_of(iterate_convergence(path)).level == "good"
-    assert verdict_of(iterate_convergence(path, last=1.0)).level == "bad"
+    assert diagnose(iterate_convergence(path)).level == "good"
+    assert diagnose(iterate_convergence(path, last=1.0)).level == "bad"
 
 
 def test_chains_at_different_optima_have_not_converged():
     path = autoregressive(0.5, 2, 1000, 1)
-    assert verdict_of(iterate_convergence(path)).level == "good"
+    assert diagnose(iterate_convergence(path)).level == "good"
     path[1] += 5.0
-    assert verdict_of(iterate_convergence(path)).level == "bad"
+    assert diagnose(iterate_convergence(path)).level == "bad"
 
 
 def test_mean_that_is_not_known_well_enough_is_usable_only():
     path = autoregressive(0.9, 2000, 1)
-    assert verdict_of(iterate_convergence(path, scale=[100.0])).level == "good"
-    assert verdict_of(iterate_convergence(path, scale=0.1)).level == "usable"
+    assert diagnose(iterate_convergence(path, scale=[100.0])).level == "good"
+    assert diagnose(iterate_convergence(path, scale=0.1)).level == "usable"
 
 
 def test_frozen_parameter_has_settled_and_chains_frozen_apart_have_not():
@@ -96,25 +96,27 @@ def test_iterates_that_say_nothing_are_refused():
 
 def test_restarts_that_agree_are_good_and_one_behind_is_named():
     good = compare_restarts([-10.0, -10.02, -10.05])
-    assert verdict_of(good).level == "good"
-    np.testing.assert_allclose(good["behind"], [0.0, 0.02, 0.05], atol=1e-12)
-    behind = verdict_of(compare_restarts({"a": -10.0, "b": -13.5, "c": -10.1}))
+    assert diagnose(good).level == "good"
+    np.testing.assert_allclose(good["vi_restarts"]["behind"], [0.0, 0.02, 0.05], atol=1e-12)
+    behind = diagnose(compare_restarts({"a": -10.0, "b": -13.5, "c": -10.1}))
     assert behind.level == "usable"
     assert "b by 3.50 nats" in behind.reason
-    assert verdict_of(compare_restarts([-10.0, math.nan])).level == "usable"
+    assert diagnose(compare_restarts([-10.0, math.nan])).level == "usable"
 
 
 def test_difference_within_its_standard_error_does_not_count():
     trees = [fit_tree(-10.0, 0.5), fit_tree(-10.8, 0.5)]
-    assert verdict_of(compare_restarts(trees)).level == "good"
+    assert diagnose(compare_restarts(trees)).level == "good"
     trees = [fit_tree(-10.0, 0.01), fit_tree(-10.8, 0.01)]
-    assert verdict_of(compare_restarts(trees)).level == "usable"
+    assert diagnose(compare_restarts(trees)).level == "usable"
 
 
 def test_equally_good_restarts_at_different_places_are_bad():
     result = compare_restarts({"left": fit_tree(-10.0), "right": fit_tree(-10.01, mean=2.0)})
-    assert float(result["max_shift"].sel(restart="right")) == pytest.approx(2.0, abs=0.1)
-    verdict = verdict_of(result)
+    assert float(result["vi_restarts"]["max_shift"].sel(restart="right")) == pytest.approx(
+        2.0, abs=0.1
+    )
+    verdict = diagnose(result)
     assert verdict.level == "bad"
     assert "right" in verdict.reason
 
@@ -128,5 +130,3 @@ def test_restarts_that_cannot_be_compared_are_refused():
     other["posterior"] = other["posterior"].to_dataset().rename(mu="nu")
     with pytest.raises(ValueError, match=r"\['mu'\].*\['nu'\]"):
         compare_restarts([fit_tree(-9.0), other])
-    with pytest.raises(ValueError, match="attribute verdict"):
-        verdict_of(xr.Dataset())

@@ -9,7 +9,10 @@ import torch
 from pyro.infer import autoguide
 
 from pyro_flowkit.diagnostics import diagnose, evidence_bounds, probe_modes
-from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.diagnostics.evaluation import evaluation
+from pyro_flowkit.diagnostics.guide_density import log_guide
+from pyro_flowkit.diagnostics.particles import draw_particles
+from pyro_flowkit.guides import AmortizedSplineFlow, AutoSplineFlow
 
 
 def tensor(*values):
@@ -70,6 +73,41 @@ def test_the_other_mode_is_found_for_guides_of_every_kind(name):
     assert diagnose(bounds).level == "good" and diagnose(bounds).limits
     verdict = diagnose(bounds, probe=probe)
     assert verdict.level == "bad" and "around x = -9.99" in verdict.reason
+
+
+def test_a_guide_of_anybodys_says_its_density():
+    """Its latent follows from an auxiliary site, so that nothing but its own word has a density at given values."""
+
+    class Guide(torch.nn.Module):
+        def forward(self):
+            shift = pyro.sample(
+                "_shift", dist.Normal(tensor(0.0), 0.2), infer={"is_auxiliary": True}
+            )
+            pyro.sample("x", dist.Delta(9.98 + shift))
+
+        def log_prob(self, values, *args, **kwargs):
+            return dist.Normal(tensor(9.98), 0.2).log_prob(values["x"])
+
+    shares = {float(missed) for missed in probe_modes(squares, Guide(), num_starts=6)["missed"]}
+    assert max(shares) == pytest.approx(0.5, abs=0.05) and min(shares) < 1e-6
+
+
+def test_an_amortised_guide_has_the_density_of_its_own_draws():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(tensor(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    x = tensor(0.5, 1.0, 2.0)
+    settings = {"context_dim": 1, "num_transforms": 1, "hidden_dims": [4]}
+    guide = AmortizedSplineFlow(model, lambda x: x[:, None], **settings).setup(x)
+    with evaluation(model, guide, seed=0):
+        (drawn,) = draw_particles(
+            model, guide, (x,), {}, num_samples=5, chunk_size=5, whole_data=True
+        )
+        found = log_guide(drawn, guide, drawn.latents(), (x,), {})
+    torch.testing.assert_close(found, drawn.log_guide(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_guide_with_both_modes_is_good_without_limits():

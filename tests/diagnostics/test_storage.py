@@ -22,7 +22,6 @@ from pyro_flowkit.diagnostics import (
     reweight,
     simulation_based_calibration,
     to_arviz,
-    verdict_of,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -141,7 +140,7 @@ def test_a_stored_calibration_keeps_its_verdict(tmp_path):
     tree = make_trees()["calibration"]
     tree.to_netcdf(tmp_path / "sbc.nc")
     with xr.open_datatree(tmp_path / "sbc.nc") as stored:
-        assert verdict_of(stored) == verdict_of(tree)
+        assert diagnose(stored) == diagnose(tree)
 
 
 if __name__ == "__main__":

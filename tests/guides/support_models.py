@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 
 TINY = {"num_transforms": 2, "hidden_dims": [8], "count_bins": 4}
 HALF = dist.HalfNormal(1.0)

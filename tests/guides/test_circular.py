@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.circular import MAX_SEARCHED, TURN, CircularAffine, Cut
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.training import fit
 

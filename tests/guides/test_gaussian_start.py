@@ -13,7 +13,7 @@ from torch.distributions import biject_to
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.training import Callback

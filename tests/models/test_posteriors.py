@@ -10,7 +10,7 @@ from models._nuts import NUM_CHAINS, errors, run_nuts
 from models._targets import Target, targets
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.ops.quasi_random import normal_draws
 
 

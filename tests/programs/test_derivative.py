@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import FEW_STEPS
-from pyro_flowkit.guides.latent_values import unpack
+from pyro_flowkit.guides.latent_vector import unpack
 from pyro_flowkit.programs import derivative
 from pyro_flowkit.programs.derivative import Differentiated
 from pyro_flowkit.programs.pairs import vectorized

@@ -11,7 +11,7 @@ from pyro import poutine
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.latent_density import LatentDensity
+from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.training import Callback
 from tests.programs.styles import MODELS
 

@@ -1,6 +1,7 @@
 """``fit`` with a model and guide: the exact answers of conjugate models, minibatches, plates."""
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -349,6 +350,35 @@ def test_a_guide_of_anybodys_has_its_start_and_its_rates(rows: torch.Tensor) -> 
     assert [rates for rates, _ in seen] == [[0.01, 0.5]] * 3
     assert 6.9 < seen[-1][1] < 7.0, "it moved from its start"
     assert guide.locs.mu.item() == 7.0 and result.best_step == 0, "and went back"
+
+
+def test_a_guide_of_anybodys_has_a_say_in_its_objective(rows: torch.Tensor) -> None:
+    class Tempered(Trace_ELBO):
+        def differentiable_loss(self, model, guide, *args, **kwargs):
+            asked.append("differentiable_loss")
+            return super().differentiable_loss(model, guide.own_name, *args, **kwargs)
+
+    class Guide(AutoNormal):
+        def own_name(self, *args, **kwargs):
+            return self(*args, **kwargs)
+
+        def elbo(self, program, num_particles):
+            asked.append(("elbo", program.way, num_particles))
+            return Tempered(
+                num_particles, max_plate_nesting=program.nesting, vectorize_particles=True
+            )
+
+        def check_objective(self, objective):
+            if isinstance(objective, TraceGraph_ELBO):
+                raise ValueError("Expected another objective, got TraceGraph_ELBO.")
+
+    asked: list[Any] = []
+    options = {"max_steps": 2, "progress": False}
+    guide = Guide(full_model)
+    fit(full_model, guide, data=rows, num_particles=3, val_fraction=0.2, **options)
+    assert asked == [("elbo", "graph", 3), "differentiable_loss", "differentiable_loss"]
+    with pytest.raises(ValueError, match="another objective, got TraceGraph_ELBO"):
+        fit(full_model, guide, data=rows, objective=TraceGraph_ELBO(), **options)
 
 
 def test_a_recipes_particles_are_few_and_said_where_they_run_one_by_one(rows: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
@@ -65,8 +66,11 @@ def test_restarts_with_checkpoints_are_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"guide": AutoNormal(two_modes)}, "an AutoSplineFlow with one component .*got AutoNormal"),
-        ({"guide": AutoSplineFlow(two_modes, num_components=2)}, "AutoSplineFlow with 2"),
+        (
+            {"guide": AutoNormal(two_modes)},
+            "can begin anew, such as an AutoSplineFlow, .*AutoNormal",
+        ),
+        ({"guide": AutoSplineFlow(two_modes, num_components=2)}, "num_components=1 .*got 2"),
         ({"restarts": 0}, "restarts >= 1, got 0"),
         ({"data": lambda step: torch.zeros(3)}, "data in tensors for restarts=2, got function"),
         ({"trackers": [CsvTracker("history.csv")]}, "no trackers for restarts=2"),
@@ -76,3 +80,24 @@ def test_what_cannot_be_started_again_is_refused(change, text):
     call = {"guide": AutoSplineFlow(two_modes, **SMALL), "restarts": 2, **change}
     with pytest.raises(ValueError, match=text):
         fit(two_modes, **call, max_steps=2, progress=False)
+
+
+def test_a_guide_of_anybodys_begins_anew_where_it_says():
+    class Guide(AutoNormal):
+        def check_restarts(self):
+            asked.append(True)
+
+        def restart(self, number, *args, **kwargs):
+            begun.append((number, args, kwargs))
+            with torch.no_grad():
+                self.locs.x.fill_((-6.0, 6.0)[number - 1])
+                self.scales.x = torch.ones_like(self.scales.x)
+
+    asked, begun = [], []
+    guide = Guide(two_modes, init_loc_fn=init_to_value(values={"x": torch.tensor(-9.0)}))
+    options = {"num_particles": 64, "max_steps": 20, "lr": 0.01, "seed": 0, "progress": False}
+    result = fit(two_modes, guide, restarts=3, **options)
+    assert asked == [True] and begun == [(1, (), {}), (2, (), {})]
+    elbos = [restart.elbo for restart in result.restarts]
+    assert elbos[2] == max(elbos) > math.log(0.3)
+    assert guide.locs.x.item() == pytest.approx(6.0, abs=0.3)

@@ -5,10 +5,12 @@ import torch
 
 import pyro_flowkit.transforms as T
 from pyro_flowkit.testing import CHECKS, SPLINE_CHECKS, check_transform
+from pyro_flowkit.transforms.affine import Affine
+from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
 
-def restarted() -> T.Affine:
-    affine = T.Affine(torch.zeros(3), 1.0)
+def restarted() -> Affine:
+    affine = Affine(torch.zeros(3), 1.0)
     scale = torch.tensor([[0.5, 0.0, 0.0], [1.0, 2.0, 0.0], [-0.3, 0.2, 0.8]])
     affine.restart(torch.tensor([1.0, -2.0, 0.5]), scale)
     return affine
@@ -104,13 +106,13 @@ OTHERS = {
     "lu_linear": (lambda: T.lu_linear(5), {}),
     "act_norm": (lambda: T.act_norm(5), {}),
     "permute": (lambda: T.permute(5), {}),
-    "Affine, full": (lambda: T.Affine(torch.tensor([1.0, -2.0, 0.5]), 0.7, rate=1.0), {}),
-    "Affine, diagonal": (lambda: T.Affine(torch.zeros(2), 1.0, "diagonal", rate=2.0), {}),
-    "Affine, low rank": (lambda: T.Affine(torch.zeros(10), 1.0, "low_rank", rate=1.0), {}),
+    "Affine, full": (lambda: Affine(torch.tensor([1.0, -2.0, 0.5]), 0.7, rate=1.0), {}),
+    "Affine, diagonal": (lambda: Affine(torch.zeros(2), 1.0, "diagonal", rate=2.0), {}),
+    "Affine, low rank": (lambda: Affine(torch.zeros(10), 1.0, "low_rank", rate=1.0), {}),
     "Affine, restarted": (restarted, {}),
-    "HierarchicalAffine": (lambda: T.HierarchicalAffine([1, 2, 1], hidden_dims=[8]), {}),
+    "HierarchicalAffine": (lambda: HierarchicalAffine([1, 2, 1], hidden_dims=[8]), {}),
     "HierarchicalAffine, no linear part": (
-        lambda: T.HierarchicalAffine([101, 100], hidden_dims=[4]),
+        lambda: HierarchicalAffine([101, 100], hidden_dims=[4]),
         {},
     ),
     "Standardization, diagonal": (lambda: standardization("diagonal"), {}),

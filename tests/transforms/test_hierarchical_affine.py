@@ -8,14 +8,14 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-import pyro_flowkit.transforms as T
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.component import _blocks
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 
 
 def test_a_block_depends_on_those_before_it_and_is_scaled_itself() -> None:
-    layer = perturb_(T.HierarchicalAffine([1, 2, 2], hidden_dims=[8]), 0.5)
+    layer = perturb_(HierarchicalAffine([1, 2, 2], hidden_dims=[8]), 0.5)
     jacobian = torch.func.jacrev(layer)(torch.tensor([0.5, -1.0, 0.3, 0.8, -0.2]))
     block = torch.tensor([0, 1, 1, 2, 2])
     assert (jacobian[block[:, None] > block] != 0).all()
@@ -25,7 +25,7 @@ def test_a_block_depends_on_those_before_it_and_is_scaled_itself() -> None:
 
 
 def test_log_scale_follows_a_line_up_to_five_and_a_logarithm_from_there_on() -> None:
-    layer = T.HierarchicalAffine([1, 1]).double()
+    layer = HierarchicalAffine([1, 1]).double()
     with torch.no_grad():
         layer.conditioners[0].weight[1, 0] = 0.5
     v = torch.tensor([-5.0, 5.0, 24.0, -1e6], dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_log_scale_follows_a_line_up_to_five_and_a_logarithm_from_there_on() -> 
 
 
 def test_log_scale_has_a_limit() -> None:
-    layer = T.HierarchicalAffine([1, 1]).double()
+    layer = HierarchicalAffine([1, 1]).double()
     with torch.no_grad():
         layer.conditioners[0].weight[1, 0] = 50.0
     x = torch.tensor([[-9.0, 1.0], [9.0, 1.0]], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_log_scale_has_a_limit() -> None:
 
 
 def test_derivatives_far_outside_are_those_of_autograd() -> None:
-    layer = perturb_(T.HierarchicalAffine([2, 3, 1], hidden_dims=[8]), 0.3).double()
+    layer = perturb_(HierarchicalAffine([2, 3, 1], hidden_dims=[8]), 0.3).double()
     names, parameters = zip(*layer.named_parameters(), strict=True)
     x = 8 * torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert (x[:, :2].abs() > 5).any() and (x[:, :2].abs() < 5).any()
@@ -66,7 +66,7 @@ def test_derivatives_far_outside_are_those_of_autograd() -> None:
 
 
 class _LogDet(torch.nn.Module):
-    def __init__(self, layer: T.HierarchicalAffine) -> None:
+    def __init__(self, layer: HierarchicalAffine) -> None:
         super().__init__()
         self.layer = layer
 
@@ -95,7 +95,7 @@ def test_scales_that_follow_scales_do_not_let_one_draw_decide_the_elbo() -> None
 
 
 def test_large_blocks_have_no_linear_part() -> None:
-    layer = T.HierarchicalAffine([100, 101])
+    layer = HierarchicalAffine([100, 101])
     assert [name for name, _ in layer.named_parameters()] == ["conditioners.0.network.packed"]
     assert layer(torch.ones(201)).equal(torch.ones(201))
 
@@ -103,7 +103,7 @@ def test_large_blocks_have_no_linear_part() -> None:
 @pytest.mark.parametrize("sizes", [[], [3], [2, 0], [1.5, 2]])
 def test_fewer_than_two_blocks_are_refused(sizes) -> None:
     with pytest.raises(ValueError, match="Expected at least two positive block_sizes, got"):
-        T.HierarchicalAffine(sizes)
+        HierarchicalAffine(sizes)
 
 
 def test_blocks_begin_at_the_largest_sites() -> None:

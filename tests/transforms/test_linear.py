@@ -7,11 +7,12 @@ import torch
 
 import pyro_flowkit.transforms as T
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.transforms.affine import Affine
 
 
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 def test_affine_starts_at_its_location_and_scale(kind):
-    transform = T.Affine(torch.tensor([12.0, -40.0]), 0.1, kind)
+    transform = Affine(torch.tensor([12.0, -40.0]), 0.1, kind)
     y, ladj = transform.call_and_ladj(torch.tensor([1.0, -1.0]))
     torch.testing.assert_close(y, torch.tensor([12.1, -40.1]))
     assert ladj.item() == pytest.approx(2 * math.log(0.1), abs=1e-6)
@@ -20,7 +21,7 @@ def test_affine_starts_at_its_location_and_scale(kind):
 def test_affine_moves_faster_than_other_layers_under_adam():
     moved = {}
     for rate in (1.0, 10.0):
-        transform = T.Affine(torch.zeros(2), 1.0, rate=rate)
+        transform = Affine(torch.zeros(2), 1.0, rate=rate)
         optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
         (transform(torch.ones(2)) - 5.0).square().sum().backward()
         optimizer.step()
@@ -29,7 +30,7 @@ def test_affine_moves_faster_than_other_layers_under_adam():
 
 
 def test_a_full_affine_map_reaches_any_covariance():
-    transform = perturb_(T.Affine(torch.zeros(3), 1.0), 0.05)
+    transform = perturb_(Affine(torch.zeros(3), 1.0), 0.05)
     matrix = torch.autograd.functional.jacobian(transform, torch.zeros(3))
     assert torch.equal(matrix, matrix.tril())
     assert (matrix.diagonal() > 0).all()
@@ -49,7 +50,7 @@ def test_lu_linear_is_the_product_of_the_factors_in_its_parameter():
 
 @pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
 def test_a_restarted_affine_map_is_the_one_given_and_moves_in_its_units(kind):
-    transform = perturb_(T.Affine(torch.zeros(3), 1.0, kind), 0.05)
+    transform = perturb_(Affine(torch.zeros(3), 1.0, kind), 0.05)
     loc, diagonal = torch.tensor([3.0, -1.0, 2e3]), torch.tensor([1e-3, 1.0, 1e3])
     scale = diagonal.diag() if kind == "full" else diagonal
     transform.restart(loc, scale)
@@ -62,7 +63,7 @@ def test_a_restarted_affine_map_is_the_one_given_and_moves_in_its_units(kind):
 
 
 def test_a_low_rank_affine_map_correlates_and_knows_its_inverse():
-    transform = perturb_(T.Affine(torch.zeros(20), 1.0, "low_rank"), 0.01).double()
+    transform = perturb_(Affine(torch.zeros(20), 1.0, "low_rank"), 0.01).double()
     scale = transform.scale
     off_diagonal = scale - scale.diagonal().diag()
     assert torch.linalg.matrix_rank(scale - transform._diagonal(scale.dtype).diag()) == 8

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_flowkit.diagnostics.particles import evaluation
+from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.schema import DRAWS, as_result
 from pyro_flowkit.diagnostics.tails import Tail
 from pyro_flowkit.ops.psis import error_factor
