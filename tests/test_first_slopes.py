@@ -1,13 +1,12 @@
 """The first draw that trains an encoder: from it on the location follows the context."""
 
 import copy
-import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from pyro_flowkit import SplineFlow, fit
 from pyro_flowkit.guides import AmortizedSplineFlow
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
-SEEDS = (0, 1, 2)
+STEPS = 150
 
 
 def affine_map(dtype: torch.dtype = torch.float64) -> ConditionalAffine:
@@ -97,61 +96,66 @@ def test_a_column_that_did_not_vary_has_no_slope() -> None:
     assert torch.allclose(loc.mean(0), torch.tensor([1.0, -2.0], dtype=torch.float64))
 
 
-def data(seed: int) -> Tensor:
-    """400 rows of 16 columns, which three factors make: log p under the best model is known."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = 2 * torch.randn(3, 16, generator=generator)
-    factors = torch.randn(400, 3, generator=generator)
-    return factors @ weight + 0.5 * torch.randn(400, 16, generator=generator)
+class Program:
+    """A linear-Gaussian model whose log p is known, and an encoder that ends in a context of few numbers."""
 
-
-def best_log_prob(x: Tensor) -> float:
-    """Of probabilistic PCA with six factors and noise .5, per row (Tipping and Bishop 1999)."""
-    values, vectors = torch.linalg.eigh(x.mT @ x / len(x))
-    kept = values[-6:].clamp(min=0.25)
-    covariance = 0.25 * torch.eye(16) + vectors[:, -6:] @ torch.diag(kept - 0.25) @ vectors[:, -6:].mT
-    return float(dist.MultivariateNormal(torch.zeros(16), covariance).log_prob(x).mean())
-
-
-class VAE(nn.Module):
-    """Its encoder ends in a context of few numbers, its posterior is a flow and nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), nn.Linear(64, 8))
-        self.decoder = nn.Linear(6, 16, bias=False)
-        self.flow = SplineFlow(6, 8, num_transforms=2, hidden_dims=[16])
+    def __init__(self, seed: int):
+        torch.manual_seed(seed)
+        self.weight = torch.randn(8, 4)
+        self.x = torch.randn(512, 4) @ self.weight.mT + 0.2 * torch.randn(512, 8)
+        covariance = self.weight @ self.weight.mT + 0.04 * torch.eye(8)
+        exact = dist.MultivariateNormal(torch.zeros(8), covariance)
+        self.log_prob = float(exact.log_prob(self.x).mean())
+        self.encoder = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 16))
+        self.flow = SplineFlow(4, 16, num_transforms=2, hidden_dims=[16])
 
     def model(self, x: Tensor) -> None:
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("rows", 400, subsample_size=len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(6), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.weight.mT, 0.2).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         pyro.module("encoder", self.encoder)
-        pyro.module("flow", self.flow)
-        with pyro.plate("rows", 400, subsample_size=len(x)):
+        with pyro.plate("rows", len(x)):
             pyro.sample("z", self.flow(self.encoder(x), path_gradient=True))
 
+    def gap(self) -> float:
+        """Of the ELBO to log p, in nats a row."""
+        with torch.no_grad():
+            loss = Trace_ELBO(num_particles=20).loss(self.model, self.guide, self.x)
+        return self.log_prob + loss / len(self.x)
 
-@pytest.mark.parametrize("loop", ["svi", "jit", "fit", "amortized"])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_vae_whose_posterior_is_a_flow_does_not_collapse(loop: str, seed: int) -> None:
-    x = data(seed)
-    torch.manual_seed(seed)
-    vae = VAE()
-    guide = vae.guide
-    if loop == "amortized":
-        guide = AmortizedSplineFlow(vae.model, vae.encoder, context_dim=8, num_transforms=2)
+
+@pytest.mark.parametrize("loop", ["svi", "fit"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_encoder_that_is_trained_with_it_learns_from_the_first_step_on(
+    loop: str, seed: int
+) -> None:
+    program = Program(seed)
     if loop == "fit":
-        fit(vae.model, guide, data=x, batch_size=100, max_steps=400, lr=5e-3, progress=False)
+        options = {"max_steps": STEPS, "lr": 2e-3, "seed": seed, "progress": False}
+        fit(program.model, program.guide, args=(program.x,), **options)
     else:
-        elbo = JitTrace_ELBO(ignore_jit_warnings=True) if loop == "jit" else Trace_ELBO()
-        svi = SVI(vae.model, guide, Adam({"lr": 5e-3}), elbo)
-        for step in range(400):
-            svi.step(x[100 * (step % 4) :][:100])
-    with torch.no_grad():
-        loss = Trace_ELBO(num_particles=20).loss(vae.model, guide, x) / 400
-    assert math.isfinite(loss)
-    print("GAP", loop, seed, best_log_prob(x) + loss)
+        svi = SVI(program.model, program.guide, Adam({"lr": 2e-3}), Trace_ELBO())
+        for _ in range(STEPS):
+            svi.step(program.x)
+    assert program.gap() < 3.0  # 0.9 to 2.2; with slopes of zero 3.8 to 35
+
+
+@pytest.mark.parametrize("encoder", ["learned", "frozen"])
+def test_an_amortized_guide_follows_its_encoder_and_not_its_global_latents(encoder: str) -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    network = nn.Linear(2, 3).requires_grad_(encoder == "learned")
+    guide = AmortizedSplineFlow(model, network, context_dim=3, condition_on_global=True)
+    x = torch.randn(20, 2)
+    guide.setup(x)
+    assert not has_slopes(guide.affine)
+    guide(x)
+    has_slope = guide.affine.weight[:2] != 0.0
+    assert has_slope.all(0).tolist() == 3 * [encoder == "learned"] + [False]
+    assert not guide.affine.weight[2:].any()
