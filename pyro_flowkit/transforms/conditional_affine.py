@@ -12,7 +12,8 @@ log s: a posterior does not bear its jitter at a large learning rate.
 Slopes of zero give no gradient to a context, which is the end of an encoder that shall be learned: at first every draw
 is noise, whatever the datum, and a decoder that is trained with such codes learns to do without them (posterior
 collapse). So the first batch of contexts that have a gradient gives m its slopes when it is drawn with: random
-directions, :data:`START_SHARE` of the variance of y over the batch, and the noise has the rest of what was its own.
+directions, a hundredth (:data:`START_SHARE`) of the variance of y over the batch, and the noise has the rest of what
+was its own. More would fix where in a code of few numbers which datum has its place, before the decoder has a say.
 Contexts that are data have nothing to learn, and in maximum likelihood there are no draws: slopes of zero are a good
 start for both.
 """
@@ -30,7 +31,7 @@ from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.first_batch import moments
 
 SLOPE_RATE = 2.5
-START_SHARE = 0.5
+START_SHARE = 0.01
 
 
 class ConditionalAffine(ConditionalFlowTransformModule):

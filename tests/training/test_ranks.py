@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_flowkit import SplineFlow, fit
 from pyro_flowkit.training import ground
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
+from pyro_flowkit.transforms.conditional_affine import START_SHARE, ConditionalAffine
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed"
@@ -256,7 +256,7 @@ def test_first_slopes_are_those_of_the_rows_of_both(two, one) -> None:
     layer.load_state_dict(two[1][0]["first slopes"], strict=False)
     loc, _ = layer.call_and_ladj(torch.zeros(64, 1).double(), one["rows"])
     assert loc.mean().item() == pytest.approx(0.0, abs=1e-6)
-    assert loc.var(correction=0).item() == pytest.approx(0.5, rel=1e-6)
+    assert loc.var(correction=0).item() == pytest.approx(START_SHARE, rel=1e-6)
 
 
 def test_a_stop_on_one_stops_both(two) -> None:
