@@ -92,8 +92,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     _held: Sequence[tuple[list[nn.Module], Tensor | None]] = ()
     """Modules that get no gradient from its draws; with a boolean tensor only while it is False."""
-    _on_draw: Callable[[], None] | None = None
-    """Called at draws that gradients may come through."""
+    _on_draw: Callable[[], None] | None = None  # at draws that gradients may come through
 
     def __init__(
         self,

@@ -108,8 +108,8 @@ class AmortizedSplineFlow(
     its last latent, without gradients, to read the masks, if any local latent has one at setup.
 
     In a loop of one's own, and in ``fit`` with a rate of one's own, its networks move at a rate of 0.004 at most under
-    Adam and its relatives (:mod:`pyro_flowkit.moves`); a trace of ``JitTrace_ELBO`` takes the rate as it is. The encoder
-    has that of the optimizer, and at 0.05 may explode by itself.
+    Adam and its relatives (:mod:`pyro_flowkit.moves`); a trace of ``JitTrace_ELBO`` takes the rate as it is. The
+    encoder has that of the optimizer, and at 0.05 may explode by itself.
 
     Plates around a local latent, other than the data's, are part of its datum and must not be subsampled. Device and
     dtype are those of the model's local latents; ``.to()`` or ``.double()`` before the first call wins. The encoder
