@@ -112,7 +112,7 @@ def autoregressive_flow(setting: Setting) -> dict[str, Task]:
 
 
 def continuous_flow(setting: Setting) -> dict[str, Task]:
-    """The flow of a velocity field with the settings' hidden layers, solved in 16 fixed steps; and flow matching."""
+    """The flow of a field with a block for each of the settings' layers, in 16 fixed steps; and flow matching."""
     pyro.clear_param_store()
     flow = ContinuousFlow(setting.dim, hidden_dims=setting.hidden_dims, num_steps=CONTINUOUS_STEPS)
     parameters = perturb([flow])

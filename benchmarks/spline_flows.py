@@ -171,7 +171,8 @@ def _continuous(
     lines = [
         "## Continuous flows",
         "",
-        "The velocity field has the hidden layers of the conditioners above, the trace is exact; ours in "
+        "Fields as the libraries make them of the hidden layers of the conditioners above: ours has a residual block "
+        "for each, gated by the time, zuko's the layers themselves. The trace is exact; ours in "
         f"{CONTINUOUS_STEPS} fixed steps of order 4, zuko's by its adaptive solver to its tolerance of 1e-6. The "
         f"training step is one of maximum likelihood. x: times {CONTINUOUS}.",
         "",

@@ -25,9 +25,9 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_flowkit.guides.recipe import recipe_of
 from pyro_flowkit.programs.modules import DIVIDER, copied
 from pyro_flowkit.programs.pairs import set_up
+from pyro_flowkit.recipe import recipe_of
 from pyro_flowkit.training.data import as_batch
 from pyro_flowkit.training.losses import STORE
 from pyro_flowkit.training.objective import chosen_loss
@@ -91,10 +91,10 @@ class FlowModule(LightningModule):
         kwargs: Keyword arguments.
         objective: An instance of ``pyro.infer.ELBO`` with a ``differentiable_loss``; default as in ``fit``.
         num_particles: Particles of the default objective; default the guide's recipe, or 1.
-        lr: Initial learning rate; default the guide's recipe, or 3e-3.
+        lr: Initial learning rate; default the recipe of the guide or of a ``ContinuousFlow``, or 3e-3.
         optimizer: A callable ``params -> torch.optim.Optimizer``; ``lr`` is passed on if given. Default Adam.
         scheduler: "cooldown", "flat_cosine", "cosine", "constant" or "step", over the steps of the trainer, or a
-            callable ``optimizer -> LRScheduler``, advanced at every step. Default the guide's recipe, or "constant".
+            callable ``optimizer -> LRScheduler``, advanced at every step. Default the recipe's, or "constant".
         check_plates: Compare the plates with ``data_size`` on the example.
         seed: Of the noise; default drawn from PyTorch's generator.
 
@@ -125,7 +125,7 @@ class FlowModule(LightningModule):
         batch = as_batch(example, "example")
         call = ((*batch, *args), dict(kwargs or {}))
         set_up(guide, *call)
-        recipe = recipe_of(guide)
+        recipe = recipe_of(model, guide, objective)
         self._lr, self._default_lr = lr, recipe.lr or DEFAULT_LR
         self._factory = optimizer
         self._scheduler = scheduler or recipe.scheduler or "constant"

@@ -17,10 +17,11 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 
 from pyro_flowkit import ContinuousFlow, fit
-from pyro_flowkit.continuous import VelocityMLP, _optimal_pairing
+from pyro_flowkit.continuous import VelocityNetwork, _optimal_pairing
 from pyro_flowkit.diagnostics import compare_densities, heldout_log_prob
 from pyro_flowkit.ops import ode
 from pyro_flowkit.testing import check_transform, perturb_
+from pyro_flowkit.training import Callback, FitState
 from pyro_flowkit.transforms.ode import ODE, ConditionalODE, Solution
 from tests.tiny import CONTEXT, make_flow
 
@@ -170,7 +171,7 @@ def test_the_solvers_error_is_in_the_table_of_densities() -> None:
 )
 def test_its_transform_keeps_the_contract(check: str, context_dim: int) -> None:
     def constructor() -> ODE | ConditionalODE:
-        field = VelocityMLP(2, [4], context_dim=context_dim)
+        field = VelocityNetwork(2, [4], context_dim=context_dim)
         if context_dim:
             return ConditionalODE(2, context_dim, field, Solution(num_steps=2))
         return ODE(2, field, Solution(num_steps=4))
@@ -254,6 +255,49 @@ def test_fit_matches_the_flow_without_an_equation_and_likelihood_refines_it(monk
     assert matched > start + 0.5
     fit(flow, data=data, objective="likelihood", max_steps=10, lr=3e-3, **options)
     assert flow.log_prob(test).mean().item() > matched
+
+
+def test_fit_follows_the_recipe_of_matching_and_arguments_win(monkeypatch) -> None:
+    flow, x, sizes = ContinuousFlow(2, hidden_dims=[8], num_steps=2), two_bumps(300), set()
+    matching_loss = flow.matching_loss
+
+    def noted(x: Tensor) -> Tensor:
+        sizes.add(len(x))
+        return matching_loss(x)
+
+    monkeypatch.setattr(flow, "matching_loss", noted)
+
+    def rates(data: Tensor, **options) -> list[float]:
+        sizes.clear()
+        result = fit(flow, data=data, seed=0, progress=False, **options)
+        return result.history["learning_rate"].tolist()
+
+    recipe = flow.recipe()
+    found = rates(x, max_steps=20)
+    assert sizes == {recipe.batch_size} and found[0] == recipe.lr
+    assert found[-1] < 0.01 * recipe.lr < found[-2] < found[-3]
+    assert len(rates(x, max_epochs=3)) == 3
+    rates(x[:100], max_steps=2)
+    assert sizes == {100}
+    assert rates(x, max_steps=3, lr=0.1, scheduler="constant", batch_size=50) == [0.1] * 3
+    assert sizes == {50}
+    assert rates(x, max_steps=2, objective="likelihood")[0] == 3e-3
+
+
+def test_matching_ends_with_the_average_of_its_last_parameters() -> None:
+    flow, path = ContinuousFlow(2, hidden_dims=[8]), []
+    packed = flow.ode.velocity.network.packed
+
+    class Noted(Callback):
+        def on_step(self, state: FitState) -> None:
+            path.append(packed.detach().clone())
+
+    fit(flow, data=two_bumps(300), max_steps=40, seed=0, progress=False, callbacks=[Noted()])
+    average = path[0]
+    for i, parameters in enumerate(path[1:], 1):
+        average = average.lerp(parameters, 9 / (i + 9))
+    torch.testing.assert_close(packed.detach(), average)
+    assert not torch.equal(packed, path[-1])
 
 
 def test_fit_learns_a_conditional_flow() -> None:

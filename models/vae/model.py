@@ -42,7 +42,7 @@ class VAE(PyroModule):
         min_scale: smallest scale of the last two, in units of the data's scale (see ``standardize``). Without it the
             normal density of a constant dimension has no bound.
         num_transforms: couplings of each flow.
-        flow_hidden_dims: widths of the flows' conditioners.
+        flow_hidden_dims: widths of the flows' conditioners; of a continuous prior's field one width, for each block.
         count_bins: bins of the flows' splines.
         context_dim: size of the context of a flow posterior, a linear map of the encoder's features.
         path_gradient: train the posterior, normal or flow, by the path gradient (see ``FlowDistribution``).

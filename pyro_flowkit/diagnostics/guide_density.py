@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flowkit.diagnostics.particles import Particles
-from pyro_flowkit.guides.recipe import DensityGuide
+from pyro_flowkit.guides.protocols import DensityGuide
 from pyro_flowkit.programs.sites import PARTICLES, is_auxiliary, is_point_mass, scored_sites
 
 _UNCONSTRAINED = "_unconstrained"

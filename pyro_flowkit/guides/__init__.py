@@ -2,6 +2,6 @@
 
 from pyro_flowkit.guides.amortized_spline_flow import AmortizedSplineFlow
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
-from pyro_flowkit.guides.recipe import Recipe
+from pyro_flowkit.recipe import Recipe
 
 __all__ = ["AmortizedSplineFlow", "AutoSplineFlow", "Recipe"]

@@ -43,7 +43,6 @@ from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.masked_rows import MaskedRows
 from pyro_flowkit.guides.posterior import AmortizedPosterior, condition
-from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.supports import (
     Edges,
     bijection_to,
@@ -54,6 +53,7 @@ from pyro_flowkit.guides.without_masked import whole_model
 from pyro_flowkit.head_start import HeadStart
 from pyro_flowkit.moves import Stride, StridingModule
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.recipe import Recipe
 from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine

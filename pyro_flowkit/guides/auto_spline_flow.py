@@ -43,12 +43,12 @@ from pyro_flowkit.guides.latent_elbo import LatentELBO
 from pyro_flowkit.guides.lazy import LazyGuide, lighten
 from pyro_flowkit.guides.mixture import MixtureWeights
 from pyro_flowkit.guides.posterior import GradientNoise
-from pyro_flowkit.guides.recipe import Recipe
 from pyro_flowkit.guides.start import Start
 from pyro_flowkit.guides.storage import Storage
 from pyro_flowkit.guides.summaries import Summaries
 from pyro_flowkit.guides.supports import initialisation
 from pyro_flowkit.programs.vectorized import Vectorized
+from pyro_flowkit.recipe import Recipe
 from pyro_flowkit.transforms.affine import Affine, AffineKind
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyro
 
-from pyro_flowkit.guides.recipe import StartingGuide, StartingPoint
+from pyro_flowkit.guides.protocols import StartingGuide, StartingPoint
 from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.variational import Variational

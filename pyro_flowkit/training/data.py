@@ -292,6 +292,8 @@ def open_batches(
     seed: int,
     device: Device,
     part: tuple[int, int],
+    *,
+    wish: int | None = None,
 ) -> tuple[Batches, Any]:
     """The batches to train on, and what is held out: a tuple of tensors, a DataLoader, or nothing.
 
@@ -300,6 +302,7 @@ def open_batches(
         seed: Of the order of rows, and of the split.
         device: Where to put the batches of a DataLoader or a function; None leaves them.
         part: ``(number, count)``: the part of every minibatch of rows that this process takes.
+        wish: Rows of a step where batch_size is None, as far as there are so many.
 
     Raises:
         TypeError: If data are of the wrong kind.
@@ -326,6 +329,8 @@ def open_batches(
         raise ValueError(f"expected val_data of {len(rows)} tensors like data, got {len(held_out)}")
     if val_fraction:
         rows, held_out = split_rows(rows, val_fraction, seed)
+    if batch_size is None and wish is not None and rows and len(rows[0]) > wish:
+        batch_size = wish // part[1] * part[1] or None
     return RowBatches(rows, batch_size, seed, part), held_out
 
 

@@ -73,7 +73,7 @@ def fit(
     the end comes nearer, when a constant one brings the gap no lower (:mod:`pyro_flowkit.training.tolerance`). Without
     a recipe the rate is constant until the objective stops improving (5 windows of 100 steps, or 5
     validations), drops tenfold, twice, and the fit ends at the third such plateau, or after 20,000
-    steps.
+    steps. That of a ``ContinuousFlow``'s matching falls along a cosine, over 20,000 steps where there is no limit.
 
     An objective that falls far below its best (by validation or, without it, by the medians of windows) is said
     in a RuntimeWarning and in the result's ``divergence``: by more than 1 nat and a multiple of all that it had
@@ -87,7 +87,8 @@ def fit(
     Args:
         model: A flow with ``log_prob(*batch, *args)``, or a Pyro model.
         guide: Its guide. Options that are None are read from the fields of ``guide.recipe()`` where
-            there is one: max_steps, lr, num_particles, scheduler, clip_norm. An ``AutoSplineFlow`` that
+            there is one, or of the ``recipe()`` of a flow that is trained by matching: max_steps, lr, num_particles,
+            scheduler, clip_norm, batch_size, average. An ``AutoSplineFlow`` that
             sees all of the data at every step starts at the best Gaussian found without noise, whose
             location and log scale at each site follow those before it in a line; where it must, nearly all of
             max_seconds is used for that. It ends there, too, with best_step = 0, unless the flow is better. A guide
@@ -108,12 +109,12 @@ def fit(
         max_steps: Number of optimizer steps.
         max_epochs: Number of passes over data.
         max_seconds: Wall-clock limit; the schedule ends with it. What a fit took before it was resumed counts.
-        batch_size: Rows per step; default all.
+        batch_size: Rows per step; default all, of a ``ContinuousFlow``'s matching at most 256.
         val_data: Held-out rows: a tensor, a tuple of tensors, or a ``DataLoader``.
         val_fraction: Share of data to hold out instead. A plate of the size of all data then stands for the rest.
         optimizer: A callable ``params -> torch.optim.Optimizer``; ``lr`` is passed on if given. Default
             Adam. Parameters that first appear later join its first group.
-        lr: Initial learning rate; default 3e-3.
+        lr: Initial learning rate; default 3e-3, of a ``ContinuousFlow``'s matching 1e-2.
         scheduler: "cooldown" (constant, over the last 10 % to zero), "flat_cosine" (constant, from
             40 % on to zero), "cosine" (to zero), "constant", "step" (a tenth at 50 %, again at
             80 %), "plateau", or a callable ``optimizer -> LRScheduler``, advanced at every step.

@@ -14,6 +14,7 @@ from pyro.infer import JitTrace_ELBO
 from pyro_flowkit.flow import Flow
 from pyro_flowkit.programs.pairs import set_up
 from pyro_flowkit.programs.plates import TrainingRows
+from pyro_flowkit.recipe import Recipe, recipe_of
 from pyro_flowkit.training.arguments import warn_of_far_rows
 from pyro_flowkit.training.checkpoint import Checkpoints, open_checkpoints
 from pyro_flowkit.training.data import Batches, RowBatches, open_batches
@@ -47,6 +48,7 @@ class Ground:
         batches: What to train on.
         first: The first batch.
         held_out: What to judge by: rows, a DataLoader, or nothing.
+        recipe: What the guide, or a flow by matching, says of its training.
         inputs, kwargs: What model and guide are called with at first.
     """
 
@@ -58,6 +60,7 @@ class Ground:
     batches: Batches
     first: Batch
     held_out: Any
+    recipe: Recipe
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -86,6 +89,7 @@ def lay_ground(options: Options) -> tuple[Options, Ground]:
     separate_names(options.model, options.guide)
     args = tuple(moved(tuple(options.args), place))
     kwargs: dict[str, Any] = moved(dict(options.kwargs or {}), place)
+    recipe = recipe_of(options.model, options.guide, options.objective)
     batches, held_out = open_batches(
         moved(options.data, place),
         moved(options.val_data, place),
@@ -94,6 +98,7 @@ def lay_ground(options: Options) -> tuple[Options, Ground]:
         seed,
         place,
         (ranks.number, ranks.count),
+        wish=recipe.batch_size,
     )
     first = batches[0]
     ground = Ground(
@@ -105,6 +110,7 @@ def lay_ground(options: Options) -> tuple[Options, Ground]:
         batches,
         first,
         held_out,
+        recipe,
         (*first, *args),
         kwargs,
     )

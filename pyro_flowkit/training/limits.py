@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_flowkit.guides.recipe import Recipe
+from pyro_flowkit.recipe import Recipe
 from pyro_flowkit.training.data import Batches
 from pyro_flowkit.training.options import Options
 

@@ -13,10 +13,11 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoContinuous
 
-from pyro_flowkit.guides.recipe import ObjectiveGuide, recipe_of
+from pyro_flowkit.guides.protocols import ObjectiveGuide
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.plates import TrainingRows
 from pyro_flowkit.programs.vectorized import Vectorized, Way
+from pyro_flowkit.recipe import recipe_of
 from pyro_flowkit.training.losses import FlowMatching, MaximumLikelihood
 from pyro_flowkit.training.variational import Variational, no_guide
 from pyro_flowkit.warning import warn
@@ -68,7 +69,7 @@ def chosen_loss(
     if objective is not None:
         loss.objective = checked_objective(objective, num_particles, program)
         return loss
-    wished = recipe_of(guide).num_particles
+    wished = recipe_of(model, guide).num_particles
     inputs = (*batch, *args)
     count = num_particles or wished or 1
     found = many_particles(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
-from pyro_flowkit.guides.recipe import Recipe, StartingGuide, recipe_of
+from pyro_flowkit.guides.protocols import StartingGuide
+from pyro_flowkit.recipe import Recipe
 from pyro_flowkit.training.average import Average
 from pyro_flowkit.training.beginning import Beginning, begin
 from pyro_flowkit.training.callbacks import FitState
@@ -48,7 +49,7 @@ class Plan:
         loss: What is trained.
         batches: What it is trained on.
         schedule: Of the optimizer's rates.
-        by_recipe: Whether these are those of the guide's recipe.
+        by_recipe: Whether these are those of a recipe.
         limits: When to stop.
         judge: Of states.
         ranks: The processes that share the fit.
@@ -100,7 +101,7 @@ def make_plan(options: Options, bar: Bar) -> Plan:
         TypeError, ValueError: As :func:`pyro_flowkit.fit` says.
     """
     options, ground = lay_ground(options)
-    ranks, batches, recipe = ground.ranks, ground.batches, recipe_of(options.guide)
+    ranks, batches, recipe = ground.ranks, ground.batches, ground.recipe
     limits, scheduler = chosen_limits(options, recipe, batches)
     if options.progress and ranks.leads:
         bar.open()
@@ -229,7 +230,8 @@ def _judge(
         window = max(1 if held_out else 10, min(WINDOW, max_steps // 20))
     if is_watched and _is_own_plan(options):
         window = min(window, WINDOW_OF_RECIPE)
-    average = None if options.average is None else Average(options.average)
+    kind = _average(options, ground.recipe)
+    average = None if kind is None else Average(kind)
     return Judge(loss, validator, window, average, ground.ranks)
 
 
@@ -249,7 +251,7 @@ def _identity(
         "lr": [group["lr"] for group in optimizer.param_groups],
         "scheduler": scheduler,
         "clip_norm": clip_norm,
-        "average": options.average,
+        "average": _average(options, ground.recipe),
         "kl_schedule": options.kl_schedule,
         "objective": type(objective).__name__,
         "num_particles": getattr(objective, "num_particles", None),
@@ -260,6 +262,10 @@ def _identity(
     return {**fingerprint(batches, ground.ranks), "seed": seed} | identity(
         batches, ground.held_out, options.args, ground.kwargs, programs, settings
     )
+
+
+def _average(options: Options, recipe: Recipe) -> float | Literal["tail"] | None:
+    return recipe.average if options.average is None else options.average
 
 
 def _is_elbo(loss: MaximumLikelihood | Variational) -> bool:

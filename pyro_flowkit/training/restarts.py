@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_flowkit.guides.recipe import RestartingGuide, StartingGuide
+from pyro_flowkit.guides.protocols import RestartingGuide, StartingGuide
 from pyro_flowkit.programs.modules import copied
 from pyro_flowkit.training.arguments import as_tensors
 from pyro_flowkit.training.data import as_rows

@@ -20,7 +20,7 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 
 from pyro_flowkit.guides.latent_elbo import LatentELBO
-from pyro_flowkit.guides.recipe import ObjectiveGuide
+from pyro_flowkit.guides.protocols import ObjectiveGuide
 from pyro_flowkit.programs.derivative import Graph
 from pyro_flowkit.programs.pairs import trace_pair
 from pyro_flowkit.programs.plates import (

@@ -28,6 +28,7 @@ from torch.utils.data import (
 from pyro_flowkit import SplineFlow, ops
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.training import Callback, CsvTracker, FitState, faults, fit
+from pyro_flowkit.training.data import open_batches
 from pyro_flowkit.training.schedule import kl_weight
 
 
@@ -105,6 +106,19 @@ def test_a_loader_without_a_length_trains_but_has_no_epochs(rows: torch.Tensor) 
     assert len(result.history["step"]) == 7
     with pytest.raises(ValueError, match="for max_epochs=2, got a source without len"):
         fit(Location(), data=loader, max_epochs=2, progress=False)
+
+
+def test_a_recipes_batch_size_gives_way_to_rows_and_processes() -> None:
+    def size(rows: int, processes: int) -> int:
+        part = (0, processes)
+        batches, _ = open_batches(torch.zeros(rows, 2), None, 0.0, None, 0, None, part, wish=256)
+        return batches.batch_size
+
+    assert (size(1000, 1), size(1000, 3), size(1000, 300)) == (256, 255, 1000)
+    assert size(256, 1) == 256 and size(100, 3) == 100
+    loader = DataLoader(TensorDataset(torch.zeros(1000, 2)), batch_size=50)
+    batches, _ = open_batches(loader, None, 0.0, None, 0, None, (0, 1), wish=256)
+    assert len(batches[0][0]) == 50
 
 
 def test_a_function_is_given_the_step(rows: torch.Tensor) -> None:

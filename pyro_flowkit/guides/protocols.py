@@ -1,12 +1,11 @@
-"""How guides want to be trained, and how they take part in :func:`pyro_flowkit.fit`.
+"""How guides take part in :func:`pyro_flowkit.fit`, beside their ``recipe()``.
 
-Any guide takes part that has these methods, whoever wrote it: a ``recipe()``; where it knows of a good place to start
+Any guide takes part that has these methods, whoever wrote it: where it knows of a good place to start
 from what a :class:`StartingGuide` has; where it can begin anew, or has a say in its objective, what a
 :class:`RestartingGuide` and an :class:`ObjectiveGuide` have. Diagnostics ask a :class:`DensityGuide` for its density.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from pyro.infer import ELBO
@@ -14,40 +13,6 @@ from torch import Tensor
 
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.programs.vectorized import Vectorized
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How :func:`pyro_flowkit.fit` trains a guide where its caller does not say; None leaves it to the defaults.
-
-    Attributes:
-        lr: initial learning rate of Adam.
-        num_particles: draws of the guide in a step.
-        scheduler: name of the learning rate's schedule.
-        warmup_steps: over so many first steps the rates rise in a line: Adam's first steps move every parameter by the
-            whole rate, whatever its gradient, and would lose much of a start that is nearly right.
-        max_steps: optimizer steps.
-        clip_norm: largest norm of the gradient.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> from pyro_flowkit.guides import AutoSplineFlow
-        >>> def model():
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
-        >>> recipe = AutoSplineFlow(model).recipe()
-        >>> recipe.num_particles > 1
-        True
-    """
-
-    lr: float | None = None
-    num_particles: int | None = None
-    scheduler: str | None = None
-    warmup_steps: int = 0
-    max_steps: int | None = None
-    clip_norm: float | None = None
 
 
 class StartingPoint(Protocol):
@@ -158,19 +123,3 @@ class DensityGuide(Protocol):
             args: the model's arguments.
             kwargs: the model's keyword arguments.
         """
-
-
-def recipe_of(guide: Any) -> Recipe:
-    """What the guide says of its training: nothing, where it has no ``recipe()``.
-
-    Raises:
-        TypeError: If it says it in anything else than a :class:`Recipe`.
-    """
-    say = getattr(guide, "recipe", None)
-    recipe = say() if callable(say) else Recipe()
-    if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"expected recipe() of {type(guide).__name__} to return a pyro_flowkit.guides.Recipe, "
-            f"got {type(recipe).__name__}"
-        )
-    return recipe
