@@ -50,7 +50,9 @@ class SplineFlow(StridingModule, Flow):
     bend in units of its scale. The networks see a context that has been :func:`~pyro_flowkit.nn.compressed`. Trained by
     its draws, as a posterior is, it begins with the affine map alone; the map's network learns after 20 steps of the
     optimizer, the splines after 100 (:mod:`pyro_flowkit.head_start`), and both at a rate of 0.004 at most
-    (:mod:`pyro_flowkit.moves`).
+    (:mod:`pyro_flowkit.moves`). Where the context has a gradient, as the output of an encoder has that is trained with
+    it, the first such draw gives the location slopes: a hundredth of the variance of the batch follows the context from
+    then on (:class:`~pyro_flowkit.transforms.conditional_affine.ConditionalAffine`).
 
     Inside a ``PyroModule`` it takes its name in the param store from there; on its own it is SplineFlow, and further
     ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.

@@ -250,7 +250,12 @@ class AmortizedSplineFlow(
             self.register_buffer("masked_loc", loc.clone())
         kind = self.affine_kind or ("full" if size <= 32 else "diagonal")
         self.affine = ConditionalAffine(
-            loc, self.init_scale, context_dim, kind, hidden_dims=hidden_dims
+            loc,
+            self.init_scale,
+            context_dim,
+            kind,
+            hidden_dims=hidden_dims,
+            starts_by_draws=False,
         )
         self.head_start = HeadStart(self.affine)
         parts: list[list[nn.Module]] = [[self.affine.network], [self.flow.layers, self.flow.base]]
@@ -276,9 +281,11 @@ class AmortizedSplineFlow(
                 global_context = centred(self.global_guide, self._global, result)
         features = self._encode(args, kwargs)
         with plates[self._plate] as rows:
-            posterior = self._posterior(self._features_of(rows, features), global_context)
+            own_features = self._features_of(rows, features)
+            posterior = self._posterior(own_features, global_context)
         self.head_start.give(posterior, self.flow.layers, self.affine)
         self.stride.follow(posterior)
+        self.affine.start(own_features)
         masks = self._row_masks(rows, args, kwargs)
         with plates[self._plate], masks.around():
             latent = pyro.sample(

@@ -15,11 +15,11 @@ Reference:
 from typing import Any
 
 import torch
-import torch.distributed as distributed
 from torch import Tensor, nn
 
 from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.transforms.base import FlowTransformModule
+from pyro_flowkit.transforms.first_batch import moments
 from pyro_flowkit.transforms.linear import working_dtype
 
 
@@ -88,7 +88,7 @@ class ActNorm(FlowTransformModule):
             self._may_start = False
             return
         rows = y.reshape(-1, self.input_dim).to(torch.float64)
-        count, mean, squares = _moments(rows)
+        count, mean, squares = moments(rows)
         if count < 2 or not bool(mean.isfinite().all() & squares.isfinite().all()):
             return
         deviation = (squares / count).sqrt()
@@ -108,20 +108,6 @@ class ActNorm(FlowTransformModule):
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"
-
-
-def _moments(rows: Tensor) -> tuple[float, Tensor, Tensor]:
-    """How many rows all processes together have, their mean, and the sum of the squared deviations from it."""
-    shares = distributed.is_available() and distributed.is_initialized()
-    sums = torch.cat([rows.new_tensor([float(len(rows))]), rows.sum(0)])
-    if shares:
-        distributed.all_reduce(sums)
-    count = float(sums[0])
-    mean = sums[1:] / count
-    squares = (rows - mean).square().sum(0)
-    if shares:
-        distributed.all_reduce(squares)
-    return count, mean, squares
 
 
 def act_norm(input_dim: int) -> ActNorm:

@@ -8,22 +8,39 @@ network is for the rest. As in :mod:`pyro_flowkit.transforms.affine` the constan
 Adam they move ``rate`` times faster than the other parameters. So does the linear part of m and N where the context is
 one number; of more each moves :data:`SLOPE_RATE` times faster, as their moves add up, and so does the linear part of
 log s: a posterior does not bear its jitter at a large learning rate.
+
+Slopes of zero give no gradient to a context, which is the end of an encoder that shall be learned: at first every draw
+is noise, whatever the datum, and a decoder that is trained with such codes learns to do without them (posterior
+collapse). So the first batch of contexts that have a gradient gives m its slopes when it is drawn with: random
+directions, a hundredth (:data:`START_SHARE`) of the variance of y over the batch, and the noise has the rest of what
+was its own. More would fix where in a code of few numbers which datum has its place, before the decoder has a say.
+Contexts that are data have nothing to learn, and in maximum likelihood there are no draws: slopes of zero are a good
+start for both.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP, compressed
+from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
+from pyro_flowkit.transforms.first_batch import moments
 
 SLOPE_RATE = 2.5
+START_SHARE = 0.01
 
 
 class ConditionalAffine(ConditionalFlowTransformModule):
     """``y = loc + S x`` with location and scale conditioned on a context; constant at first.
+
+    The location follows the context from the first draw on that trains an encoder: a forward call with gradients, in
+    training mode, of at least two different contexts that have a gradient. A map that was trained otherwise before
+    keeps what it has; so does one in a trace, under ``torch.func`` and under ``torch.compile``: make one draw before
+    these. In several processes (a ``torch.distributed`` group) every one of them must make that call.
 
     Args:
         loc: initial location, shape ``(D,)``.
@@ -33,6 +50,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         hidden_dims: widths of the network's hidden layers.
         rate: how much faster than other parameters the constants move, positive; the linear part 2.5
             times at most, but those of location and N for a context of one number, which move as the constants.
+        starts_by_draws: whether forward calls :meth:`start`.
 
     Attributes:
         weight_rate: how much faster the rows of the linear part move, shape ``(rows, 1)``.
@@ -52,6 +70,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         *,
         hidden_dims: Sequence[int],
         rate: float = 10.0,
+        starts_by_draws: bool = True,
     ):
         size = loc.shape[-1]
         super().__init__(size, context_dim)
@@ -70,9 +89,13 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         rows, columns = torch.tril_indices(size, size, -1)
         self._below: Tensor
         self.register_buffer("_below", rows * size + columns, persistent=False)
+        self.starts_by_draws = starts_by_draws
+        self._may_start = True
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         self._check_inputs(x, context)
+        if self.starts_by_draws:
+            self.start(context)
         loc, log_scale, lower = self._parameters_for(context)
         y = x.to(loc.dtype)
         if lower is not None:
@@ -82,6 +105,8 @@ class ConditionalAffine(ConditionalFlowTransformModule):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         self._check_inputs(y, context)
+        if self._may_start and self._trains(context):
+            self._may_start = False
         loc, log_scale, lower = self._parameters_for(context)
         x = (y.to(loc.dtype) - loc) * (-log_scale).exp()
         if lower is not None:
@@ -101,6 +126,52 @@ class ConditionalAffine(ConditionalFlowTransformModule):
                 lower.mT, pushed.unsqueeze(-1), upper=True, unitriangular=True
             ).squeeze(-1)
         return (pushed * (-log_scale).exp()).to(derivative.dtype)
+
+    def start(self, context: Tensor) -> None:
+        """Give the location its first slopes by a batch of contexts, where it has none and they are to be learned.
+
+        Args:
+            context: shape ``(*batch, C)``, the first C columns of the map's contexts. It does nothing without a
+                gradient.
+        """
+        if not (self._may_start and context.requires_grad and self._trains(context)):
+            return
+        if not bool(self.weight.any()):
+            self._give_slopes(context.detach())
+        self._may_start = not bool(self.weight.any())
+
+    def _trains(self, context: Tensor) -> bool:
+        learns = self.weight.requires_grad and self.raw_constant.requires_grad
+        return learns and self.training and torch.is_grad_enabled() and is_plain_eager(context)
+
+    @torch.no_grad()
+    def _give_slopes(self, context: Tensor) -> None:
+        size = self.input_dim
+        context_dim = context.shape[-1]
+        directions = torch.randn(size, context_dim, generator=torch.Generator().manual_seed(0))
+        directions = directions.to(context.device, torch.float64)
+        rows = context.reshape(-1, context_dim).to(torch.float64)
+        count, mean, squares = moments(torch.cat([rows, rows @ directions.mT], -1))
+        deviation = (squares / max(count, 1.0)).sqrt()
+        own, along = deviation.tensor_split([context_dim])
+        if not bool((along.isfinite() & (along > 0)).all()):
+            return
+        directions = directions * (own > 1e-6 * own.max())  # how far others will vary is not known
+        constant = self.rate * self.raw_constant.to(torch.float64)
+        loc, log_scale, below = constant.tensor_split([size, 2 * size])
+        unit = START_SHARE**0.5 * log_scale.exp() / along
+        slopes = unit.unsqueeze(-1) * directions
+        loc = loc - slopes @ mean[:context_dim]
+        self.weight[:size, :context_dim] = slopes / self.weight_rate[:size]
+        log_scale = log_scale + 0.5 * math.log1p(-START_SHARE)
+        self.raw_constant.copy_(torch.cat([loc, log_scale, below]) / self.rate)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._may_start = True  # the parameters decide
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_may_start": True}
 
     def _parameters_for(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Location and logarithm of the scale ``(*batch, D)``, and N ``(*batch, D, D)`` where it is not zero."""

@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_flowkit import SplineFlow, fit
 from pyro_flowkit.training import ground
 from pyro_flowkit.training.ranks import Ranks
+from pyro_flowkit.transforms.conditional_affine import START_SHARE, ConditionalAffine
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed"
@@ -29,6 +30,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_flowkit import ContinuousFlow, SplineFlow, fit
 import pyro_flowkit.transforms as T
 from pyro_flowkit.training import Callback, LostRankError
+from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 torch.set_num_threads(1)
 rank, folder = int(os.environ.get("RANK", 0)), sys.argv[1]
@@ -122,6 +124,10 @@ out["matched, resumed"] = matching(checkpoint_dir=f"{{folder}}/matched", resume=
 layer = T.act_norm(2).double()
 layer.inverse_and_ladj(rows[:20] if rank else rows[20:])
 out["act_norm"] = layer.state_dict()
+layer = ConditionalAffine(torch.zeros(1), 1.0, 2, hidden_dims=[2]).double()
+context = (rows[:20] if rank else rows[20:]).clone().requires_grad_()
+layer.call_and_ladj(torch.zeros(len(context), 1).double(), context)
+out["first slopes"] = {{name: getattr(layer, name).data for name in ("raw_constant", "weight")}}
 torch.save(out, f"{{folder}}/{{rank}}.pt")
 """
 
@@ -202,7 +208,7 @@ def one() -> dict:
 @pytest.mark.parametrize(
     "name",
     [
-        *("density", "guide", "late", "timed", "resumed", "act_norm"),
+        *("density", "guide", "late", "timed", "resumed", "act_norm", "first slopes"),
         *("matched", "matched, resumed"),
     ],
 )
@@ -243,6 +249,14 @@ def test_act_norm_starts_with_the_rows_of_both(two, one) -> None:
     rows, state = one["rows"], two[1][0]["act_norm"]
     torch.testing.assert_close(state["loc"], rows.mean(0))
     torch.testing.assert_close(state["log_scale"], rows.std(0, correction=0).log())
+
+
+def test_first_slopes_are_those_of_the_rows_of_both(two, one) -> None:
+    layer = ConditionalAffine(torch.zeros(1), 1.0, 2, hidden_dims=[2]).double()
+    layer.load_state_dict(two[1][0]["first slopes"], strict=False)
+    loc, _ = layer.call_and_ladj(torch.zeros(64, 1).double(), one["rows"])
+    assert loc.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert loc.var(correction=0).item() == pytest.approx(START_SHARE, rel=1e-6)
 
 
 def test_a_stop_on_one_stops_both(two) -> None:
