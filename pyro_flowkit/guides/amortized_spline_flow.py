@@ -250,13 +250,9 @@ class AmortizedSplineFlow(
             self.register_buffer("masked_loc", loc.clone())
         kind = self.affine_kind or ("full" if size <= 32 else "diagonal")
         self.affine = ConditionalAffine(
-            loc,
-            self.init_scale,
-            context_dim,
-            kind,
-            hidden_dims=hidden_dims,
-            starts_by_draws=False,
+            loc, self.init_scale, context_dim, kind, hidden_dims=hidden_dims
         )
+        self.affine.starts_by_draws = False  # but by what the encoder says, without the globals
         self.head_start = HeadStart(self.affine)
         parts: list[list[nn.Module]] = [[self.affine.network], [self.flow.layers, self.flow.base]]
         self.stride = Stride(parts, "an AmortizedSplineFlow")
