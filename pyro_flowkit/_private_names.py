@@ -43,6 +43,7 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     # torch: modules
     ("torch.nn.Module", "_apply"),
     ("torch.nn.Module", "_load_from_state_dict"),
+    ("torch.nn.Module", "_save_to_state_dict"),
     ("torch.nn.Module", "_non_persistent_buffers_set"),
     ("torch.nn.Module", "_backward_hooks"),
     ("torch.nn.Module", "_backward_pre_hooks"),

@@ -10,7 +10,7 @@ Reference:
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -92,6 +92,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     _held: Sequence[tuple[list[nn.Module], Tensor | None]] = ()
     """Modules that get no gradient from its draws; with a boolean tensor only while it is False."""
+    _on_draw: Callable[[], None] | None = None  # at draws that gradients may come through
 
     def __init__(
         self,
@@ -116,6 +117,8 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _push(self, value: Tensor, inputs: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The draw and its log-density; the inputs of the transforms are added to a list, where one is given."""
+        if self._on_draw is not None and torch.is_grad_enabled():
+            self._on_draw()
         with ExitStack() as stack:
             for modules, until in self._held:
                 stack.enter_context(held_fixed(modules, until))
@@ -334,12 +337,11 @@ class FlowDistribution(dist.TransformedDistribution):
         """A new distribution of this batch shape, with the same ``path_gradient`` and nothing remembered."""
         new = self._get_checked_instance(FlowDistribution, _instance)
         new.path_gradient = self.path_gradient
-        new._draw = None
-        new._held = self._held
+        new._draw, new._held, new._on_draw = None, self._held, self._on_draw
         return super().expand(batch_shape, _instance=new)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draw": None, "_held": ()}
+        return {**self.__dict__, "_draw": None, "_held": (), "_on_draw": None}
 
 
 def _is_empty(value: Tensor) -> bool:

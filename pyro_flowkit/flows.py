@@ -15,6 +15,7 @@ from pyro_flowkit.bases import make_base
 from pyro_flowkit.flow import Flow
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.head_start import HeadStart
+from pyro_flowkit.moves import Stride, StridingModule
 from pyro_flowkit.nn import Activation, checked_hidden_dims
 from pyro_flowkit.ops import Tails
 from pyro_flowkit.transforms.autoregressive import (
@@ -35,7 +36,7 @@ from pyro_flowkit.transforms.permute import Permute
 MAX_ORDERED_DIM = 128
 
 
-class SplineFlow(Flow):
+class SplineFlow(StridingModule, Flow):
     """A rational-quadratic spline flow: density, prior or (with a context) conditional distribution.
 
     Calling it gives a :class:`FlowDistribution` with event shape ``(input_dim,)``::
@@ -48,10 +49,10 @@ class SplineFlow(Flow):
     logarithm of the scale are a linear function and a network of the context: a conditional Gaussian, which the splines
     bend in units of its scale. The networks see a context that has been :func:`~pyro_flowkit.nn.compressed`. Trained by
     its draws, as a posterior is, it begins with the affine map alone; the map's network learns after 20 steps of the
-    optimizer, the splines after 100 (:mod:`pyro_flowkit.head_start`). Where the context has a gradient, as the output
-    of an encoder has that is trained with it, the first such draw gives the location slopes: a hundredth of the
-    variance of the batch follows the context from then on
-    (:class:`~pyro_flowkit.transforms.conditional_affine.ConditionalAffine`).
+    optimizer, the splines after 100 (:mod:`pyro_flowkit.head_start`), and both at a rate of 0.004 at most
+    (:mod:`pyro_flowkit.moves`). Where the context has a gradient, as the output of an encoder has that is trained with
+    it, the first such draw gives the location slopes: a hundredth of the variance of the batch follows the context from
+    then on (:class:`~pyro_flowkit.transforms.conditional_affine.ConditionalAffine`).
 
     Inside a ``PyroModule`` it takes its name in the param store from there; on its own it is SplineFlow, and further
     ones SplineFlow_1, SplineFlow_2, ... in the order of their first use.
@@ -146,6 +147,9 @@ class SplineFlow(Flow):
             self.head_start = HeadStart(self.affine)
         self.standardization = Standardization(input_dim)
         self.base = make_base(base, input_dim, context_dim)
+        self.stride: Stride | None = None
+        if self.affine is not None:
+            self.stride = Stride([[self.affine.network], [self.layers, self.base]], "a SplineFlow")
 
     def forward(
         self, context: Tensor | None = None, *, path_gradient: bool = False
@@ -153,6 +157,8 @@ class SplineFlow(Flow):
         distribution = super().forward(context, path_gradient=path_gradient)
         if self.affine is not None:
             self.head_start.give(distribution, self.layers, self.affine)
+        if self.stride is not None:
+            self.stride.follow(distribution)
         return distribution
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:

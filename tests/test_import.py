@@ -22,7 +22,7 @@ HOUSE = [
     {"transforms"},
     {"moments", "path_gradient"},
     {"_pyro", "bases", "flow_distribution", "preprocessing"},
-    {"head_start"},
+    {"head_start", "moves"},
     {"flow"},
     {"flows", "continuous"},
     {"guides", "objectives"},

@@ -325,11 +325,6 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
         self._look()
         return super().state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().load_state_dict(*args, **kwargs)
-        self._stored_values_taken()
-        return loaded
-
     def _stored_values_taken(self) -> None:
         for pace in self._paces():
             pace.forget()

@@ -34,18 +34,14 @@ References:
     Bernard Delyon, Anatoli Juditsky. Accelerated Stochastic Approximation. SIAM Journal on Optimization 1993.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_flowkit._pyro import before_saving
-from pyro_flowkit.ops.eager import is_transformed
-from pyro_flowkit.warning import warn
+from pyro_flowkit.moves import Moves, is_even
 
 SHRINK = 0.01  # of the gradients
 MOMENTUM = 0.9  # of Adam and its relatives
@@ -121,11 +117,8 @@ class Part:
         return sum(parameter.numel() for parameter in self.parameters)
 
 
-class Pace(nn.Module):
+class Pace(Moves):
     """Watches the steps of an optimizer and shortens them; see the module's docstring.
-
-    It holds no parameters. Its buffers say how training went, not what was learned: they are no part of a
-    ``state_dict``, but of checkpoints.
 
     Args:
         affine: the guide's last layer.
@@ -133,7 +126,6 @@ class Pace(nn.Module):
         is_active: False never does anything.
     """
 
-    seen: Tensor
     reach: Tensor
     last: Tensor
     innovations: Tensor
@@ -145,20 +137,18 @@ class Pace(nn.Module):
     def __init__(
         self, affine: Any, parts: Iterable[tuple[nn.Module, Limit]], *, is_active: bool = True
     ):
-        super().__init__()
         matrix = [p for name, p in affine.named_parameters() if name not in _OWN_PACE]
-        self._rate: float = affine.rate
-        self._owned = [
+        owned = [
             Part((affine.raw_loc,), LOCATION, is_affine=True),
             Part((affine.raw_log_scale,), SCALE, is_affine=True),
             *([Part(tuple(matrix), MATRIX, is_affine=True)] if matrix else []),
             *(Part(tuple(module.parameters()), limit) for module, limit in parts),
         ]
-        self._owned = [part for part in self._owned if part.size]
+        self._owned = [part for part in owned if part.size]
+        super().__init__([part.parameters for part in self._owned], "an AutoSplineFlow")
+        self._rate: float = affine.rate
         count = sum(part.size for part in self._owned if part.is_affine)
-        like = affine.raw_loc.detach()
         for name, shape in (
-            ("seen", (sum(part.size for part in self._owned),)),
             ("reach", (len(self._owned),)),
             ("last", (count,)),
             ("innovations", (2, count)),
@@ -167,29 +157,16 @@ class Pace(nn.Module):
             ("clock", (len(_CLOCK),)),
             ("sizes", (len(self._parameters_in_order()),)),
         ):
-            self.register_buffer(name, like.new_zeros(shape), persistent=False)
+            self.register_buffer(name, self.seen.new_zeros(shape), persistent=False)
         self._is_active = is_active
-        self.is_resting = False
-        self._is_traced = False
-        self._has_warned = False
-        self._hooks: list[Any] = []
+        self._others_stepped = False
         self._draws = 0
         self._usual: list[float] = []  # the sizes while a step's gradients come, and what came
         self._heard: dict[int, list[float]] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        """Take the parameters as they are now: somebody else wrote them."""
-        self._is_pending = False
 
     def drew(self, count: int) -> None:
         """Take note of draws of the guide in training."""
         self._draws += count
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether gradients came since the last look."""
-        return self._is_pending
 
     def look(self, *, others_stepped: bool = False) -> None:
         """Shorten what the optimizer has done since the last look to what the guide's parts bear.
@@ -198,40 +175,27 @@ class Pace(nn.Module):
             others_stepped: gradients came to other components of the guide: without any of its own this one has been
                 moved by momentum alone, and goes back.
         """
-        if torch.jit.is_tracing() and torch.is_grad_enabled():
-            self._is_traced = True  # there is no next call: a trace keeps its parameters
-        if is_transformed() or self.is_resting or not self._is_active:
-            return
-        with torch.no_grad():
-            self._listen()
-            now = _flat(self._parameters_in_order())
-            if (self._is_pending or (others_stepped and self._heard)) and not self._is_traced:
-                self._is_pending = False
-                self._take_back(now)
-            elif others_stepped:
-                self._write(self.seen.clone())
-            else:
-                self.seen.copy_(now)
+        if self._is_active:
+            self._others_stepped = others_stepped
+            super().look()
 
-    def _take_back(self, now: Tensor) -> None:
-        wanted = now - self.seen
-        if not bool(wanted.any()):
-            return  # gradients without a step, so far
-        if not bool(wanted.isfinite().all()):
-            self._warn("A step of the optimizer led to parameters that are not finite")
+    def _compare(self, now: Tensor) -> None:
+        if self._others_stepped and self._heard:
+            self._is_pending = True
+        if self._others_stepped and (self._is_traced or not self._is_pending):
             self._write(self.seen.clone())
-            return
-        sizes = [part.size for part in self._owned]
-        moves, log_scale = list(wanted.split(sizes)), self.seen.split(sizes)[1]
+        else:
+            super()._compare(now)
+
+    def _place(self, now: Tensor, wanted: Tensor) -> Tensor | None:
+        moves, log_scale = list(wanted.split(self._sizes)), self.seen.split(self._sizes)[1]
         largest = torch.stack([move.abs().max() for move in moves])
         if not bool((largest[:2] > 0).all()):  # no step leaves location or scale where it is
-            self.seen.copy_(now)
-            return
+            return None
         if not bool(self.reach.any()):
-            self.clock[_EVEN] = float(_is_even(wanted))
+            self.clock[_EVEN] = float(is_even(wanted, UNEVEN, 0.25))
         elif bool(self.clock[_EVEN]) and bool((largest > FOREIGN * self.reach.max()).any()):
-            self.seen.copy_(now)
-            return
+            return None
         torch.maximum(FORGETTING * self.reach, largest, out=self.reach)
         self._measure_gradients()
         self.clock[_STEPS] += 1.0
@@ -240,7 +204,7 @@ class Pace(nn.Module):
             moves[i] = self._shortened(moves[i], part, float(self.reach[i]), noisy_steps[i])
         moves[0] = moves[0] * (self._rate * log_scale).exp()
         self._draws = 0
-        self._write(self.seen + torch.cat(moves))
+        return self.seen + torch.cat(moves)
 
     def _shortened(self, move: Tensor, part: Part, reach: float, noisy_steps: float) -> Tensor:
         # where the gradients' size counts, they came smaller than they are
@@ -279,31 +243,7 @@ class Pace(nn.Module):
         noisy = [own[_NOISY] for own in signs]
         return noisy + (len(self._owned) - len(noisy)) * [sum(noisy) / len(noisy)]
 
-    def _write(self, values: Tensor) -> None:
-        parameters = self._parameters_in_order()
-        for parameter, value in zip(
-            parameters, values.split([p.numel() for p in parameters]), strict=True
-        ):
-            parameter.copy_(value.view_as(parameter))
-        self.seen.copy_(values)
-
-    def _listen(self) -> None:
-        """Have the gradients of every parameter pass through :meth:`_receive`; copies and pickles lose that."""
-        if self._hooks:
-            return
-        for i, parameter in enumerate(self._parameters_in_order()):
-            if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(partial(self._receive, i)))
-                before_saving(parameter, self.look)
-
-    def _receive(self, i: int, gradient: Tensor) -> Tensor:
-        if self.is_resting:
-            return gradient
-        self._is_pending = True
-        norm = float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64))
-        if not math.isfinite(norm):
-            self._warn("A gradient was not finite")
-            return torch.zeros_like(gradient)
+    def _handed_on(self, i: int, gradient: Tensor, norm: float) -> Tensor:
         if not self._usual:
             self._usual = self.sizes.tolist()
         size = norm / gradient.numel() ** 0.5
@@ -321,28 +261,3 @@ class Pace(nn.Module):
             self._usual[i] = usual**share * now ** (1 - share) if now > 0.0 else usual
         self.sizes.copy_(torch.tensor(self._usual))
         self._usual, self._heard = [], {}
-
-    def _warn(self, what: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            warn(
-                f"{what} in the training of an AutoSplineFlow: its parameters did not follow. The model's density may "
-                "overflow where the guide draws; this is said once, however often it happens."
-            )
-
-    def _parameters_in_order(self) -> list[nn.Parameter]:
-        return [parameter for part in self._owned for parameter in part.parameters]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": []}
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def _is_even(moves: Tensor) -> bool:
-    """Whether the first moves of an optimizer are of one size, as those of Adam are whatever the gradients."""
-    sizes = moves[moves != 0].abs().double().sort().values
-    low, high = sizes[len(sizes) // 4], sizes[(3 * len(sizes)) // 4]
-    return bool(high <= UNEVEN * low)

@@ -197,5 +197,5 @@ def fit(
         return best_of(options.restarts, fit, vars(options))
     with Bar() as bar:
         plan = make_plan(options.with_tensors(), bar)
-        with paced(guide, plan.state.optimizer, by_recipe=plan.by_recipe):
+        with paced(plan.loss.modules, plan.state.optimizer, by_recipe=plan.by_recipe):
             return Loop(plan).run()

@@ -1,11 +1,11 @@
-"""How :func:`pyro_flowkit.fit` and guides that watch their own steps get along.
+"""How :func:`pyro_flowkit.fit` gets along with guides and flows that watch their own steps.
 
 A recipe has a rate for every part of a guide: then the guide leaves its steps to it. With a rate or an optimizer of the
-caller's the guide sees to its steps here as in any other loop, but right after each of them, so that what is judged,
+caller's they see to their steps here as in any other loop, but right after each of them, so that what is judged,
 averaged and saved is where it really stands. The gradients that it hands out, and their norm, are in units of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,24 +14,30 @@ from torch import nn
 
 from pyro_flowkit.guides.component import look_all
 from pyro_flowkit.guides.pace import Pace
+from pyro_flowkit.moves import Moves
 
 
 @contextmanager
-def paced(guide: Any, optimizer: torch.optim.Optimizer, *, by_recipe: bool) -> Iterator[None]:
-    """Have the guides in ``guide`` follow a recipe's rates, or look after every step of the optimizer, for a while."""
-    parts = guide.modules() if isinstance(guide, nn.Module) else ()
-    paces = [part for part in parts if isinstance(part, Pace)]
+def paced(
+    modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, *, by_recipe: bool
+) -> Iterator[None]:
+    """Have what is in ``modules`` follow a recipe's rates, or look after every step of the optimizer, for a while."""
+    parts = {part: None for module in modules for part in module.modules()}
+    watching = [part for part in parts if isinstance(part, Moves)]
 
     def look(*_: Any) -> None:
-        look_all(paces)
+        look_all(part for part in watching if isinstance(part, Pace))
+        for part in watching:
+            if not isinstance(part, Pace):
+                part.look()
 
-    for pace in paces:
-        pace.is_resting = by_recipe
+    for part in watching:
+        part.is_resting = by_recipe
     handle = optimizer.register_step_post_hook(look)
     try:
         yield
     finally:
         handle.remove()
-        for pace in paces:
-            pace.is_resting = False
-            pace.forget()
+        for part in watching:
+            part.is_resting = False
+            part.forget()

@@ -50,9 +50,9 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         hidden_dims: widths of the network's hidden layers.
         rate: how much faster than other parameters the constants move, positive; the linear part 2.5
             times at most, but those of location and N for a context of one number, which move as the constants.
-        starts_by_draws: whether forward calls :meth:`start`.
 
     Attributes:
+        starts_by_draws: whether forward calls :meth:`start`; True.
         weight_rate: how much faster the rows of the linear part move, shape ``(rows, 1)``.
 
     Shapes: ``(*batch, D)`` and a context ``(*batch, context_dim)`` to ``(*batch, D)``, with log-det ``(*batch,)`` in
@@ -70,7 +70,6 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         *,
         hidden_dims: Sequence[int],
         rate: float = 10.0,
-        starts_by_draws: bool = True,
     ):
         size = loc.shape[-1]
         super().__init__(size, context_dim)
@@ -89,7 +88,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         rows, columns = torch.tril_indices(size, size, -1)
         self._below: Tensor
         self.register_buffer("_below", rows * size + columns, persistent=False)
-        self.starts_by_draws = starts_by_draws
+        self.starts_by_draws = True
         self._may_start = True
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
