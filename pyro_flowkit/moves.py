@@ -6,9 +6,9 @@ far, and steps to what is no number. Until that call the parameters are where th
 reads them in between (a ``state_dict``, copies, pickles, the saving of Pyro's param store) looks first.
 
 :class:`Stride` is for conditional flows that are drawn from in training, as posteriors are. A rate that suits a
-location (.01 to .05) is none for networks of a context. When the splines join in (:mod:`pyro_flowkit.head_start`) at
-.02, with conditioners of 128 units, the loss was 1e11 forty steps later, and then no number. So networks and splines
-that an optimizer moves at a larger rate than :data:`RATE` go in the same direction as if the rate were that; what it
+location (.01 to .05) is none for networks of a context: when splines whose conditioners have 128 units join in
+(:mod:`pyro_flowkit.head_start`) at .02, the loss explodes within some dozens of steps. So networks and splines that an
+optimizer moves at a larger rate than :data:`RATE` go in the same direction as if the rate were that; what it
 moves at a smaller one stays as it is, bit for bit. The constants and the linear part of the affine map move at the
 caller's rate, as the encoder does, which is the caller's: they have to follow what it says. Maximum likelihood, where
 nothing is drawn, has no limit at all.
