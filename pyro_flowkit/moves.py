@@ -8,10 +8,10 @@ reads them in between (a ``state_dict``, copies, pickles, the saving of Pyro's p
 :class:`Stride` is for conditional flows that are drawn from in training, as posteriors are. A rate that suits a
 location (.01 to .05) is none for networks of a context: when splines whose conditioners have 128 units join in
 (:mod:`pyro_flowkit.head_start`) at .02, the loss explodes within some dozens of steps. So networks and splines that an
-optimizer moves at a larger rate than :data:`RATE` go in the same direction as if the rate were that; what it
-moves at a smaller one stays as it is, bit for bit. The constants and the linear part of the affine map move at the
-caller's rate, as the encoder does, which is the caller's: they have to follow what it says. Maximum likelihood, where
-nothing is drawn, has no limit at all.
+optimizer moves at a larger rate than :data:`RATE` go in the same direction as if the rate were that; what it moves at a
+smaller one stays as it is, bit for bit. The constants and the linear part of the affine map move at the caller's rate,
+as the encoder does, which is the caller's: they have to follow what it says. Maximum likelihood, where nothing is
+drawn, has no limit at all.
 
 The rate of an optimizer is not said, but seen: under Adam and its relatives the first move of every number is of the
 same size, the rate. Later moves are smaller, as gradients disagree; where their median is larger, under a rate that
@@ -268,8 +268,8 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def quantiles(moves: Tensor, shares: Sequence[float]) -> list[float]:
     """Of the sizes of those that are not zero, by :data:`THINNED` of them; there must be one."""
-    sizes = moves[moves != 0].abs().double()
-    sizes = sizes[:: 1 + len(sizes) // THINNED].sort().values
+    moving = moves[moves != 0]
+    sizes = moving[:: 1 + len(moving) // THINNED].abs().double().sort().values
     return [float(sizes[int(share * len(sizes))]) for share in shares]
 
 

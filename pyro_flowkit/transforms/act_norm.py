@@ -12,18 +12,15 @@ Reference:
     section 3.1.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.transforms.base import FlowTransformModule
-from pyro_flowkit.transforms.first_batch import moments
+from pyro_flowkit.transforms.first_batch import StartsByBatch, moments
 from pyro_flowkit.transforms.linear import working_dtype
 
 
-class ActNorm(FlowTransformModule):
+class ActNorm(StartsByBatch, FlowTransformModule):
     """``y = loc + exp(log_scale) * x``, started by the first batch of data, and learned from there on.
 
     Data come in by the inverse, as they do in ``log_prob``. The layer starts at the first inverse call that has
@@ -53,7 +50,6 @@ class ActNorm(FlowTransformModule):
         super().__init__(input_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
-        self._may_start = True
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
@@ -66,7 +62,7 @@ class ActNorm(FlowTransformModule):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(y)
-        if self._may_start and self._sees_training_data(y):
+        if self._may_start and self._trains(y, self.loc, self.log_scale):
             self._start(y.detach())
         dtype = working_dtype(y, self.loc)
         log_scale = self.log_scale.to(dtype)
@@ -77,10 +73,6 @@ class ActNorm(FlowTransformModule):
     def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
         log_scale = self.log_scale.to(working_dtype(y, self.loc))
         return (derivative.to(log_scale.dtype) * (-log_scale).exp()).to(derivative.dtype)
-
-    def _sees_training_data(self, y: Tensor) -> bool:
-        learns = self.loc.requires_grad and self.log_scale.requires_grad
-        return learns and self.training and torch.is_grad_enabled() and is_plain_eager(y)
 
     @torch.no_grad()
     def _start(self, y: Tensor) -> None:
@@ -98,13 +90,6 @@ class ActNorm(FlowTransformModule):
         # of what does not vary there is nothing to divide by
         self.log_scale.copy_(torch.where(deviation > 0, deviation, 1.0).log())
         self._may_start = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._may_start = True  # the parameters decide
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_may_start": True}
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"

@@ -20,21 +20,20 @@ start for both.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.nn import MLP, compressed
-from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
-from pyro_flowkit.transforms.first_batch import moments
+from pyro_flowkit.transforms.first_batch import StartsByBatch, moments
 
 SLOPE_RATE = 2.5
 START_SHARE = 0.01
 
 
-class ConditionalAffine(ConditionalFlowTransformModule):
+class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
     """``y = loc + S x`` with location and scale conditioned on a context; constant at first.
 
     The location follows the context from the first draw on that trains an encoder: a forward call with gradients, in
@@ -89,7 +88,6 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         self._below: Tensor
         self.register_buffer("_below", rows * size + columns, persistent=False)
         self.starts_by_draws = True
-        self._may_start = True
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         self._check_inputs(x, context)
@@ -104,7 +102,7 @@ class ConditionalAffine(ConditionalFlowTransformModule):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         self._check_inputs(y, context)
-        if self._may_start and self._trains(context):
+        if self._may_start and self._is_trained_by(context):
             self._may_start = False
         loc, log_scale, lower = self._parameters_for(context)
         x = (y.to(loc.dtype) - loc) * (-log_scale).exp()
@@ -133,15 +131,14 @@ class ConditionalAffine(ConditionalFlowTransformModule):
             context: shape ``(*batch, C)``, the first C columns of the map's contexts. It does nothing without a
                 gradient.
         """
-        if not (self._may_start and context.requires_grad and self._trains(context)):
+        if not (self._may_start and context.requires_grad and self._is_trained_by(context)):
             return
         if not bool(self.weight.any()):
             self._give_slopes(context.detach())
         self._may_start = not bool(self.weight.any())
 
-    def _trains(self, context: Tensor) -> bool:
-        learns = self.weight.requires_grad and self.raw_constant.requires_grad
-        return learns and self.training and torch.is_grad_enabled() and is_plain_eager(context)
+    def _is_trained_by(self, context: Tensor) -> bool:
+        return self._trains(context, self.weight, self.raw_constant)
 
     @torch.no_grad()
     def _give_slopes(self, context: Tensor) -> None:
@@ -164,13 +161,6 @@ class ConditionalAffine(ConditionalFlowTransformModule):
         self.weight[:size, :context_dim] = slopes / self.weight_rate[:size]
         log_scale = log_scale + 0.5 * math.log1p(-START_SHARE)
         self.raw_constant.copy_(torch.cat([loc, log_scale, below]) / self.rate)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._may_start = True  # the parameters decide
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_may_start": True}
 
     def _parameters_for(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Location and logarithm of the scale ``(*batch, D)``, and N ``(*batch, D, D)`` where it is not zero."""
