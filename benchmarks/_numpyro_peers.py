@@ -1,8 +1,9 @@
-"""The models of ``_posteriors.py`` in NumPyro, its AutoIAFNormal, and NUTS, with compilation on the clock."""
+"""The models of ``_posteriors.py`` in NumPyro, its guides, and NUTS, with compilation on the clock."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +15,18 @@ import torch
 from jax import lax
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoIAFNormal
+from numpyro.infer.autoguide import AutoBNAFNormal, AutoIAFNormal, AutoMultivariateNormal
 
 from benchmarks._posteriors import RATES_LOC, RATES_SCALE, Posterior, populations
 
 jax.config.update("jax_enable_x64", True)
 
-IAF_STEPS, IAF_PARTICLES, IAF_RATE = 12_000, 64, 5e-3
+STEPS, PARTICLES, RATE = 12_000, 64, 5e-3
+GUIDES: dict[str, Callable[..., Any]] = {
+    "NumPyro IAF": partial(AutoIAFNormal, num_flows=4, hidden_dims=[32, 32]),
+    "NumPyro BNAF": AutoBNAFNormal,
+    "NumPyro MVN": AutoMultivariateNormal,
+}
 CHUNK = 500  # steps, or draws, between two looks
 WARMUP = 500
 MAX_DRAWS = 8000
@@ -113,6 +119,23 @@ def lotka_volterra(y: Any) -> None:
     numpyro.sample("y", dist.LogNormal(log_mean, sigma).to_event(2), obs=y)
 
 
+def poisson_hierarchy(x: Any, y: Any) -> None:
+    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", len(y)):
+        rate = numpyro.sample("log_rate", dist.Normal(mu + slope * x, sigma))
+        numpyro.sample("y", dist.Poisson(jnp.exp(rate)), obs=y.astype(int))
+
+
+def horseshoe_logistic(x: Any, y: Any) -> None:
+    tau = numpyro.sample("tau", dist.HalfCauchy(0.1))
+    columns = jnp.ones(x.shape[-1])
+    lam = numpyro.sample("lam", dist.HalfCauchy(columns).to_event(1))
+    z = numpyro.sample("z", dist.Normal(0.0 * columns, 1.0).to_event(1))
+    numpyro.sample("y", dist.Bernoulli(logits=x @ (tau * lam * z)).to_event(1), obs=y)
+
+
 def _peer(posterior: Posterior) -> tuple[Callable[..., None], tuple[Any, ...]]:
     args = [
         jnp.asarray(arg.numpy()) if isinstance(arg, torch.Tensor) else arg for arg in posterior.args
@@ -120,14 +143,13 @@ def _peer(posterior: Posterior) -> tuple[Callable[..., None], tuple[Any, ...]]:
     return globals()[posterior.model.__name__], tuple(args)
 
 
-def iaf(posterior: Posterior, seed: int) -> Iterator[tuple[float, float]]:
-    """CPU seconds since the beginning and the ELBO (nats), after every chunk of steps of AutoIAFNormal's training."""
+def courses(posterior: Posterior, seed: int, guide: str) -> Iterator[tuple[float, float]]:
+    """CPU seconds since the beginning and the ELBO (nats), after every chunk of steps of a guide's training."""
     begun, away = time.process_time(), 0.0
     model, args = _peer(posterior)
-    guide = AutoIAFNormal(model, num_flows=4, hidden_dims=[32, 32])
-    rate = lambda step: 0.5 * IAF_RATE * (1.0 + jnp.cos(jnp.pi * step / IAF_STEPS))  # noqa: E731
-    objective = Trace_ELBO(num_particles=IAF_PARTICLES)
-    svi = SVI(model, guide, numpyro.optim.Adam(rate), objective)
+    auto = GUIDES[guide](model)
+    rate = lambda step: 0.5 * RATE * (1.0 + jnp.cos(jnp.pi * step / STEPS))  # noqa: E731
+    svi = SVI(model, auto, numpyro.optim.Adam(rate), Trace_ELBO(num_particles=PARTICLES))
     judge = Trace_ELBO(num_particles=JUDGES)
     state = svi.init(jax.random.PRNGKey(seed), *args)
 
@@ -137,9 +159,9 @@ def iaf(posterior: Posterior, seed: int) -> Iterator[tuple[float, float]]:
 
     @jax.jit
     def elbo(params: Any) -> Any:
-        return -judge.loss(jax.random.PRNGKey(1), params, model, guide, *args)
+        return -judge.loss(jax.random.PRNGKey(1), params, model, auto, *args)
 
-    for _ in range(IAF_STEPS // CHUNK):
+    for _ in range(STEPS // CHUNK):
         state = jax.block_until_ready(chunk(state))
         now = time.process_time()
         yield now - begun - away, float(elbo(svi.get_params(state)))

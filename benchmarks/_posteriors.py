@@ -5,6 +5,11 @@ Gaussian process   y ~ N(B (sqrt(S) z), .3), z ~ N(0, 1)^38, S_j = sd^2 ls exp(-
                    and its square root has no derivative
 Lotka-Volterra     du/dt = (a - b v) u, dv/dt = (d u - c) v, by Runge and Kutta's method of fourth order; 21 counts
                    of both with errors LogNormal(sigma), from simulated parameters. Its posterior has wrong modes.
+
+and for :mod:`benchmarks.budgets`:
+
+Poisson hierarchy  y_g ~ Poisson(exp(theta_g)), theta_g ~ N(mu + b x_g, sigma), for 20 simulated groups
+horseshoe          y ~ Bernoulli(logits=X (tau lambda z)), 100 simulated rows of 12 columns, two of which matter
 """
 
 import math
@@ -105,6 +110,52 @@ def _counts() -> Tensor:
         NUM_YEARS, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
     return mean * torch.exp(0.25 * noise)
+
+
+def poisson_hierarchy(x: Tensor, y: Tensor) -> None:
+    """Counts ``y`` of groups, shape ``(20,)``, with a covariate ``x`` of each."""
+    zero = x.new_zeros(())
+    mu = pyro.sample("mu", dist.Normal(zero, 2.0))
+    slope = pyro.sample("slope", dist.Normal(zero, 1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(zero + 1.0))
+    with pyro.plate("groups", len(y)):
+        rate = pyro.sample("log_rate", dist.Normal(mu + slope * x, sigma))
+        pyro.sample("y", dist.Poisson(rate.exp()), obs=y)
+
+
+def horseshoe_logistic(x: Tensor, y: Tensor) -> None:
+    """Coefficients of which few matter; ``x`` ``(100, 12)``, ``y`` ``(100,)``."""
+    tau = pyro.sample("tau", dist.HalfCauchy(x.new_tensor(0.1)))
+    columns = x.new_ones(x.shape[-1])
+    lam = pyro.sample("lam", dist.HalfCauchy(columns).to_event(1))
+    z = pyro.sample("z", dist.Normal(torch.zeros_like(columns), 1.0).to_event(1))
+    logits = (tau[..., None] * lam * z) @ x.mT
+    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+
+def _groups() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    x, noise = torch.randn(2, 20, generator=draw, dtype=torch.float64)
+    return x, torch.poisson((1.0 + 0.5 * x + 0.5 * noise).exp(), draw)
+
+
+def _few_that_matter() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(100, 12, generator=draw, dtype=torch.float64)
+    return x, torch.bernoulli((2.0 * x[:, 0] - 1.5 * x[:, 1]).sigmoid(), generator=draw)
+
+
+def for_budgets() -> dict[str, Posterior]:
+    """Six that a Gaussian does not do for, by name."""
+    known = posteriors()
+    return {
+        "eight schools, centred": known["eight schools, centred"],
+        "binomial hierarchy": known["seeds"],
+        "Poisson hierarchy": Posterior(poisson_hierarchy, _groups(), None),
+        "horseshoe": Posterior(horseshoe_logistic, _few_that_matter(), None),
+        "Gaussian process": known["Gaussian process"],
+        "funnel": known["funnel"],
+    }
 
 
 def posteriors() -> dict[str, Posterior]:

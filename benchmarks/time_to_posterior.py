@@ -145,12 +145,12 @@ def by_gaussian(posterior: Posterior, seed: int, seconds: float) -> Course:
     return clock.course
 
 
-def by_iaf(posterior: Posterior, seed: int, seconds: float) -> Course:
-    """NumPyro's AutoIAFNormal."""
-    from benchmarks._numpyro_peers import iaf
+def by_numpyro(posterior: Posterior, seed: int, seconds: float, guide: str) -> Course:
+    """A guide of NumPyro's, until it is trained or the seconds are over."""
+    from benchmarks._numpyro_peers import courses
 
     course = Course()
-    for now, elbo in iaf(posterior, seed):
+    for now, elbo in courses(posterior, seed, guide):
         course.seconds.append(now)
         course.elbos.append(elbo)
         if now > seconds:
@@ -170,7 +170,7 @@ def measure(
     if GAUSSIAN in guides:
         yield _row(name, GAUSSIAN, by_gaussian(posterior, seed, seconds), log_evidence)
     if IAF in guides:
-        yield _row(name, IAF, by_iaf(posterior, seed, seconds), log_evidence)
+        yield _row(name, IAF, by_numpyro(posterior, seed, seconds, IAF), log_evidence)
     if NUTS in guides:
         from benchmarks._numpyro_peers import nuts_seconds
 
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
     warm = Posterior(*linear(20, 1), None)
     by_flow(warm, 0, max_steps=20)
     if has_numpyro:
-        by_iaf(warm, 0, seconds=0.0)
+        by_numpyro(warm, 0, 0.0, IAF)
     rows: list[list[str]] = []
     for name, posterior in posteriors().items():
         if any(word in name for word in args.posteriors):

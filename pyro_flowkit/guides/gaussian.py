@@ -32,6 +32,7 @@ from pyro_flowkit.ops.quasi_random import normal_draws
 Density = Callable[[Tensor], Tensor]
 
 FEW_ITERATIONS = 25  # to see whether another start leads to another mode
+SHARE_FOR_LAPLACE = 0.25  # of the time: a mode is no more than a start
 LITTLE_ROOM = 0.1  # nats; a Gaussian that is nearer is the best one at its mode
 SETTLED = 1e-5  # nats that an iteration brings
 FIRST_STEPS = (1.0, 0.1, 0.01, 1e-3)
@@ -103,7 +104,7 @@ def best_gaussian(
     def better(candidate: Gaussian, draws: Tensor, iterations: int = max_iterations) -> Gaussian:
         return max(improved(density, candidate, draws, iterations, deadline), candidate, key=elbo)
 
-    laplace = _laplace(density, start, deadline)
+    laplace = _laplace(density, start, time.monotonic() + SHARE_FOR_LAPLACE * max_seconds)
     starts = [start] if laplace is None else sorted([start, laplace], key=elbo, reverse=True)
     rough = better(starts[0], few)
     found = better(rough, many)

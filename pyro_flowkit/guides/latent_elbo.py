@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.latent_vector import unpack
-from pyro_flowkit.programs.derivative import Differentiated, Graph
+from pyro_flowkit.programs.derivative import Differentiated, Graph, given
 from pyro_flowkit.programs.vectorized import Vectorized
 
 FEW_STEPS = 50  # that do not pay for a graph
@@ -133,28 +132,13 @@ class LatentELBO(Trace_ELBO):
     ) -> Tensor:
         """log p at draws, ``(num_particles,)``, with what a graph has found of it and of its derivative."""
         if found is not None:
-            return cast(Tensor, _Given.apply(latent, *found))
+            return given(latent, *found, lambda u: self._log_p(guide, u, None, args, kwargs))
         values, ladj = unpack(guide, latent)
         total = self.kl_weight * ladj
         for name, log_prob in self.program.log_probs(values, args, kwargs).items():
             weight = self.kl_weight if name in self.program.latents else 1.0
             total = total + weight * log_prob.reshape(len(log_prob), -1).sum(-1)
         return total
-
-
-class _Given(torch.autograd.Function):
-    """Values at draws whose derivatives by them are known."""
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, value: Tensor, derivative: Tensor) -> Tensor:
-        ctx.save_for_backward(derivative)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (derivative,) = ctx.saved_tensors
-        return grad.unsqueeze(-1) * derivative, None, None
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -6,7 +6,10 @@ With u the vector and z(u) the values, a model's log joint as a function of u is
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import all_values, ladj_of, vector_of
+from pyro_flowkit.programs.derivative import Differentiated, given
+from pyro_flowkit.programs.recording import FEW_CALLS
 from pyro_flowkit.programs.runs import Program
 from pyro_flowkit.programs.sites import latent_names, nesting_of, scored_sites, subsampled_frame
 from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way
@@ -163,6 +168,8 @@ class LatentDensity:
         )
         self._program.settle(values, self._args, self._kwargs, ways)
         self.obstacle = self._obstacle(trace)
+        self._differentiated = Differentiated(self._program, partial(unpack, guide))
+        self._calls: Counter[int] = Counter()
 
     def _obstacle(self, trace: poutine.Trace) -> str | None:
         for name, site in scored_sites(trace):
@@ -179,11 +186,24 @@ class LatentDensity:
         self._program.look_again()
 
     def __call__(self, latent: Tensor) -> Tensor:
-        """log p(x, u) in nats for ``u`` of shape ``(n, D)``, shape ``(n,)``."""
+        """log p(x, u) in nats for ``u`` of shape ``(n, D)``, shape ``(n,)``.
+
+        For a number of draws that comes again and again with a gradient, both come from a graph of their own.
+        """
+        if latent.requires_grad and torch.is_grad_enabled() and self.obstacle is None:
+            self._calls[len(latent)] += 1
+            if self._calls[len(latent)] > FEW_CALLS:
+                with suppress(torch.linalg.LinAlgError):
+                    found = self._differentiated(latent, self._args, self._kwargs)
+                    if found is not None:
+                        return given(latent, *found, self._plain)
+        return self._plain(latent)
+
+    def _plain(self, latent: Tensor) -> Tensor:
         values, total = unpack(self._guide, latent)
         try:
             return total + self._program.log_joint(values, self._args, self._kwargs)
         except torch.linalg.LinAlgError:  # a matrix singular in this dtype, far out
             if len(latent) == 1:
                 return total * math.nan
-        return torch.cat([self(row) for row in latent.split(1)])  # the others have a density
+        return torch.cat([self._plain(row) for row in latent.split(1)])  # the others have a density

@@ -7,17 +7,47 @@ values and derivatives are those of the recording.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_flowkit.programs.graph import Unrecordable
+from pyro_flowkit.programs.graph import Unrecordable, traced
 from pyro_flowkit.programs.recording import Totals, signature
 from pyro_flowkit.programs.runs import Values
 from pyro_flowkit.programs.simplify import in_python, simplify
 from pyro_flowkit.programs.vectorized import Vectorized
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, value: Tensor, derivative: Tensor, plain: Callable
+    ) -> Tensor:
+        ctx.save_for_backward(latent, derivative)
+        ctx.plain = plain
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latent, derivative = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates this, too
+            (derivative,) = torch.autograd.grad(ctx.plain(latent).sum(), latent, create_graph=True)
+        return grad.unsqueeze(-1) * derivative, None, None, None
+
+
+def given(
+    latent: Tensor, value: Tensor, derivative: Tensor, plain: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Values at draws whose derivatives are known, as a node of autograd's graph.
+
+    Args:
+        latent: the draws, ``(n, D)``.
+        value: shape ``(n,)``.
+        derivative: of each value by its own draw, ``(n, D)``.
+        plain: gives the values for draws by PyTorch's operations, for a second derivative.
+    """
+    return cast(Tensor, _Given.apply(latent, value, derivative, plain))
+
 
 Unpack = Callable[[Tensor], tuple[Values, Tensor]]
 
@@ -100,7 +130,7 @@ class Graph:
             return [total.detach(), derivative.detach()]
 
         self.example = [latent.detach(), *(tensor.detach() for tensor in inputs)]
-        graph = make_fx(with_derivative)(*self.example)
+        graph = traced(with_derivative, *self.example)
         simplify(graph)
         in_python(graph)
         if not _are_close(graph(*self.example), with_derivative(*self.example)):

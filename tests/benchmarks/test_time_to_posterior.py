@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks._posteriors import populations, posteriors
+from benchmarks._posteriors import for_budgets, populations, posteriors
 from benchmarks.time_to_posterior import Course
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_vector import LatentDensity
@@ -21,9 +21,18 @@ def test_populations_keep_what_lotka_and_volterra_keep():
     assert max(kept) - min(kept) > 0
 
 
-@pytest.mark.parametrize("name", ["Gaussian process", "Lotka-Volterra", "Poisson, 6 predictors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Gaussian process",
+        "Lotka-Volterra",
+        "Poisson, 6 predictors",
+        "Poisson hierarchy",
+        "horseshoe",
+    ],
+)
 def test_posteriors_have_a_density_at_the_medians(name):
-    posterior = posteriors()[name]
+    posterior = (posteriors() | for_budgets())[name]
     guide = AutoSplineFlow(posterior.model).setup(*posterior.args)
     density = LatentDensity(posterior.model, guide, posterior.args, ways=("plate",))
     assert density(guide.affine.loc[None]).isfinite().all()

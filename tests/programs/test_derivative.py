@@ -4,15 +4,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import FEW_STEPS
-from pyro_flowkit.guides.latent_vector import unpack
-from pyro_flowkit.programs import derivative
+from pyro_flowkit.guides.latent_vector import LatentDensity, unpack
+from pyro_flowkit.programs import derivative, graph
 from pyro_flowkit.programs.derivative import Differentiated
 from pyro_flowkit.programs.pairs import vectorized
+from pyro_flowkit.programs.recording import FEW_CALLS
 from pyro_flowkit.programs.simplify import in_python, simplify
 
 X = torch.linspace(-1.0, 1.0, 24).reshape(12, 2)
@@ -200,3 +202,41 @@ def test_nothing_random_is_merged():
     graph = make_fx(lambda a: torch.rand_like(a) - torch.rand_like(a))(A)
     simplify(graph)
     assert bool((graph(A) != 0).any())
+
+
+def test_densities_of_a_guide_take_a_graph_where_a_number_of_draws_comes_again():
+    """With the second derivative of a plain run."""
+    args = (X, Y)
+    guide = AutoSplineFlow(regression, num_transforms=1, hidden_dims=[4]).setup(*args)
+    density = LatentDensity(regression, guide, args)
+    latent = torch.randn(COUNT, guide.latent_dim, generator=torch.Generator().manual_seed(1))
+
+    def derivatives():
+        leaf = latent.clone().requires_grad_()
+        value = density(leaf)
+        (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        return value.detach(), first.detach(), second, type(value.grad_fn).__name__
+
+    *expected, kind = derivatives()
+    assert "Given" not in kind
+    for _ in range(FEW_CALLS):
+        *found, kind = derivatives()
+    assert "Given" in kind
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(density(latent), expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_mode", [True, False])
+def test_metadata_of_a_trace_is_made_in_one_mode(monkeypatch, has_mode):
+    """A graph is the same without, as for a version of PyTorch that has no such thing."""
+    made = []
+    if has_mode:
+        monkeypatch.setattr(graph, "FakeTensorMode", lambda: made.append(1) or FakeTensorMode())
+    else:
+        monkeypatch.setattr(graph, "FakeTensorMode", None)
+    found = graph.traced(lambda x: (x.sin() * 2.0).sum(), torch.ones(3))
+    assert len(made) == has_mode
+    torch.testing.assert_close(found(torch.arange(3.0)), 2.0 * torch.arange(3.0).sin().sum())
+    assert all("val" in node.meta for node in found.graph.nodes if node.op == "call_function")
