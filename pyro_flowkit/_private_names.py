@@ -73,6 +73,8 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch._C", "_len_torch_dispatch_stack"),
     ("torch._C", "_storage_Use_Count"),
     ("torch.UntypedStorage", "_cdata"),
+    ("torch.Tensor", "_backward_hooks"),
+    ("torch.Tensor", "_post_accumulate_grad_hooks"),
     ("torch.Tensor", "_base"),
     ("torch.autograd.forward_ad", "_current_level"),
     ("torch.autograd.Function", "_backward_cls"),

@@ -51,7 +51,7 @@ class Moves(nn.Module):
         owner: what they are parts of, in words for warnings.
 
     Attributes:
-        is_resting: while True nothing is watched.
+        is_resting: while True nothing is watched, and no hook is on a parameter.
     """
 
     seen: Tensor
@@ -64,7 +64,7 @@ class Moves(nn.Module):
         like = filled[0][0].detach()
         self.register_buffer("seen", like.new_zeros(sum(self._sizes)), persistent=False)
         self._owner = owner
-        self.is_resting = False
+        self._is_resting = False
         self._is_traced = False
         self._has_warned = False
         self._hooks: dict[int, Any] = {}
@@ -73,6 +73,16 @@ class Moves(nn.Module):
     def forget(self) -> None:
         """Take the parameters as they are now: somebody else wrote them."""
         self._is_pending = False
+
+    @property
+    def is_resting(self) -> bool:
+        return self._is_resting
+
+    @is_resting.setter
+    def is_resting(self, is_resting: bool) -> None:
+        self._is_resting = is_resting
+        while is_resting and self._hooks:
+            self._hooks.popitem()[1].remove()
 
     @property
     def is_pending(self) -> bool:
@@ -135,8 +145,6 @@ class Moves(nn.Module):
                 before_saving(parameter, self.look)
 
     def _receive(self, i: int, gradient: Tensor) -> Tensor:
-        if self.is_resting:
-            return gradient
         self._is_pending = True
         norm = float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64))
         if not math.isfinite(norm):

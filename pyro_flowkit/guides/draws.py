@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.component import Component, OtherComponent, layers_of, look_all
-from pyro_flowkit.guides.kernel_draw import kernel_draw
+from pyro_flowkit.guides.kernel_draw import KernelDraw, kernel_draw
 from pyro_flowkit.guides.mixture import MixturePosterior, MixtureWeights
 from pyro_flowkit.guides.pace import Pace
 from pyro_flowkit.guides.posterior import GradientNoise, GuidePosterior
@@ -124,21 +124,9 @@ class Draws(WithoutMasked):
             the gradient of the ELBO goes through, both ``(num_samples,)``, and their weights in the mean, None where
             these are equal: every component has as many draws.
         """
-        self._require_setup()
-        if self._runs_in_the_kernel and self.num_components == 1:
-            self._look()
-            found = kernel_draw(
-                self.flow.base,
-                self._layers(),
-                self._gradient_noise(),
-                self._say_undefined,
-                num_samples=num_samples,
-                path_gradient=self.path_gradient,
-            )
-            if found is not None:
-                if torch.is_grad_enabled():
-                    self._drew(num_samples)
-                return *found, None
+        found = self.draw_by_kernel(num_samples)
+        if found is not None:
+            return *found.in_graph(), None
         posterior = self.get_posterior()
         if torch.is_grad_enabled():
             self._drew(num_samples)
@@ -147,6 +135,24 @@ class Draws(WithoutMasked):
         latent = posterior.rsample((num_samples,))
         parts = posterior.score_parts(latent)
         return latent, parts.log_prob, cast(Tensor, parts.entropy_term), None
+
+    def draw_by_kernel(self, num_samples: int) -> KernelDraw | None:
+        """The same draws with the way back to the parameters; None where the kernel cannot."""
+        self._require_setup()
+        if not self._runs_in_the_kernel or self.num_components > 1:
+            return None
+        self._look()
+        found = kernel_draw(
+            self.flow.base,
+            self._layers(),
+            self._gradient_noise(),
+            self._say_undefined,
+            num_samples=num_samples,
+            path_gradient=self.path_gradient,
+        )
+        if found is not None and torch.is_grad_enabled():
+            self._drew(num_samples)
+        return found
 
     def _say_undefined(self, gradient: Tensor) -> None:
         """Say once that derivatives at draws, ``(*batch, latent_dim)``, are no numbers in some rows."""

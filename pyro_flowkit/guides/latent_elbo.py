@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer import Trace_ELBO
@@ -59,18 +59,44 @@ class LatentELBO(Trace_ELBO):
         self, model: Callable[..., Any], guide: Draws, *args: Any, **kwargs: Any
     ) -> Tensor:
         """A scalar with the value of the loss, in nats, and the gradient of the objective."""
-        log_p, _, entropy_term, weights = self._terms(guide, args, kwargs)
-        loss = _mean(entropy_term - log_p, weights)  # the term has the value of log q
-        warn_if_nan(loss.detach(), "loss")
-        return loss
+        return self._loss_of(*self._terms(guide, args, kwargs))
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Draws, *args: Any, **kwargs: Any
     ) -> float:
         """The loss in nats; its gradient is added to the parameters'."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        return self.step(1.0, model, guide, *args, **kwargs)
+
+    def step(
+        self, size: float, model: Callable[..., Any], guide: Draws, *args: Any, **kwargs: Any
+    ) -> float:
+        """The loss divided by a size; its gradient is added to the parameters'.
+
+        Where kernel and graph give all that is needed, no autograd is at work.
+        """
+        draw = guide.draw_by_kernel(self.num_particles) if self._takes_graph else None
+        if draw is None:
+            terms = self._terms(guide, args, kwargs)
+        else:
+            found = self._differentiated_for(guide)(draw.latent, args, kwargs)
+            if found is not None and not draw.is_watched:
+                log_p, derivative = found
+                loss = (draw.log_prob - log_p).mean().div_(size)
+                share = 1.0 / (len(log_p) * size)
+                draw.add_gradients(derivative * -share, torch.full_like(log_p, share))
+                warn_if_nan(loss, "loss")
+                return loss.item()
+            latent, log_q, entropy_term = draw.in_graph()
+            terms = (self._log_p(guide, latent, found, args, kwargs), log_q, entropy_term, None)
+        loss = self._loss_of(*terms) / size
         loss.backward(retain_graph=self.retain_graph)
         return loss.item()
+
+    @staticmethod
+    def _loss_of(log_p: Tensor, _: Tensor, entropy_term: Tensor, weights: Tensor | None) -> Tensor:
+        loss = _mean(entropy_term - log_p, weights)  # the term has the value of log q
+        warn_if_nan(loss.detach(), "loss")
+        return loss
 
     @torch.no_grad()
     def density_graph(self, guide: Draws, args: tuple, kwargs: dict) -> Graph | None:
@@ -87,16 +113,33 @@ class LatentELBO(Trace_ELBO):
         Each ``(num_particles,)``; weights are None where they are equal.
         """
         latent, log_q, entropy_term, weights = guide.draw_with_log_prob(self.num_particles)
-        if self.kl_weight == 1.0 and self.num_steps >= FEW_STEPS:
+        found = None
+        if self._takes_graph:
             found = self._differentiated_for(guide)(latent, args, kwargs)
-            if found is not None:
-                return _Given.apply(latent, *found), log_q, entropy_term, weights
+        log_p = self._log_p(guide, latent, found, args, kwargs)
+        return log_p, self.kl_weight * log_q, self.kl_weight * entropy_term, weights
+
+    @property
+    def _takes_graph(self) -> bool:
+        return self.kl_weight == 1.0 and self.num_steps >= FEW_STEPS
+
+    def _log_p(
+        self,
+        guide: Draws,
+        latent: Tensor,
+        found: tuple[Tensor, Tensor] | None,
+        args: tuple,
+        kwargs: dict,
+    ) -> Tensor:
+        """log p at draws, ``(num_particles,)``, with what a graph has found of it and of its derivative."""
+        if found is not None:
+            return cast(Tensor, _Given.apply(latent, *found))
         values, ladj = unpack(guide, latent)
         total = self.kl_weight * ladj
         for name, log_prob in self.program.log_probs(values, args, kwargs).items():
             weight = self.kl_weight if name in self.program.latents else 1.0
             total = total + weight * log_prob.reshape(len(log_prob), -1).sum(-1)
-        return total, self.kl_weight * log_q, self.kl_weight * entropy_term, weights
+        return total
 
 
 class _Given(torch.autograd.Function):

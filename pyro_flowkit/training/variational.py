@@ -12,6 +12,7 @@ sites are multiplied by it:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -197,6 +198,8 @@ class Variational(Loss):
         return total / self._normalizer
 
     def backward(self, batch: Batch) -> float:
+        if isinstance(self._objective, LatentELBO):
+            return float(self._total(batch, partial(self._objective.step, self._normalizer)))
         if self._differentiable:
             return super().backward(batch)
         total = self._total(batch, self._objective.loss_and_grads)

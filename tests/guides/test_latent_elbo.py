@@ -8,6 +8,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.guides.latent_elbo import FEW_STEPS
 from pyro_flowkit.programs.pairs import vectorized
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.training.messengers import KLWeight
@@ -92,3 +93,79 @@ def test_guides_with_masked_latents_keep_the_handlers():
 
     guide = AutoSplineFlow(masked, num_transforms=2, hidden_dims=[8]).setup()
     assert guide.elbo(vectorized(masked, guide, (), {}), 4) is None
+
+
+def plain_model(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", 30):
+        pyro.sample("y", dist.Normal((w.unsqueeze(-2) @ x.mT).squeeze(-2), sigma), obs=y)
+
+
+def ready_to_step():
+    """A guide, its ELBO as after many steps, and what it is called with."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AutoSplineFlow(plain_model, num_transforms=2, hidden_dims=[8]).setup(X, Y)
+    perturb_(guide.flow, 0.1)
+    guide.pace.is_resting = True
+    elbo = guide.elbo(vectorized(plain_model, guide, (X, Y), {}), 16)
+    elbo.num_steps = FEW_STEPS
+    return guide, elbo
+
+
+def gradients_of(guide, take):
+    for parameter in guide.parameters():
+        parameter.grad = None
+    pyro.set_rng_seed(7)
+    loss = take()
+    return loss, [parameter.grad for parameter in guide.parameters()], guide._noise_squares.clone()
+
+
+@pytest.mark.parametrize("favours_path", [True, False])
+def test_a_step_without_autograd_has_the_gradient_of_one_with_it(
+    kernel_calls, monkeypatch, favours_path
+):
+    guide, elbo = ready_to_step()
+    noise = torch.tensor([0.0, 1.0] if favours_path else [1.0, 0.0])
+
+    def by_autograd():
+        loss = elbo.differentiable_loss(elbo.program, guide, X, Y) / 30.0
+        loss.backward()
+        return loss.item()
+
+    guide._noise_squares.copy_(noise)
+    expected = gradients_of(guide, by_autograd)
+    guide._noise_squares.copy_(noise)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", None)
+        found = gradients_of(guide, lambda: elbo.step(30.0, elbo.program, guide, X, Y))
+    assert kernel_calls["run_chain"] == 2
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(found[1:], expected[1:])
+    before = [grad.clone() for grad in found[1]]
+    guide._noise_squares.copy_(noise)
+    pyro.set_rng_seed(7)
+    elbo.step(30.0, elbo.program, guide, X, Y)
+    doubled = [parameter.grad for parameter in guide.parameters()]
+    torch.testing.assert_close(doubled, [2.0 * grad for grad in before])
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_who_watches_a_parameter_sees_its_gradient(fused_kernel, kind):
+    guide, elbo = ready_to_step()
+    seen = []
+    handle = getattr(guide.affine.raw_loc, kind)(seen.append)
+    elbo.step(1.0, elbo.program, guide, X, Y)
+    assert len(seen) == 1
+    handle.remove()
+    elbo.step(1.0, elbo.program, guide, X, Y)
+    assert len(seen) == 1
+
+
+def test_a_frozen_parameter_gets_no_gradient(fused_kernel):
+    guide, elbo = ready_to_step()
+    guide.flow.requires_grad_(False)
+    elbo.step(1.0, elbo.program, guide, X, Y)
+    assert all(parameter.grad is None for parameter in guide.flow.parameters())
+    assert guide.affine.raw_loc.grad is not None
