@@ -24,9 +24,11 @@ jax.config.update("jax_enable_x64", True)
 STEPS, PARTICLES, RATE = 12_000, 64, 5e-3
 GUIDES: dict[str, Callable[..., Any]] = {
     "NumPyro IAF": partial(AutoIAFNormal, num_flows=4, hidden_dims=[32, 32]),
+    "NumPyro IAF, wide": partial(AutoIAFNormal, num_flows=4, hidden_dims=[64, 64]),
     "NumPyro BNAF": AutoBNAFNormal,
     "NumPyro MVN": AutoMultivariateNormal,
 }
+MORE_THAN_32_LATENTS = ("gaussian_process",)  # which its networks must have as many units as
 CHUNK = 500  # steps, or draws, between two looks
 WARMUP = 500
 MAX_DRAWS = 8000
@@ -147,7 +149,8 @@ def courses(posterior: Posterior, seed: int, guide: str) -> Iterator[tuple[float
     """CPU seconds since the beginning and the ELBO (nats), after every chunk of steps of a guide's training."""
     begun, away = time.process_time(), 0.0
     model, args = _peer(posterior)
-    auto = GUIDES[guide](model)
+    is_wide = guide == "NumPyro IAF" and model.__name__ in MORE_THAN_32_LATENTS
+    auto = GUIDES[f"{guide}, wide" if is_wide else guide](model)
     rate = lambda step: 0.5 * RATE * (1.0 + jnp.cos(jnp.pi * step / STEPS))  # noqa: E731
     svi = SVI(model, auto, numpyro.optim.Adam(rate), Trace_ELBO(num_particles=PARTICLES))
     judge = Trace_ELBO(num_particles=JUDGES)

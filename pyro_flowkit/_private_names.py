@@ -3,7 +3,8 @@
 A new release may drop any of them. ``tests/test_private_names.py`` looks each up in the installed versions, and finds
 those that the code uses and this list does not have. Some cost no more than speed where they are gone:
 ``torch._C._storage_Use_Count`` (``ops/scratch.py``), ``Function._backward_cls`` (what the forward pass kept is then
-computed again), and what Adam in one call is made of (``training/adam.py``).
+computed again), what Adam in one call is made of (``training/adam.py``), and ``torch._guards`` with
+``torch._subclasses`` (``programs/tracing.py``).
 """
 
 PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
@@ -67,7 +68,9 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("torch", "_C"),
     ("torch", "_foreach_add_"),
     ("torch", "_fused_adam_"),
+    ("torch", "_guards"),
     ("torch", "_ops"),
+    ("torch", "_subclasses"),
     ("torch", "_utils"),
     ("torch._C", "_are_functorch_transforms_active"),
     ("torch._C", "_len_torch_dispatch_stack"),

@@ -20,10 +20,11 @@ from torch import Tensor
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import all_values, ladj_of, vector_of
 from pyro_flowkit.programs.derivative import Differentiated, given
-from pyro_flowkit.programs.recording import FEW_CALLS
 from pyro_flowkit.programs.runs import Program
 from pyro_flowkit.programs.sites import latent_names, nesting_of, scored_sites, subsampled_frame
 from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way
+
+CALLS_OF_A_GRAPH = 12  # with a gradient, before one is made that gives both in less time
 
 
 def unpack(
@@ -192,7 +193,7 @@ class LatentDensity:
         """
         if latent.requires_grad and torch.is_grad_enabled() and self.obstacle is None:
             self._calls[len(latent)] += 1
-            if self._calls[len(latent)] > FEW_CALLS:
+            if self._calls[len(latent)] > CALLS_OF_A_GRAPH:
                 with suppress(torch.linalg.LinAlgError):
                     found = self._differentiated(latent, self._args, self._kwargs)
                     if found is not None:

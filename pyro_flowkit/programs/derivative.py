@@ -12,11 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_flowkit.programs.graph import Unrecordable, traced
+from pyro_flowkit.programs.graph import Unrecordable
 from pyro_flowkit.programs.recording import Totals, signature
 from pyro_flowkit.programs.runs import Values
 from pyro_flowkit.programs.simplify import in_python, simplify
+from pyro_flowkit.programs.tracing import traced
 from pyro_flowkit.programs.vectorized import Vectorized
+
 
 class _Given(torch.autograd.Function):
     @staticmethod

@@ -8,22 +8,14 @@ numbers and branches are what they were while it was recorded.
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flowkit.programs.constants import ConstantsFirst
-
-FakeTensorMode: Any = None
-try:
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
-except ImportError:  # of another version of PyTorch
-    pass
+from pyro_flowkit.programs.tracing import traced
 
 Values = dict[str, Tensor]
 Node = Any  # of a torch.fx.Graph, whose arguments have many types
@@ -37,16 +29,6 @@ class Unrecordable(Exception):
 
 class ReadsValue(Unrecordable):
     """A function that reads the value of a tensor, or has tensors whose shapes depend on one."""
-
-
-def traced(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
-    """``make_fx(function)(*inputs)``, in two thirds of the time.
-
-    PyTorch notes the shape of every node's value in a mode that it makes for that, with the stack of its caller, unless
-    it finds one.
-    """
-    with tracing(TracingContext(FakeTensorMode())) if FakeTensorMode else nullcontext():
-        return make_fx(function)(*inputs)
 
 
 def recorded(

@@ -132,9 +132,9 @@ class Best:
 
     An estimate counts as an improvement if it exceeds the last one that did by more than the
     standard error of their difference and by more than ``tolerance`` nats. The best estimate is that
-    with the highest (mean - 2 standard errors); the kept state is the latest one that is not worse
-    than it by more than the standard error of the difference. For exact values (standard error 0)
-    this is the first of the highest.
+    with the highest (mean - 2 standard errors). The kept state is the latest one that is not worse than it by more
+    than the standard error of the difference times ``sqrt(2 log N)``, by which the largest of N noisy estimates is
+    too large. For exact values (standard error 0) this is the first of the highest.
 
     Attributes:
         tensors: Copies of the kept state's tensors, by name; None before there is one.
@@ -147,6 +147,7 @@ class Best:
     def __init__(self) -> None:
         self._reference = (-math.inf, 0.0)
         self._best = (-math.inf, 0.0)
+        self._count = 0
         self.tensors: Tensors | None = None
         self.step = 0
         self.stalled = 0
@@ -163,15 +164,21 @@ class Best:
         if not math.isfinite(mean):
             self.stalled += 1
             return
+        self._count += 1
         if mean - 2 * error > self._best[0] - 2 * self._best[1]:
             self._best = (mean, error)
             self.tensors, self.step = copied(tensors()), step
-        elif error > 0 and mean >= self._best[0] - math.hypot(error, self._best[1]):
+        elif error > 0 and mean >= self._best[0] - self._luck * math.hypot(error, self._best[1]):
             self.tensors, self.step = copied(tensors()), step
         if mean > self._reference[0] + max(math.hypot(error, self._reference[1]), self.tolerance):
             self._reference, self.stalled = (mean, error), 0
         else:
             self.stalled += 1
+
+    @property
+    def _luck(self) -> float:
+        """How many standard errors the largest of so many estimates is above its mean, about; at least one."""
+        return max(1.0, math.sqrt(2.0 * math.log(self._count)))
 
     @property
     def mean(self) -> float:
@@ -184,9 +191,11 @@ class Best:
             "tensors": self.tensors,
             "step": self.step,
             "stalled": self.stalled,
+            "count": self._count,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numbers = state["numbers"]
         self._reference, self._best = (numbers[0], numbers[1]), (numbers[2], numbers[3])
         self.tensors, self.step, self.stalled = state["tensors"], state["step"], state["stalled"]
+        self._count = state["count"]

@@ -10,11 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import FEW_STEPS
-from pyro_flowkit.guides.latent_vector import LatentDensity, unpack
+from pyro_flowkit.guides.latent_vector import CALLS_OF_A_GRAPH, LatentDensity, unpack
 from pyro_flowkit.programs import derivative, graph
 from pyro_flowkit.programs.derivative import Differentiated
 from pyro_flowkit.programs.pairs import vectorized
-from pyro_flowkit.programs.recording import FEW_CALLS
 from pyro_flowkit.programs.simplify import in_python, simplify
 
 X = torch.linspace(-1.0, 1.0, 24).reshape(12, 2)
@@ -220,7 +219,7 @@ def test_densities_of_a_guide_take_a_graph_where_a_number_of_draws_comes_again()
 
     *expected, kind = derivatives()
     assert "Given" not in kind
-    for _ in range(FEW_CALLS):
+    for _ in range(CALLS_OF_A_GRAPH):
         *found, kind = derivatives()
     assert "Given" in kind
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -190,6 +190,21 @@ def test_the_noisiest_window_is_not_the_best() -> None:
     assert best.step == 40
 
 
+def test_of_many_windows_that_are_alike_the_last_is_kept() -> None:
+    """The luckiest of a hundred is 2.5 standard errors above the others: no reason to go back to it."""
+    generator, kept = torch.Generator().manual_seed(0), []
+    for _ in range(50):
+        best = Best()
+        for step, noise in enumerate(torch.randn(100, generator=generator).tolist(), 1):
+            best.update(step, 0.1 * noise, 0.1, dict)
+        kept.append(best.step)
+    assert min(kept) >= 95
+    fallen = Best()
+    for step in range(100):
+        fallen.update(step, -0.01 * max(0, step - 30), 0.1, dict)  # by seven standard errors
+    assert 30 < fallen.step < 99
+
+
 def test_window_gives_mean_and_standard_error() -> None:
     window = Window(4)
     for value in (1.0, 2.0, 3.0, 4.0):

@@ -10,7 +10,7 @@ from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.room import Gap
 from pyro_flowkit.training import Callback
 from pyro_flowkit.training.ranks import Ranks
-from pyro_flowkit.training.tolerance import OTHER_SEEDS, Tolerance
+from pyro_flowkit.training.tolerance import NUM_CONFIRMING, OTHER_SEEDS, Tolerance
 
 DATA = torch.tensor([1.0, 2.0, 0.5, 1.5], dtype=torch.float64)
 TINY = {"num_transforms": 2, "hidden_dims": [8]}
@@ -47,7 +47,7 @@ class StopAt(Callback):
 
 
 class FakeRoom:
-    """Gives gaps that were written down; the draws that confirm say the same."""
+    """Gives gaps that were written down; the draws that confirm give one gap, or one after the other."""
 
     def __init__(self, *gaps, confirmed=None):
         self.gaps, self.confirmed, self.seeds = list(gaps), confirmed, []
@@ -55,7 +55,7 @@ class FakeRoom:
     def gap(self, seed, num_draws=0):
         self.seeds.append(seed)
         if seed >= OTHER_SEEDS:
-            return self.confirmed
+            return self.confirmed if isinstance(self.confirmed, Gap) else self.confirmed.pop(0)
         return self.gaps.pop(0)
 
 
@@ -177,9 +177,18 @@ def test_gap_must_be_below_the_tolerance_with_its_error_and_once_more():
     lucky = watch(FakeRoom(Gap(0.008, 0.0005), confirmed=Gap(0.02, 0.001)))
     lucky.judge(100)
     assert not lucky.is_met
-    near = watch(FakeRoom(Gap(0.008, 0.0005), confirmed=Gap(0.008, 0.0005)))
+    below, above = Gap(0.008, 0.0005), Gap(0.012, 0.0005)
+    seldom_seen = watch(FakeRoom(below, confirmed=[below, below, below, above]))
+    seldom_seen.judge(100)
+    assert not seldom_seen.is_met
+    room = FakeRoom(below, confirmed=below)
+    near = watch(room)
     assert near.judge(100) == 0.008
     assert near.is_met
+    first_draws = {
+        float(torch.randn((), generator=torch.Generator().manual_seed(s))) for s in room.seeds
+    }
+    assert len(first_draws) == len(room.seeds) == 1 + NUM_CONFIRMING
 
 
 def test_rate_begins_to_fall_when_the_gap_does_not():
