@@ -18,6 +18,8 @@ class Recipe:
             whole rate, whatever its gradient, and would lose much of a start that is nearly right.
         max_steps: optimizer steps.
         clip_norm: largest norm of the gradient.
+        clip_ratio: the same in units of the median norm of the last 50 steps, where the caller of ``fit`` gives no
+            ``clip_norm``: one draw far out may have a gradient that a hundred steps do not make up for.
         batch_size: rows of a step, of data in tensors with as many.
         average: of the parameters over the steps, which the fit ends with, as ``fit`` has it.
 
@@ -40,6 +42,7 @@ class Recipe:
     warmup_steps: int = 0
     max_steps: int | None = None
     clip_norm: float | None = None
+    clip_ratio: float | None = None
     batch_size: int | None = None
     average: float | Literal["tail"] | None = None
 

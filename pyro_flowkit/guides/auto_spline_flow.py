@@ -275,6 +275,7 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
             scheduler="flat_cosine",
             warmup_steps=30,
             max_steps=4000,
+            clip_ratio=8.0,
         )
 
     def parameter_groups(self) -> list[tuple[list[Tensor], float]]:

@@ -54,6 +54,7 @@ class Plan:
         judge: Of states.
         ranks: The processes that share the fit.
         clip_norm: Largest norm of the gradient, or None.
+        clip_ratio: The same in units of the median norm of late, or None.
         kl_weight: From step and share of the budget to the weight of the KL terms, or None.
         keep_better: Goes back to the guide's start unless the guide is better; or None.
         tolerance: Watches the gap; or None.
@@ -77,6 +78,7 @@ class Plan:
     judge: Judge
     ranks: Ranks
     clip_norm: float | None
+    clip_ratio: float | None
     kl_weight: Callable[[int, float], float] | None
     keep_better: Callable[[], bool] | None
     tolerance: Tolerance | None
@@ -157,6 +159,7 @@ def make_plan(options: Options, bar: Bar) -> Plan:
         judge=_judge(options, ground, loss, check, limits.max_steps, watch is not None),
         ranks=ranks,
         clip_norm=clip_norm,
+        clip_ratio=recipe.clip_ratio if clip_norm is None else None,
         kl_weight=None if options.kl_schedule is None else kl_weight(options.kl_schedule),
         keep_better=start.keep_better if start is not None and _is_elbo(loss) else None,
         tolerance=watch,

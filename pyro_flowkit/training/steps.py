@@ -6,6 +6,7 @@ Between two steps everything that the next one depends on can be saved and put b
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,8 @@ from pyro_flowkit.training.result import HISTORY
 from pyro_flowkit.training.variational import Variational
 
 NON_FINITE_LIMIT = 10
+LATELY, FEW = 50, 10  # steps whose norms are looked at, and so few that they say nothing
+_NORM = HISTORY.index("grad_norm")
 
 
 class Steps:
@@ -96,8 +99,9 @@ class Steps:
             self._skip(failure)
         else:
             self._in_a_row, self.updated = 0, state.step
-            if self._clip_norm is not None and norm > self._clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm_tensor)
+            largest = self._largest_norm()
+            if norm > largest:
+                torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm_tensor)
             self._optimizer.step()
             self._schedule.after_step()
             plan.judge.add(-value, used)
@@ -140,6 +144,16 @@ class Steps:
         self.seconds = self._before = state["seconds"]
         if self.history:
             _, self._state.elbo, self._state.learning_rate, *_ = self.history[-1]
+
+    def _largest_norm(self) -> float:
+        """What the gradient is clipped to."""
+        if self._clip_norm is not None:
+            return self._clip_norm
+        if self._plan.clip_ratio is None:
+            return math.inf
+        norms = [record[_NORM] for record in self.history[-LATELY:]]
+        norms = [norm for norm in norms if math.isfinite(norm)]
+        return self._plan.clip_ratio * statistics.median(norms) if len(norms) >= FEW else math.inf
 
     def _record(self, record: list[float]) -> None:
         self.history.append(record)

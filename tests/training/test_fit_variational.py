@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -295,6 +296,45 @@ def test_the_recipe_of_the_guide_is_read_and_arguments_win(rows: torch.Tensor) -
     pyro.clear_param_store()
     result = fit(full_model, Guide(full_model), data=rows, max_steps=5, lr=0.1, progress=False)
     assert result.history["learning_rate"].tolist() == [0.1] * 5
+
+
+def test_a_recipe_may_clip_by_the_norms_of_late() -> None:
+    """A gradient thousands of times as large as those before it moves nothing further than a few of them."""
+
+    class Guide(AutoNormal):
+        def recipe(self) -> Recipe:
+            return Recipe(max_steps=40, lr=1e-3, scheduler="constant", clip_ratio=3.0)
+
+    class Look(Callback):
+        def on_step(self, state: FitState) -> None:
+            places.append(torch.cat([p.detach().flatten() for p in state.guide.parameters()]))
+
+    def far_once(step: int) -> torch.Tensor:
+        return torch.full((50,), 1e5 if step == 30 else 1.0 + 0.1 * (step % 3))
+
+    def moves(**options: Any) -> tuple[torch.Tensor, np.ndarray]:
+        pyro.clear_param_store()
+        places.clear()
+        guide, sgd = Guide(full_model), torch.optim.SGD
+        result = fit(
+            full_model,
+            guide,
+            data=far_once,
+            optimizer=sgd,
+            callbacks=[Look()],
+            seed=0,
+            progress=False,
+            **options,
+        )
+        return torch.stack(places).diff(dim=0).norm(dim=-1), result.history["grad_norm"]
+
+    places: list[torch.Tensor] = []
+    moved, norms = moves()
+    assert norms[30] > 1000 * np.median(norms[:30])
+    assert moved[29].item() == pytest.approx(1e-3 * 3.0 * np.median(norms[:30]), rel=1e-3)
+    assert moved[28].item() == pytest.approx(1e-3 * norms[29], rel=1e-3)  # as it was
+    moved, norms = moves(clip_norm=1e9)  # the caller's wins
+    assert moved[29].item() == pytest.approx(1e-3 * norms[30], rel=1e-3)
 
 
 def test_a_recipe_is_of_the_packages_kind(rows: torch.Tensor) -> None:
