@@ -1,5 +1,7 @@
 """Sphinx's settings: ``make docs`` builds the site without a network, and takes every warning for an error."""
 
+import itertools
+import operator
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +31,9 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = f"pyro_flowkit {release}"
 html_static_path = ["_static"]
+pygments_dark_style = (
+    "github-dark"  # furo's own underlines the names of modules, as if they were links
+)
 html_css_files = ["site.css"]
 html_copy_source = False
 html_search_scorer = str(DOCS / "_static" / "scorer.js")
@@ -84,13 +89,31 @@ def with_pages(app, name, cls, options, bases):
     bases[:] = nearest or [object]
 
 
+def in_tables(lines):
+    """For each line of what a program printed, whether it stands in a table: a long one without gaps is a sentence."""
+    table = False
+    for blank, paragraph in itertools.groupby(lines, lambda line: not line.strip()):
+        gaps = [(line, "  " in line.strip()) for line in paragraph]
+        is_table = any(gap for _, gap in gaps)
+        for line, gap in gaps:
+            table = table if blank else is_table and (gap or len(line) <= 80)
+            yield table
+
+
 def mark_tables(app, doctree):
     """Of what a program printed, long sentences are wrapped, and what stands in columns is not."""
-    for block in doctree.findall(literal_block):
-        if block.get("language") == "text" and any(
-            "  " in line.strip() for line in block.astext().splitlines()
-        ):
-            block["classes"].append("in-columns")
+    for block in list(doctree.findall(literal_block)):
+        if block.get("language") in ("text", "myst-ansi"):
+            lines = block.astext().strip("\n").split("\n")
+            parts = []
+            for table, same in itertools.groupby(
+                zip(in_tables(lines), lines, strict=True), operator.itemgetter(0)
+            ):
+                text = "\n".join(line for _, line in same).strip("\n")
+                part = literal_block(text, text, **block.attributes)
+                part["classes"] = [*block["classes"], *(["in-columns"] if table else [])]
+                parts.append(part)
+            block.replace_self(parts)
 
 
 def setup(app):

@@ -79,7 +79,9 @@ def diagnose(
 
     Importance weights do not see what the guide never visits. A "good" guide has a sentence on that in ``limits``,
     unless the exact evidence excludes it or ``probe`` says that it was looked for; and one on tails where pareto k is
-    above 0.7 although the large weights carry little.
+    above 0.7 although the large weights carry little. Nor do they see a far tail that no draw reaches: under a
+    ``Cauchy`` prior that the data hardly touch, a guide whose base is normal is "good" with too few draws beyond
+    ten scales.
 
     Args:
         tree: a result of ``from_svi`` or ``evidence_bounds``, which draw more where this verdict hangs on noise; of

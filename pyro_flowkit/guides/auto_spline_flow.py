@@ -81,8 +81,8 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
             it, as in a hierarchical posterior; without effect for a single site.
         num_components: number of flows, int >= 1; the guide is their mixture, for a posterior with several modes. They
             start at the modes that are found from ``init_loc_fn``, from draws of the prior and from their mirror images
-            in unconstrained space; those without a mode of their own start around the largest. A step costs about
-            three times as much with two components as with one. The weights learn in ``fit``, under ``Trace_ELBO`` and
+            in unconstrained space; those without a mode of their own start around the largest. A step costs several
+            times as much with two components as with one. The weights learn in ``fit``, under ``Trace_ELBO`` and
             under ``ForwardKL``; objectives that differentiate through draws alone do not teach them. Not for angles,
             nor for ``from_guide``, ``JitTrace_ELBO`` and NeuTra.
         path_gradient: the sticking-the-landing gradient under ``Trace_ELBO`` (see

@@ -6,10 +6,11 @@ model's parameters, so that its keys say what is what.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import pyro
 import torch
@@ -22,6 +23,24 @@ from pyro_flowkit.training.callbacks import Callback
 from pyro_flowkit.warning import warn
 
 MAX_FAR = 0.5  # of the rows
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def two_by_place(fit: Callable[P, R]) -> Callable[P, R]:
+    """``fit`` that says where arguments go which follow the guide, as those of ``svi.step`` do."""
+
+    @functools.wraps(fit)
+    def call(*given: P.args, **options: P.kwargs) -> R:
+        if len(given) > 2:
+            raise TypeError(
+                f"expected the model's arguments in args, got {len(given) - 2} after the guide: "
+                "fit(model, guide, args=(x, y)), or fit(model, guide, data=(x, y)) for rows in minibatches"
+            )
+        return fit(*given, **options)
+
+    return call
 
 
 def check_programs(model: Any, guide: Any) -> None:
@@ -52,7 +71,10 @@ def check_programs(model: Any, guide: Any) -> None:
     if not callable(model):
         raise TypeError(f"expected a model that can be called, got {type(model).__name__}")
     if guide is not None and not callable(guide):
-        raise TypeError(f"expected a guide that can be called, got {type(guide).__name__}")
+        raise TypeError(
+            f"expected a guide that can be called, got {type(guide).__name__}: rows to train on go into data=, further "
+            "arguments of the model into args="
+        )
 
 
 def check_args(args: Any) -> None:

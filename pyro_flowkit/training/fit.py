@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pyro.infer import ELBO
 
+from pyro_flowkit.training.arguments import two_by_place
 from pyro_flowkit.training.loop import Loop
 from pyro_flowkit.training.options import Options
 from pyro_flowkit.training.pacing import paced
@@ -17,6 +18,7 @@ from pyro_flowkit.training.restarts import best_of
 from pyro_flowkit.training.result import FitResult
 
 
+@two_by_place
 @torch.enable_grad()
 def fit(
     model: Callable[..., Any],

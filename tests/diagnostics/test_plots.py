@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from pyro_flowkit.diagnostics import plot_bounds, plot_elbo, plot_gap, plot_pareto_k
+from tests.diagnostics.images import bounds, exact, gaps
 
 matplotlib.use("Agg")
 
@@ -21,26 +22,6 @@ def ax():
     yield ax
     figure.canvas.draw()
     plt.close(figure)
-
-
-def bounds(shift):
-    n_particles = np.array([1, 10, 1000])
-    iwae = shift + np.log10(n_particles) + np.zeros((4, 3))
-    return xr.Dataset(
-        {
-            "elbo": ("obs_id", iwae[:, 0]),
-            "elbo_se": ("obs_id", np.full(4, 0.2)),
-            "iwae": (("obs_id", "n_particles"), iwae),
-            "iwae_se": (("obs_id", "n_particles"), np.full((4, 3), 0.2)),
-            "pareto_k": ("obs_id", np.array([0.1, 0.4, 0.8, np.inf])),
-        },
-        {"obs_id": np.arange(4), "n_particles": n_particles},
-        {"num_samples": 1000},
-    )
-
-
-def exact(value):
-    return xr.Dataset({"log_prob": ("obs_id", np.full(4, value))}, {"obs_id": np.arange(4)})
 
 
 def test_ladders_and_exact_lines_are_apart(ax):
@@ -99,15 +80,6 @@ def test_pareto_k_counts_what_is_above_the_threshold(ax):
         plot_pareto_k(exact(0.0), ax)
 
 
-def gaps(approximation, amortization):
-    return xr.Dataset(
-        {
-            "approximation_gap": ("obs_id", np.asarray(approximation)),
-            "amortization_gap": ("obs_id", np.asarray(amortization)),
-        }
-    )
-
-
 def test_both_parts_of_the_gap_are_counted_and_differ_in_grey(ax):
     dataset = gaps(np.linspace(0.0, 0.4, 30), np.linspace(0.3, 1.3, 30))
     assert plot_gap(dataset, ax) is ax
@@ -143,26 +115,6 @@ def test_gaps_that_are_not_split_are_refused(ax):
         ValueError, match=r"\['approximation_gap', 'amortization_gap'\], got \['elbo"
     ):
         plot_gap(bounds(0.0), ax)
-
-
-PICTURES = {
-    "plot_elbo": lambda: plot_elbo({"step": np.arange(200), "elbo": -1.0 / np.arange(1, 201)}),
-    "plot_bounds": lambda: plot_bounds({"a": bounds(-5.0), "a flow of some name": exact(-1.0)}),
-    "plot_pareto_k": lambda: plot_pareto_k(bounds(0.0)),
-    "plot_gap": lambda: plot_gap(gaps(np.linspace(0.0, 0.4, 30), np.linspace(0.3, 1.3, 30))),
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_all_of_a_new_figure_is_inside_of_it(name):
-    import matplotlib.pyplot as plt
-
-    figure = PICTURES[name]().figure
-    figure.canvas.draw()
-    drawn, whole = figure.get_tightbbox(), figure.bbox_inches
-    plt.close(figure)
-    assert min(drawn.x0, drawn.y0) > -0.01
-    assert drawn.x1 < whole.x1 + 0.01 and drawn.y1 < whole.y1 + 0.01
 
 
 def test_import_loads_neither_arviz_nor_matplotlib():

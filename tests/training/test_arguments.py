@@ -64,6 +64,7 @@ def ends(step):
         ),
         ({"model": 3}, TypeError, "a model that can be called, got int"),
         ({"model": location, "guide": 3}, TypeError, "a guide that can be called, got int"),
+        ({"guide": X}, TypeError, "got Tensor: rows to train on go into data="),
         ({"args": X}, TypeError, "args to be a tuple of arguments, got Tensor"),
         ({"batch_size": 50.0}, TypeError, "batch_size to be an integer, got 50.0"),
         ({"max_steps": 10.5}, TypeError, "max_steps to be an integer, got 10.5"),
@@ -79,6 +80,12 @@ def ends(step):
 def test_what_cannot_be_meant_is_refused_in_words(options, error, text):
     with pytest.raises(error, match=text):
         trained(**options)
+
+
+@pytest.mark.parametrize("more", [(X,), (X, X)], ids=["one", "two"])
+def test_arguments_after_the_guide_are_told_their_place(more):
+    with pytest.raises(TypeError, match=rf"in args, got {len(more)} after .* args=\(x, y\)"):
+        fit(location, AutoNormal(location), *more)
 
 
 @pytest.mark.parametrize(
