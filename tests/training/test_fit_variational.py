@@ -299,7 +299,7 @@ def test_the_recipe_of_the_guide_is_read_and_arguments_win(rows: torch.Tensor) -
 
 
 def test_a_recipe_may_clip_by_the_norms_of_late() -> None:
-    """A gradient thousands of times as large as those before it moves nothing further than a few of them."""
+    """A gradient many times as large as those before it moves nothing further than a few of them."""
 
     class Guide(AutoNormal):
         def recipe(self) -> Recipe:
@@ -310,7 +310,7 @@ def test_a_recipe_may_clip_by_the_norms_of_late() -> None:
             places.append(torch.cat([p.detach().flatten() for p in state.guide.parameters()]))
 
     def far_once(step: int) -> torch.Tensor:
-        return torch.full((50,), 1e5 if step == 30 else 1.0 + 0.1 * (step % 3))
+        return torch.full((50,), 100.0 if step == 30 else 1.0 + 0.1 * (step % 3))
 
     def moves(**options: Any) -> tuple[torch.Tensor, np.ndarray]:
         pyro.clear_param_store()
@@ -330,7 +330,7 @@ def test_a_recipe_may_clip_by_the_norms_of_late() -> None:
 
     places: list[torch.Tensor] = []
     moved, norms = moves()
-    assert norms[30] > 1000 * np.median(norms[:30])
+    assert norms[30] > 20 * np.median(norms[:30])
     assert moved[29].item() == pytest.approx(1e-3 * 3.0 * np.median(norms[:30]), rel=1e-3)
     assert moved[28].item() == pytest.approx(1e-3 * norms[29], rel=1e-3)  # as it was
     moved, norms = moves(clip_norm=1e9)  # the caller's wins
