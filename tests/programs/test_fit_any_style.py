@@ -13,7 +13,7 @@ from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.training import Callback
-from tests.programs.styles import MODELS
+from models._styles import MODELS
 
 SMALL = {"num_transforms": 2, "hidden_dims": [8]}
 

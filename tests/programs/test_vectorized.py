@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.sites import scored_sites
-from tests.programs.styles import MODELS
+from models._styles import MODELS
 
 
 def program_of(model, *args, guide=None, ways=("graph", "plate", "rows"), with_deterministic=True):
