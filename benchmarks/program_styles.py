@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import RESULTS
 from benchmarks._posteriors import Posterior
 from benchmarks._svi_models import fit_step
-from models._measure import Report, Timing, cpu_times, number, table
+from models._measure import Report, cpu_times, table
 from models._styles import MODELS
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
@@ -70,7 +70,9 @@ def both_styles(rounds: int) -> list[list[str]]:
         models = {batched: partial(written, batched) for batched in STYLES}
         found = {batched: trained(model) for batched, model in models.items()}
         steps = {
-            STYLES[batched]: fit_step(Posterior(models[batched], (), None), found[batched][3], PARTICLES)[0]
+            STYLES[batched]: fit_step(
+                Posterior(models[batched], (), None), found[batched][3], PARTICLES
+            )[0]
             for batched in STYLES
         }
         timings = cpu_times(steps, repeats=rounds, calls=5)
@@ -117,7 +119,9 @@ def weigh(name: str) -> None:
     with fixed_seed(torch.device("cpu"), 0):
         y = 0.3 * torch.randn(TIMES).cumsum(0) + 0.5 * torch.randn(TIMES)
     model = WALKS[name]
-    guide = AutoSplineFlow(model, num_transforms=2, hidden_dims=[32, 32], affine="diagonal").setup(y)
+    guide = AutoSplineFlow(model, num_transforms=2, hidden_dims=[32, 32], affine="diagonal").setup(
+        y
+    )
     gc.collect()
     before, begun = _resident(), time.process_time()
     density = LatentDensity(model, guide, (y,))
@@ -171,7 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ["model", "ELBO", "batched", "starts apart", "warnings", "step", "batched", "x"]
     report.add(*table(names, both_styles(args.rounds)), "")
     report.add(f"## A state space model of {TIMES:,} latents", "")
-    names = ["written", "CPU s to record", "MB", f"step of {PARTICLES} particles, CPU ms", "not recorded"]
+    names = [
+        "written",
+        "CPU s to record",
+        "MB",
+        f"step of {PARTICLES} particles, CPU ms",
+        "not recorded",
+    ]
     report.add(*table(names, long_walks()))
     report.save(args.output)
 

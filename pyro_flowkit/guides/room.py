@@ -59,7 +59,7 @@ class Gap:
 
     @property
     def upper(self) -> float:
-        """What the gap is surely below: two standard errors, and what no draw has seen, above the estimate."""
+        """Two standard errors, and what tails like those that were seen may hide, above the estimate."""
         return self.nats + 2.0 * self.error + math.log1p(self.unseen)
 
 

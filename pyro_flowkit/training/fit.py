@@ -71,11 +71,12 @@ def fit(
     in a VAE, ``pyro.plate("data", len(batch))`` does as well.
 
     With neither ``max_steps`` nor ``max_epochs`` the guide's ``recipe()`` decides if it has one. The fit then stops by
-    itself, as soon as the gap between log evidence and ELBO is surely below ``tolerance``; the rate begins to fall, and
-    the end comes nearer, when a constant one brings the gap no lower (:mod:`pyro_flowkit.training.tolerance`). Without
-    a recipe the rate is constant until the objective stops improving (5 windows of 100 steps, or 5
-    validations), drops tenfold, twice, and the fit ends at the third such plateau, or after 20,000
-    steps. That of a ``ContinuousFlow``'s matching falls along a cosine, over 20,000 steps where there is no limit.
+    itself, as soon as the gap between log evidence and ELBO is below ``tolerance`` by all that draws of the guide can
+    say (a part of the posterior that they do not reach is not in it); the rate begins to fall, and the end comes
+    nearer, when a constant one brings the gap no lower (:mod:`pyro_flowkit.training.tolerance`). Without a recipe the
+    rate is constant until the objective stops improving (5 windows of 100 steps, or 5 validations), drops tenfold,
+    twice, and the fit ends at the third such plateau, or after 20,000 steps. That of a ``ContinuousFlow``'s matching
+    falls along a cosine, over 20,000 steps where there is no limit.
 
     An objective that falls far below its best (by validation or, without it, by the medians of windows) is said
     in a RuntimeWarning and in the result's ``divergence``: by more than 1 nat and a multiple of all that it had
@@ -166,8 +167,9 @@ def fit(
         callbacks: ``Callback`` objects.
         progress: Show a bar, which also says what is done before the first step; False is silent.
         tolerance: Nats of KL that may be left to gain when the fit of an ``AutoSplineFlow`` stops by itself: the gap is
-            estimated by importance sampling after every window of steps. None is 0.01 where none of
-            max_steps, max_epochs and average is given, and no such stop where one is. 0 goes on to the recipe's end.
+            estimated by importance sampling after every window of steps, and must be below it with two standard errors
+            in several sets of draws. None is 0.01 where none of max_steps, max_epochs and average is given, and no such
+            stop where one is. 0 goes on to the recipe's end.
         restarts: Number of starts of a guide that can begin anew; of an ``AutoSplineFlow`` its own, then draws of the
             prior. The best is kept, and the result's ``restarts`` have ELBO and log evidence of all: separate modes
             share the posterior's mass in proportion to these. max_seconds is shared among them; checkpoints have a

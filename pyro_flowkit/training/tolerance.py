@@ -1,9 +1,9 @@
 """When a guide's fit stops by itself: when little is left to gain, or when a constant rate gains no more.
 
 After every window of steps the gap between log evidence and ELBO is estimated (:mod:`pyro_flowkit.guides.room`). Once
-it is surely below the tolerance, by several sets of draws, the fit ends. While the rate is constant the gap falls to a
-level that the noise of the steps holds it at; from there on only a falling rate helps, so that it begins to fall then,
-for the same share of the steps as planned.
+it is below the tolerance with two standard errors, in several sets of draws, the fit ends. While the rate is constant
+the gap falls to a level that the noise of the steps holds it at; from there on only a falling rate helps, so that it
+begins to fall then, for the same share of the steps as planned.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Tolerance:
         max_steps: Of the plan, whose rate falls from a fixed share of them on; None where it is not the guide's own.
 
     Attributes:
-        is_met: Whether the last judgement found the gap surely below the tolerance.
+        is_met: Whether the last judgement found the gap below the tolerance.
         end: The number of steps to end at, where that is earlier than planned; else None.
     """
 

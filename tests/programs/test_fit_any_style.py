@@ -9,11 +9,11 @@ import pytest
 import torch
 from pyro import poutine
 
+from models._styles import MODELS
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_vector import LatentDensity
 from pyro_flowkit.training import Callback
-from models._styles import MODELS
 
 SMALL = {"num_transforms": 2, "hidden_dims": [8]}
 

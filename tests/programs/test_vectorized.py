@@ -10,9 +10,9 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
+from models._styles import MODELS
 from pyro_flowkit.programs.pairs import NotVectorizable, vectorized
 from pyro_flowkit.programs.sites import scored_sites
-from models._styles import MODELS
 
 
 def program_of(model, *args, guide=None, ways=("graph", "plate", "rows"), with_deterministic=True):
