@@ -90,7 +90,7 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
         self.starts_by_draws = True
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(x, context)
+        self._check_input(x, context)
         if self.starts_by_draws:
             self.start(context)
         loc, log_scale, lower = self._parameters_for(context)
@@ -101,7 +101,7 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
         return y.to(x.dtype), log_scale.sum(-1).to(x.dtype).expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(y, context)
+        self._check_input(y, context)
         if self._may_start and self._is_trained_by(context):
             self._may_start = False
         loc, log_scale, lower = self._parameters_for(context)
