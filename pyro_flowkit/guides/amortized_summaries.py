@@ -164,12 +164,8 @@ def global_draws(
         device: of the guide.
     """
     plate = pyro.plate("_fixed_draws", 2 * NUM_PAIRS + 1, dim=-1 - nesting)
-    with fixed_seed(device):
-        torch.default_generator.manual_seed(1)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(1)
-        with poutine.block(), plate:
-            values = guide()
+    with fixed_seed(device, seed=1), poutine.block(), plate:
+        values = guide()
     result = {}
     for site in latents.sites:
         value = values[site.name]
