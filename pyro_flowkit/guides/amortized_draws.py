@@ -26,8 +26,8 @@ from pyro_flowkit.programs.sites import (
     is_point_mass,
     nesting_of,
     plates_of,
+    refuse_subsampling,
     scored_sites,
-    subsampled_frame,
 )
 
 NUMBERS_AT_ONCE = 2**17  # of latents
@@ -113,13 +113,7 @@ class AmortizedDraws(Weighed, AmortizedParts):
         model = self._model_for_weights(self._plain_model[0])
         with torch.random.fork_rng(devices=[]):
             plain, _ = trace_pair(model, self, args, kwargs)
-        for name, site in scored_sites(plain):
-            frame = subsampled_frame(site)
-            if frame is not None:
-                raise ValueError(
-                    f"Expected all {frame.full_size} data in plate {frame.name!r} of site {name!r}, got a subsample "
-                    f"of {frame.size}: the weights of a minibatch say nothing about the evidence."
-                )
+        refuse_subsampling(plain)
         try:
             program = vectorized(model, self, args, kwargs)
         except NotVectorizable as error:
