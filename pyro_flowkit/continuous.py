@@ -20,7 +20,7 @@ References:
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from pyro_flowkit.flow import Flow
 from pyro_flowkit.nn import ResidualNetwork, checked_hidden_dims, compressed
 from pyro_flowkit.recipe import Recipe
 from pyro_flowkit.transforms.base import check_context, check_size
+from pyro_flowkit.transforms.conditional import conditioned
 from pyro_flowkit.transforms.linear import Standardization
 from pyro_flowkit.transforms.ode import ODE, ConditionalODE, Solution, Solver, Trace
 
@@ -175,9 +176,7 @@ class ContinuousFlow(Flow):
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
         """The flow of the field, as a transform, without the standardisation."""
         check_context(context, self.context_dim, "ContinuousFlow")
-        if context is not None:
-            return [cast(ConditionalODE, self.ode).condition(context)]
-        return [cast(Transform, self.ode)]
+        return conditioned([self.ode], context)
 
     @torch.no_grad()
     def sample(self, n: int | Sequence[int], context: Tensor | None = None) -> Tensor:

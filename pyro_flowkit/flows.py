@@ -5,7 +5,7 @@ Reference:
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from pyro_flowkit.transforms.autoregressive import (
     spline_autoregressive,
 )
 from pyro_flowkit.transforms.base import check_context, check_size
-from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
+from pyro_flowkit.transforms.conditional import conditioned
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from pyro_flowkit.transforms.coupling import (
     conditional_spline_coupling,
@@ -165,12 +165,7 @@ class SplineFlow(StridingModule, Flow):
         """The layers from base to sample, as transforms, without the standardisation."""
         check_context(context, self.context_dim, "SplineFlow")
         layers = [*self.layers] if self.affine is None else [*self.layers, self.affine]
-        return [
-            layer.condition(context)
-            if isinstance(layer, ConditionalFlowTransformModule) and context is not None
-            else cast(Transform, layer)
-            for layer in layers
-        ]
+        return conditioned(layers, context)
 
 
 def _couplings(count: int, settings: dict[str, Any]) -> list[nn.Module]:

@@ -33,13 +33,13 @@ class HeadsAffine(ConditionalFlowTransformModule):
         super().__init__(latent_dim, 2 * latent_dim)
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(x, context)
+        self._check_input(x, context)
         loc, scale = normal_of(context)
         y = loc + scale * x
         return y, scale.log().sum(-1).expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(y, context)
+        self._check_input(y, context)
         loc, scale = normal_of(context)
         x = (y - loc) / scale
         return x, -scale.log().sum(-1).expand(x.shape[:-1])

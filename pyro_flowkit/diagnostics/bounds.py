@@ -18,6 +18,7 @@ of the gap by what may be there.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,21 +144,18 @@ def evidence_bounds(
     counts, options = check_particles(num_particles, num_samples), kwargs or {}
     pool = Pool(max_samples, num_samples)
 
-    def draw(size: int, like: Particles | None = None) -> Iterable[Particles]:
-        return draw_particles(
-            model,
-            guide,
-            args,
-            options,
-            num_samples=size,
-            chunk_size=chunk_size,
-            whole_data=True,
-            vectorize=vectorize,
-            like=like,
-        )
-
+    draw = partial(
+        draw_particles,
+        model,
+        guide,
+        args,
+        options,
+        chunk_size=chunk_size,
+        whole_data=True,
+        vectorize=vectorize,
+    )
     with evaluation(model, guide, seed=seed):
-        for particles in draw(num_samples):
+        for particles in draw(num_samples=num_samples):
             pool.add(particles)
         return pool.settled(draw, counts, exact_log_evidence)
 
@@ -188,14 +186,14 @@ class Pool:
 
     def settled(
         self,
-        draw: Callable[[int, Particles | None], Iterable[Particles]],
+        draw: Callable[..., Iterable[Particles]],
         num_particles: Sequence[int],
         exact_log_evidence: float | None,
     ) -> xr.Dataset:
         """The numbers of the pool, after it has grown as far as the verdict needs and the limits allow.
 
         Args:
-            draw: gives so many more particles like given ones.
+            draw: gives ``num_samples`` more particles, ``like`` given ones.
             num_particles: the K of IWAE-K.
             exact_log_evidence: as for ``evidence_bounds``.
         """
@@ -212,7 +210,7 @@ class Pool:
             seconds = (time.monotonic() - self._start) * more / size
             if more < 1 or (self._given is None and seconds > _MAX_SECONDS):
                 break
-            for particles in draw(more, self._like):
+            for particles in draw(num_samples=more, like=self._like):
                 self.add(particles)
             bounds = self._bounds(num_particles, exact_log_evidence)
         return bounds.assign_attrs(point_estimates=points) if points else bounds

@@ -28,8 +28,8 @@ from pyro_flowkit.programs.sites import (
     Site,
     guided_names,
     nesting_of,
+    refuse_subsampling,
     scored_sites,
-    subsampled_frame,
 )
 from pyro_flowkit.programs.vectorized import Vectorized, Way
 from pyro_flowkit.warning import warn
@@ -158,7 +158,7 @@ def draw_particles(
             program = _program(model, guide, args, kwargs, vectorize, num_samples, ways)
             like = dataclasses.replace(like, program=program)
     if whole_data:
-        _refuse_subsampling(like.model_trace)
+        refuse_subsampling(like.model_trace)
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     for size in sizes if like.stacked else [1] * num_samples:
         yield from draw_again(like, model, guide, args, kwargs, size)
@@ -315,14 +315,3 @@ def _prototype(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, 
     return Particles(
         model_trace, guide_trace, 1, nesting, points=points, all_points=latents == set(points)
     )
-
-
-def _refuse_subsampling(model_trace: Any) -> None:
-    for name, site in scored_sites(model_trace):
-        frame = subsampled_frame(site)
-        if frame is not None:
-            raise ValueError(
-                f"Expected all {frame.full_size} data in plate '{frame.name}' of site "
-                f"'{name}', got a subsample of {frame.size}: the weights of a minibatch say "
-                "nothing about the evidence; pass the whole data"
-            )

@@ -5,7 +5,8 @@ its two generations; ``to_arviz`` is the only place that knows which one is inst
 flat, since ArviZ 0.23 drops nested ones. Groups that the schema has no name for begin with ``vi_``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,21 +121,18 @@ def from_svi(
     pool = Pool(max_samples, num_samples)
     found = _Found()
 
-    def draw(size: int, like: Particles | None = None) -> Iterable[Particles]:
-        return draw_particles(
-            model,
-            guide,
-            args,
-            options,
-            num_samples=size,
-            chunk_size=chunk_size,
-            whole_data=True,
-            vectorize=vectorize,
-            like=like,
-        )
-
+    draw = partial(
+        draw_particles,
+        model,
+        guide,
+        args,
+        options,
+        chunk_size=chunk_size,
+        whole_data=True,
+        vectorize=vectorize,
+    )
     with evaluation(model, guide, seed=seed):
-        for chunk, particles in enumerate(draw(num_samples)):
+        for chunk, particles in enumerate(draw(num_samples=num_samples)):
             if not particles.all_points:
                 pool.add(particles)
             own_seed = None if seed is None else seed + 1 + chunk

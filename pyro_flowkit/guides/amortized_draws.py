@@ -8,18 +8,17 @@ data are independent, and so every datum has weights of its own:
 and its draws are resampled by these, whatever the other data have.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
+from pyro_flowkit.guides.amortized_parts import AmortizedParts
 from pyro_flowkit.guides.latent_vector import pack
-from pyro_flowkit.guides.local_latents import Latents
-from pyro_flowkit.guides.summaries import Evidence, chosen_by, evidence_of
+from pyro_flowkit.guides.summaries import Weighed
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.programs.pairs import NotVectorizable, trace_pair, vectorized
 from pyro_flowkit.programs.runs import in_plate, own_values
@@ -27,27 +26,15 @@ from pyro_flowkit.programs.sites import (
     is_point_mass,
     nesting_of,
     plates_of,
+    refuse_subsampling,
     scored_sites,
-    subsampled_frame,
 )
-from pyro_flowkit.seeds import fixed_seed
-from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 NUMBERS_AT_ONCE = 2**17  # of latents
 
 
-class AmortizedDraws(AutoGuide):
+class AmortizedDraws(Weighed, AmortizedParts):
     """Draws, densities and evidence of a guide for local latents, for the model's arguments, after its setup."""
-
-    _require_setup: Callable[[], None]
-    sync_with_store: Callable[..., Any]
-    _plain_model: tuple[Any]
-    _plate: str
-    _dim: int
-    _local: Latents
-    _global: Latents
-    affine: ConditionalAffine
-    global_guide: Any
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -105,57 +92,7 @@ class AmortizedDraws(AutoGuide):
         total = torch.stack([part.reshape(count, -1).sum(-1) for part in parts])
         return total.sum(0).reshape(sample_shape)
 
-    def evidence(
-        self, *args: Any, num_samples: int = 4000, seed: int | None = None, **kwargs: Any
-    ) -> Evidence:
-        """The evidence log p(x) of these data by importance sampling, with its standard error and pareto k.
-
-        Without global latents every datum has its own weights: the numbers are sums over the data, and pareto k is the
-        largest.
-
-        Args:
-            args: the model's arguments, with all data.
-            num_samples: draws of the guide.
-            seed: of the draws, without effect on the generator of the caller; None goes on with that.
-            kwargs: the model's keyword arguments.
-
-        Raises:
-            RuntimeError: for a guide that was unpickled, and is without its model.
-            ValueError: if a plate is subsampled, or model or guide cannot be run for many draws at a time.
-        """
-        with self._seeded(seed):
-            _, log_weights = self._weigh(args, kwargs, num_samples)
-        return evidence_of(log_weights)
-
-    def resample(
-        self,
-        num_samples: int,
-        *args: Any,
-        num_proposals: int | None = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Draws of the posterior: those of the guide, resampled by their Pareto-smoothed importance weights.
-
-        Without global latents every datum has its own weights.
-
-        Args:
-            num_samples: number of draws returned; some are equal.
-            args: the model's arguments, with all data.
-            num_proposals: draws of the guide among which to choose; None is ten times as many.
-            seed: of the draws, without effect on the generator of the caller; None goes on with that.
-            kwargs: the model's keyword arguments.
-
-        Returns:
-            ``{site: values}`` of shape ``(num_samples, *batch, *event)``. A pareto k above the threshold is a warning.
-
-        Raises:
-            RuntimeError, ValueError: as :meth:`evidence`.
-        """
-        proposals = 10 * num_samples if num_proposals is None else num_proposals
-        with self._seeded(seed):
-            values, log_weights = self._weigh(args, kwargs, proposals)
-            chosen = chosen_by(log_weights, num_samples, type(self).__name__)
+    def _chosen(self, values: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
         if len(chosen) == 1:
             return {name: value[chosen[0].to(value.device)] for name, value in values.items()}
         found = {}
@@ -173,21 +110,10 @@ class AmortizedDraws(AutoGuide):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Draws and their log weights ``(data or 1, num_samples)``, float64 on the CPU."""
         self._synchronise()
-        model = self._plain_model[0]
-        if model is None:
-            raise RuntimeError(
-                f"Expected {type(self).__name__} to know its model, got one that was unpickled: use "
-                "evidence_bounds(model, guide), or load its state_dict into a guide made with the model."
-            )
+        model = self._model_for_weights(self._plain_model[0])
         with torch.random.fork_rng(devices=[]):
             plain, _ = trace_pair(model, self, args, kwargs)
-        for name, site in scored_sites(plain):
-            frame = subsampled_frame(site)
-            if frame is not None:
-                raise ValueError(
-                    f"Expected all {frame.full_size} data in plate {frame.name!r} of site {name!r}, got a subsample "
-                    f"of {frame.size}: the weights of a minibatch say nothing about the evidence."
-                )
+        refuse_subsampling(plain)
         try:
             program = vectorized(model, self, args, kwargs)
         except NotVectorizable as error:
@@ -279,14 +205,6 @@ class AmortizedDraws(AutoGuide):
             padding = (1,) * (nesting - len(batch))
             given[name] = value.reshape(size, *padding, *value.shape[1:])
         return given
-
-    def _seeded(self, seed: int | None) -> AbstractContextManager[None]:
-        self._require_setup()
-        return nullcontext() if seed is None else fixed_seed(self.affine.weight.device, seed)
-
-    def _synchronise(self) -> None:
-        self._require_setup()
-        self.sync_with_store(lend=False)
 
 
 def _summed(log_prob: Tensor, dim: int | None) -> Tensor:

@@ -39,7 +39,7 @@ from pyro_flowkit.guides.data_plate import (
 )
 from pyro_flowkit.guides.data_rows import DataRows
 from pyro_flowkit.guides.global_spline_flow import GlobalPart, centred
-from pyro_flowkit.guides.lazy import LazyGuide, lighten
+from pyro_flowkit.guides.lazy import lighten
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.masked_rows import MaskedRows
 from pyro_flowkit.guides.posterior import AmortizedPosterior, condition
@@ -51,7 +51,7 @@ from pyro_flowkit.guides.supports import (
 )
 from pyro_flowkit.guides.without_masked import whole_model
 from pyro_flowkit.head_start import HeadStart
-from pyro_flowkit.moves import Stride, StridingModule
+from pyro_flowkit.moves import Stride
 from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.recipe import Recipe
 from pyro_flowkit.seeds import fixed_seed
@@ -59,9 +59,7 @@ from pyro_flowkit.transforms.base import check_size
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 
-class AmortizedSplineFlow(
-    LazyGuide, GlobalPart, AmortizedDraws, AmortizedSummaries, DataRows, StridingModule
-):
+class AmortizedSplineFlow(GlobalPart, AmortizedDraws, AmortizedSummaries, DataRows):
     """Guide for a model with a latent for every datum::
 
         def model(x):
@@ -137,8 +135,6 @@ class AmortizedSplineFlow(
 
     _warns_of_other_name = True
     _keep_own_entries = ("global_guide",)
-    global_guide: Any
-    flow: SplineFlow
 
     def __init__(
         self,

@@ -10,38 +10,22 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.flows import SplineFlow
+from pyro_flowkit.guides.amortized_parts import AmortizedParts
 from pyro_flowkit.guides.global_spline_flow import centred
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.ops.checks import check_floating
 from pyro_flowkit.seeds import fixed_seed
-from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
 NUM_PAIRS = 256  # of antithetic draws
 MAX_CHUNK = 2**20  # values in memory at a time
 
 
-class AmortizedSummaries(AutoGuide):
+class AmortizedSummaries(AmortizedParts):
     """What can be asked of a guide for local latents, after its setup, without drawing from it."""
-
-    _require_setup: Callable[[], None]
-    sync_with_store: Callable[..., Any]
-    _lead: Callable[[], None]
-    _encode: Callable[[tuple, dict], Tensor]
-    _posterior: Callable[[Tensor, Tensor | None], FlowDistribution]
-    _prototype_frames: dict[str, Any]
-    _local: Latents
-    _global: Latents
-    _dim: int
-    condition_on_global: bool
-    global_guide: Any
-    flow: SplineFlow
-    affine: ConditionalAffine
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """Values of the local latents, ``{site: value}``, from draws of :meth:`get_posterior`.
@@ -164,12 +148,8 @@ def global_draws(
         device: of the guide.
     """
     plate = pyro.plate("_fixed_draws", 2 * NUM_PAIRS + 1, dim=-1 - nesting)
-    with fixed_seed(device):
-        torch.default_generator.manual_seed(1)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(1)
-        with poutine.block(), plate:
-            values = guide()
+    with fixed_seed(device, seed=1), poutine.block(), plate:
+        values = guide()
     result = {}
     for site in latents.sites:
         value = values[site.name]

@@ -27,7 +27,6 @@ from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
-from pyro_flowkit._pyro import StoreModule
 from pyro_flowkit.flows import SplineFlow
 from pyro_flowkit.guides.circular import CircularAffine, angular_columns
 from pyro_flowkit.guides.component import (
@@ -37,10 +36,9 @@ from pyro_flowkit.guides.component import (
     make_hierarchy,
     paced,
 )
-from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.latent_elbo import LatentELBO
-from pyro_flowkit.guides.lazy import LazyGuide, lighten
+from pyro_flowkit.guides.lazy import lighten
 from pyro_flowkit.guides.mixture import MixtureWeights
 from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.start import Start
@@ -58,7 +56,7 @@ HIDDEN_DIMS = [32, 32]
 MAX_FULL_DIM = 200
 
 
-class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
+class AutoSplineFlow(Summaries, Start, Storage):
     """Guide for a model with continuous latents; takes the place of ``AutoNormal`` and its relatives::
 
         guide = AutoSplineFlow(model)
@@ -129,7 +127,6 @@ class AutoSplineFlow(LazyGuide, Draws, Summaries, Start, Storage, StoreModule):
 
     _warns_of_other_name = True
     _sees_to_its_pace = True
-    _create_plates: Callable[..., Any]
 
     def __init__(
         self,

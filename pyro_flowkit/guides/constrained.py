@@ -1,7 +1,7 @@
 """An ``AutoContinuous`` that maps onto supports by :mod:`pyro_flowkit.guides.supports`, not by PyTorch's registry."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
+from pyro_flowkit._pyro import StoreModule
+from pyro_flowkit.guides.lazy import LazyGuide
 from pyro_flowkit.guides.supports import (
     Edges,
     bijection_of,
@@ -21,10 +23,12 @@ from pyro_flowkit.guides.supports import (
 from pyro_flowkit.ops.eager import is_transformed
 
 
-class ConstrainedLatents(AutoContinuous):
+class ConstrainedLatents(LazyGuide, AutoContinuous, StoreModule):
     """Those methods of ``AutoContinuous`` that go from one space to the other."""
 
     _given: tuple[Any, bool]
+    sample_latent: Callable[..., Tensor]
+    _unpack_latent: Callable[[Tensor], Iterator[tuple[Any, Tensor]]]
     _edges: Edges
     # (site, unconstrained, value): -log|det dvalue/dunconstrained| in nats, shape (*batch,)
     _log_density: Callable[[Any, Tensor, Tensor], Tensor]

@@ -1,36 +1,18 @@
 """The rows of a guide for local latents: its plates, and what encoder and masks say of the rows in them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro
-from pyro.infer.autoguide import AutoGuide
 from pyro.util import ignore_jit_warnings
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_flowkit.guides.amortized_parts import AmortizedParts
 from pyro_flowkit.guides.data_plate import PlateCall, encode, plate_call
-from pyro_flowkit.guides.masked_rows import MaskedRows, RowMasks
-from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
+from pyro_flowkit.guides.masked_rows import RowMasks
 
 
-class DataRows(AutoGuide):
+class DataRows(AmortizedParts):
     """The steps of a call that turn arguments into rows, after the guide's setup."""
-
-    encoder: nn.Module | None
-    context_dim: int
-    init_loc_fn: Callable[[dict], Tensor]
-    init_scale: float
-    affine: ConditionalAffine
-    masked_loc: Tensor
-    plates: dict[str, pyro.plate]
-    _plain_model: tuple[Any]  # the model, or None where the guide was unpickled
-    _encoder_function: tuple[Callable[..., Tensor] | None]
-    _first_values: dict[str, Tensor]
-    _masked: MaskedRows
-    _plate: str
-    _dim: int
-    _prototype_call: PlateCall
-    _prototype_frames: dict[str, Any]
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         if self.master is not None:

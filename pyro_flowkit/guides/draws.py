@@ -4,7 +4,7 @@ With one component the distribution is that of a flow, which a step of training 
 (:mod:`pyro_flowkit.guides.kernel_draw`); with more it is a mixture (:mod:`pyro_flowkit.guides.mixture`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -41,7 +41,6 @@ class Draws(WithoutMasked):
     path_gradient: bool
     _noise_squares: Tensor
     _said_undefined: bool
-    _require_setup: Callable[[], None]
 
     @property
     def components(self) -> list[Component]:

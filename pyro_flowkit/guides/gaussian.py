@@ -31,6 +31,7 @@ from pyro_flowkit.ops.quasi_random import normal_draws
 
 Density = Callable[[Tensor], Tensor]
 
+MAX_ITERATIONS = 200  # of L-BFGS, for each of the starts
 FEW_ITERATIONS = 25  # to see whether another start leads to another mode
 SHARE_FOR_LAPLACE = 0.25  # of the time: a mode is no more than a start
 LITTLE_ROOM = 0.1  # nats; a Gaussian that is nearer is the best one at its mode
@@ -78,15 +79,12 @@ class Gaussian:
         return value if math.isfinite(value) else math.inf
 
 
-def best_gaussian(
-    density: Density, start: Gaussian, *, max_iterations: int = 200, max_seconds: float = 30.0
-) -> Gaussian:
+def best_gaussian(density: Density, start: Gaussian, *, max_seconds: float = 30.0) -> Gaussian:
     """The Gaussian of the largest ELBO that is found from ``start`` and from Laplace's approximation.
 
     Args:
         density: unnormalised log density of points ``(n, D)``, shape ``(n,)``, differentiable.
         start: where to start; its scale decides between a triangular and a diagonal one.
-        max_iterations: of L-BFGS, for each of the starts.
         max_seconds: after which the search ends with what it has (wall clock).
 
     Returns:
@@ -101,7 +99,7 @@ def best_gaussian(
     def elbo(gaussian: Gaussian) -> float:
         return gaussian.elbo(density, judges)
 
-    def better(candidate: Gaussian, draws: Tensor, iterations: int = max_iterations) -> Gaussian:
+    def better(candidate: Gaussian, draws: Tensor, iterations: int = MAX_ITERATIONS) -> Gaussian:
         return max(improved(density, candidate, draws, iterations, deadline), candidate, key=elbo)
 
     laplace = _laplace(density, start, time.monotonic() + SHARE_FOR_LAPLACE * max_seconds)
@@ -110,7 +108,7 @@ def best_gaussian(
     found = better(rough, many)
     for other in starts[1:]:
         is_near = found.room(density, judges) < LITTLE_ROOM
-        other_rough = better(other, few, FEW_ITERATIONS if is_near else max_iterations)
+        other_rough = better(other, few, FEW_ITERATIONS if is_near else MAX_ITERATIONS)
         if elbo(other_rough) > elbo(rough):
             found = max(better(other_rough, many), found, key=elbo)
     return found

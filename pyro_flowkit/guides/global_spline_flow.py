@@ -38,12 +38,12 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from torch import Size, Tensor
 
 from pyro_flowkit.bases import _StandardNormal
+from pyro_flowkit.guides.amortized_parts import AmortizedParts
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
-from pyro_flowkit.guides.data_plate import PlateCall
 from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.without_masked import all_values
@@ -60,7 +60,6 @@ class GlobalSplineFlow(AutoSplineFlow):
 
     _runs_in_the_kernel = False  # its draws come in pairs, and its layers wait
     _sees_to_its_pace = False  # the pull of minibatches decides when its parts learn
-    _noise_squares: Tensor
     _arrival_counts: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -208,19 +207,8 @@ def _loc_scale(guide: Any, latents: Latents, draws: Tensor) -> tuple[Tensor, Ten
     return torch.zeros_like(draws[..., :1]), torch.ones_like(draws[..., :1])
 
 
-class GlobalPart(AutoGuide):
+class GlobalPart(AmortizedParts):
     """The global guide of an amortised one, which is its master."""
-
-    global_guide: Any
-    _plain_model: tuple[Any]
-    _pyro_name: str
-    _plate: str
-    _global: Latents
-    init_loc_fn: Callable[..., Any]
-    init_scale: float
-    path_gradient: bool
-    _early_conversions: list[Callable[[Tensor], Tensor]]
-    _prototype_call: PlateCall
 
     def _setup_global_guide(self, args: tuple, kwargs: dict) -> None:
         if self.global_guide is not None:

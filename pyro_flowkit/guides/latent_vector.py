@@ -27,16 +27,12 @@ from pyro_flowkit.programs.vectorized import WAYS, Vectorized, Way
 CALLS_OF_A_GRAPH = 12  # with a gradient, before one is made that gives both in less time
 
 
-def unpack(
-    guide: AutoContinuous, latent: Tensor, *, nesting: int | None = None
-) -> tuple[dict[str, Tensor], Tensor]:
+def unpack(guide: AutoContinuous, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Values of all latents of a guide, and the log-det of getting there.
 
     Args:
         guide: a guide after its setup.
         latent: unconstrained, shape ``(*sample_shape, D)``.
-        nesting: number of batch dims that every value has between ``sample_shape`` and its event; None is each site's
-            own.
 
     Returns:
         ``{site: value}`` of shape ``(*sample_shape, *batch, *event)``, and log|det dvalue/dlatent| in nats, shape
@@ -50,9 +46,7 @@ def unpack(
     for name, site in _sites(guide).items():
         shape = tuple(guide._unconstrained_shapes[name])
         size = math.prod(shape)
-        own = len(site["fn"].batch_shape)
-        padding = (1,) * (0 if nesting is None else nesting - own)
-        unconstrained = latent[..., start : start + size].reshape((*sample_shape, *padding, *shape))
+        unconstrained = latent[..., start : start + size].reshape((*sample_shape, *shape))
         start += size
         transform = bijection_to(site["fn"].support)
         values[name] = transform(unconstrained)

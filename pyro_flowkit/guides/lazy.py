@@ -21,6 +21,7 @@ class LazyGuide(nn.Module):
     prototype_trace: Any
     _model: Any
     _conversions: list[Callable[[Tensor], Tensor]]
+    _create_plates: Callable[..., Any]  # as Pyro has it
 
     def _require_setup(self) -> None:
         if self.prototype_trace is None:

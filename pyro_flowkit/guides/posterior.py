@@ -42,8 +42,8 @@ from pyro_flowkit.path_gradient import (
     path_term,
 )
 from pyro_flowkit.transforms.conditional import (
-    ConditionalFlowTransformModule,
     ConditionedTransform,
+    conditioned,
 )
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 
@@ -268,10 +268,7 @@ def condition(
         parts = (features, global_context)
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         context = torch.cat([part.expand(*batch_shape, -1) for part in parts], dim=-1)
-    transforms: list[Any] = [
-        layer.condition(context) if isinstance(layer, ConditionalFlowTransformModule) else layer
-        for layer in (*layers, affine)
-    ]
+    transforms = conditioned([*layers, affine], context)
     posterior = AmortizedPosterior(base, transforms, path_gradient=path_gradient)
     posterior._global_context = global_context
     return posterior

@@ -16,9 +16,10 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
+from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
 from pyro_flowkit.guides.latent_vector import LatentDensity, pack
@@ -26,11 +27,9 @@ from pyro_flowkit.guides.modes import Mode, modes, spread
 from pyro_flowkit.guides.posterior import GradientNoise
 from pyro_flowkit.guides.room import Room
 from pyro_flowkit.guides.supports import bijection_to, initialisation
-from pyro_flowkit.guides.without_masked import WithoutMasked
 from pyro_flowkit.ops.quasi_random import normal_draws
 from pyro_flowkit.programs.vectorized import Way
 from pyro_flowkit.seeds import fixed_seed
-from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.warning import warn
 
 # a setup looks at a few points only
@@ -39,13 +38,11 @@ SECONDS_FOR_MODES = 10.0
 WITHOUT_RECORDING: tuple[Way, ...] = ("plate", "rows")
 
 
-class Start(WithoutMasked):
+class Start(Draws):
     """The steps of a guide's setup that choose its location, after that of the prototype."""
 
-    affine: Affine
-    init_scale: float
-    num_components: int
     _mode_locs: list[Tensor]
+    _make_flow: Callable[[Tensor], tuple[nn.Module, nn.Module | None]]
     _warm_start: Any
 
     @classmethod

@@ -12,19 +12,16 @@ import torch
 from torch import nn
 
 from pyro_flowkit.files import read_file, write_file
+from pyro_flowkit.guides.constrained import ConstrainedLatents
 from pyro_flowkit.programs.modules import copied
 
 KIND = "guide"
 
 
-class Storage(nn.Module):
+class Storage(ConstrainedLatents):
     """``save`` and ``load`` of a guide that is set up by the model's arguments."""
 
-    prototype_trace: Any
-    _unconstrained_shapes: dict[str, torch.Size]
-    _require_setup: Callable[[], None]
     setup: Callable[..., Any]
-    _warns_of_other_name: bool
     _settings: Callable[[], dict[str, Any]]
 
     def save(self, path: str | os.PathLike[str]) -> None:

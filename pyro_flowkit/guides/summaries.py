@@ -12,16 +12,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_flowkit.flow_distribution import FlowDistribution
-from pyro_flowkit.guides.constrained import ConstrainedLatents
+from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.latent_vector import LatentDensity, pack, unpack
-from pyro_flowkit.guides.mixture import MixturePosterior
+from pyro_flowkit.guides.lazy import LazyGuide
 from pyro_flowkit.guides.supports import Edges
 from pyro_flowkit.ops.psis import log_mean_error, pareto_k_threshold, psis
 from pyro_flowkit.pictures import columns_of, draw_panels, first_variables
@@ -59,12 +58,93 @@ class Evidence:
         return self.pareto_k <= self.pareto_k_threshold
 
 
-class Summaries(ConstrainedLatents):
-    """Draws, densities, quantiles and evidence of a guide whose posterior is a flow, or a mixture of flows."""
+class Weighed(LazyGuide):
+    """A guide whose draws have importance weights; a base to be named before the others."""
 
-    _require_setup: Callable[[], None]
-    sync_with_store: Callable[..., Any]
-    get_posterior: Callable[..., FlowDistribution | MixturePosterior]
+    sync_with_store: Callable[..., None]
+    # (args, kwargs, num_samples): draws, and their log weights, float64 on the CPU
+    _weigh: Callable[[tuple, dict, int], tuple[Any, Tensor]]
+    # (draws, indices): values of the latents at draws that were chosen
+    _chosen: Callable[[Any, Tensor], dict[str, Tensor]]
+
+    def evidence(
+        self, *args: Any, num_samples: int = 4000, seed: int | None = None, **kwargs: Any
+    ) -> Evidence:
+        """The evidence log p(x) by importance sampling, with its standard error and pareto k.
+
+        The data of an amortised guide without global latents have weights of their own: the numbers are sums over the
+        data, and pareto k is the largest.
+
+        Args:
+            args: the model's arguments, with all data.
+            num_samples: draws of the guide.
+            seed: of the draws, without effect on the generator of the caller; None goes on with that.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            RuntimeError: for a guide that was unpickled, and is without its model.
+            ValueError: if a log weight is NaN; for an amortised guide also if a plate is subsampled, or model or guide
+                cannot be run for many draws at a time.
+        """
+        with self._seeded(seed):
+            _, log_weights = self._weigh(args, kwargs, num_samples)
+        return evidence_of(log_weights)
+
+    def resample(
+        self,
+        num_samples: int,
+        *args: Any,
+        num_proposals: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Draws of the posterior: those of the guide, resampled by their Pareto-smoothed importance weights.
+
+        The data of an amortised guide without global latents have weights of their own.
+
+        Args:
+            num_samples: number of draws returned; some are equal.
+            args: the model's arguments, with all data.
+            num_proposals: draws of the guide among which to choose; None is ten times as many.
+            seed: of the draws, without effect on the generator of the caller; None goes on with that.
+            kwargs: the model's keyword arguments.
+
+        Returns:
+            ``{site: values}`` of shape ``(num_samples, *batch, *event)``. A pareto k above the threshold is a warning:
+            the draws are then no better than the guide, where it missed something.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`evidence`.
+        """
+        proposals = 10 * num_samples if num_proposals is None else num_proposals
+        with self._seeded(seed):
+            draws, log_weights = self._weigh(args, kwargs, proposals)
+            chosen = chosen_by(log_weights, num_samples, type(self).__name__)
+        return self._chosen(draws, chosen)
+
+    def _model_for_weights(self, model: Callable[..., Any] | None) -> Callable[..., Any]:
+        if model is None:
+            raise RuntimeError(
+                f"Expected {type(self).__name__} to know its model, got one that was unpickled: use "
+                "evidence_bounds(model, guide), or load its state_dict into a guide made with the model."
+            )
+        return model
+
+    def _seeded(self, seed: int | None) -> AbstractContextManager[None]:
+        self._require_setup()
+        return nullcontext() if seed is None else fixed_seed(self._device, seed)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(cast(nn.Module, self.affine).parameters()).device
+
+    def _synchronise(self) -> None:
+        self._require_setup()
+        self.sync_with_store(lend=False)
+
+
+class Summaries(Weighed, Draws):
+    """Draws, densities, quantiles and evidence of a guide whose posterior is a flow, or a mixture of flows."""
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:
@@ -157,66 +237,14 @@ class Summaries(ConstrainedLatents):
         draws = self.get_posterior().fixed_draws()
         return _quantile(draws.sort(0).values, 0.5), draws.std(0)
 
-    def evidence(
-        self, *args: Any, num_samples: int = 4000, seed: int | None = None, **kwargs: Any
-    ) -> Evidence:
-        """The evidence log p(x) by importance sampling, with its standard error and pareto k.
-
-        Args:
-            args: the model's arguments, with all data.
-            num_samples: draws of the guide.
-            seed: of the draws, without effect on the generator of the caller; None goes on with that.
-            kwargs: the model's keyword arguments.
-
-        Raises:
-            RuntimeError: for a guide that was unpickled, and is without its model.
-            ValueError: if a log weight is NaN.
-        """
-        with self._seeded(seed):
-            _, log_weights = self._weigh(args, kwargs, num_samples)
-        return evidence_of(log_weights)
-
-    def resample(
-        self,
-        num_samples: int,
-        *args: Any,
-        num_proposals: int | None = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Draws of the posterior: those of the guide, resampled by their Pareto-smoothed importance weights.
-
-        Args:
-            num_samples: number of draws returned; some are equal.
-            args: the model's arguments, with all data.
-            num_proposals: draws of the guide among which to choose; None is ten times as many.
-            seed: of the draws, without effect on the generator of the caller; None goes on with that.
-            kwargs: the model's keyword arguments.
-
-        Returns:
-            ``{site: values}`` of shape ``(num_samples, *batch, *event)``. A pareto k above the threshold is a warning:
-            the draws are then no better than the guide, where it missed something.
-
-        Raises:
-            RuntimeError: for a guide that was unpickled, and is without its model.
-            ValueError: if a log weight is NaN.
-        """
-        proposals = 10 * num_samples if num_proposals is None else num_proposals
-        with self._seeded(seed):
-            latent, log_weights = self._weigh(args, kwargs, proposals)
-            chosen = chosen_by(log_weights, num_samples, type(self).__name__)
+    def _chosen(self, latent: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         return unpack(self, latent[chosen.to(latent.device)])[0]
 
     @torch.no_grad()
     def _weigh(self, args: tuple, kwargs: dict, num_samples: int) -> tuple[Tensor, Tensor]:
         """Draws ``(num_samples, D)`` of the unconstrained latents and their log weights, float64 on the CPU."""
         self._synchronise()
-        model = self._given[0]
-        if model is None:
-            raise RuntimeError(
-                f"Expected {type(self).__name__} to know its model, got one that was unpickled: use "
-                "evidence_bounds(model, guide), or load its state_dict into a guide made with the model."
-            )
+        model = self._model_for_weights(self._given[0])
         density = LatentDensity(model, self, args, kwargs)
         posterior = self.get_posterior()
         latent = self._draw(num_samples)
@@ -236,14 +264,6 @@ class Summaries(ConstrainedLatents):
     def _draw(self, num_samples: int) -> Tensor:
         self._synchronise()
         return self.get_posterior().sample((num_samples,))
-
-    def _seeded(self, seed: int | None) -> AbstractContextManager[None]:
-        self._require_setup()
-        return nullcontext() if seed is None else fixed_seed(self._init_loc().device, seed)
-
-    def _synchronise(self) -> None:
-        self._require_setup()
-        self.sync_with_store(lend=False)
 
 
 def evidence_of(log_weights: Tensor) -> Evidence:

@@ -1,5 +1,6 @@
 """What the objectives share: running model and guide, and the faces of ``pyro.infer.ELBO``."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -34,13 +35,13 @@ class WeightedObjective(ELBO):
 
     def __init__(
         self,
-        num_particles: int,
+        num_particles: int = 10,
         *,
-        plate: str | None,
-        max_plate_nesting: float,
-        vectorize_particles: bool,
-        strict_enumeration_warning: bool,
-        retain_graph: bool | None,
+        plate: str | None = None,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        retain_graph: bool | None = None,
     ):
         least = self._least_particles
         if isinstance(num_particles, bool) or not isinstance(num_particles, int):

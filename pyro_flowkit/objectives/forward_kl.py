@@ -17,8 +17,6 @@ References:
     Stochastic Control Flow. UAI 2019.
 """
 
-import math
-
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -81,25 +79,6 @@ class ForwardKL(WeightedObjective):
         "doubly_reparameterized=False."
     )
     _least_particles = 2
-
-    def __init__(
-        self,
-        num_particles: int = 10,
-        *,
-        plate: str | None = None,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        retain_graph: bool | None = None,
-    ):
-        super().__init__(
-            num_particles,
-            plate=plate,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            strict_enumeration_warning=strict_enumeration_warning,
-            retain_graph=retain_graph,
-        )
 
     def _handler(self) -> Messenger:
         return Detached()

@@ -17,6 +17,11 @@ try:
 except ImportError:
     kernel = None
 
+# layers of a network, blocks of a hierarchy and layers of a chain that the kernel takes, as it says itself
+MAX_LAYERS: int = kernel.MAX_LAYERS if kernel else 0
+MAX_BLOCKS: int = kernel.MAX_BLOCKS if kernel else 0
+MAX_CHAIN: int = kernel.MAX_CHAIN if kernel else 0
+
 ENVIRONMENT_VARIABLE = "PYRO_FLOWKIT_REFERENCE"
 COMPILE_VARIABLE = "PYRO_FLOWKIT_COMPILE"
 

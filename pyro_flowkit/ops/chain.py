@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pyro_flowkit.ops.backend import backend, kernel
+from pyro_flowkit.ops.backend import MAX_BLOCKS, MAX_CHAIN, MAX_LAYERS, backend, kernel
 from pyro_flowkit.ops.block_affine import Block
 from pyro_flowkit.ops.columns import Columns
-from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT, MAX_LAYERS
+from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
 from pyro_flowkit.ops.eager import is_plain_eager
 from pyro_flowkit.ops.layout import Layout
 from pyro_flowkit.ops.scratch import scratch
@@ -25,9 +25,6 @@ from pyro_flowkit.ops.threads import count_threads
 
 # beyond this the products of triangles are faster in PyTorch
 MAX_DIM = 64
-# as many as the kernel takes
-_MAX_LENGTH = 64
-_MAX_BLOCKS = 8
 
 # as the kernel counts them
 _COUPLING, _LU, _PERMUTATION, _DIAGONAL, _TRIANGLE, _HIERARCHY = range(6)
@@ -99,7 +96,7 @@ def affine(
 
 def blocks(blocks: Sequence[Block], parameters: Sequence[Tensor | None]) -> Link | None:
     """The map of :func:`~pyro_flowkit.ops.block_affine.block_affine`; None if it has too many blocks or layers."""
-    if len(blocks) > _MAX_BLOCKS or any(len(b.layout.shapes) > MAX_LAYERS for b in blocks):
+    if len(blocks) > MAX_BLOCKS or any(len(b.layout.shapes) > MAX_LAYERS for b in blocks):
         return None
     each = [(b.start, b.size, b.of_network, b.of_line, b.layout.sizes) for b in blocks]
     work = sum(block.layout.num_weights for block in blocks) // 400
@@ -192,7 +189,7 @@ class Passage:
 def applies(x: Tensor, links: Sequence[Link]) -> bool:
     """Whether :func:`run` may compute with these tensors, here and now."""
     rows, dim = x.shape
-    if backend() != "fused" or dim > MAX_DIM or not 0 < len(links) <= _MAX_LENGTH:
+    if backend() != "fused" or dim > MAX_DIM or not 0 < len(links) <= MAX_CHAIN:
         return False
     tensors = [x, *(tensor for link in links for tensor in link.tensors)]
     if x.dtype not in (torch.float32, torch.float64) or not is_plain_eager(*tensors):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flowkit.ops.backend import backend
+from pyro_flowkit.ops.backend import MAX_LAYERS, backend, kernel
 from pyro_flowkit.ops.columns import Columns
 from pyro_flowkit.ops.eager import differentiate, is_plain_eager, was_made_by
 from pyro_flowkit.ops.launch import count_rows, launch, per_thread, total
@@ -25,10 +25,6 @@ from pyro_flowkit.ops.threads import count_threads
 # The conditioner sees its inputs clamped to this size, so that inf makes neither its output nor its gradient NaN. Both
 # directions clamp the same values: the map stays a bijection.
 CONDITIONER_LIMIT = 1e4
-
-# as many numbers as the widest vector of the kernel holds
-_LANES = 8
-MAX_LAYERS = 8
 
 
 def applies(
@@ -132,7 +128,7 @@ class _Coupling(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         x = cast(Tensor, tensors[0])
         rows = count_rows(x)
-        kept = scratch(rows, _kept_per_row(plan[0]), x.dtype)
+        kept = scratch(rows, cast(Any, kernel).kept_per_row(plan[0].sizes), x.dtype)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         ctx.threads = _count_threads(plan, rows)  # how what is kept lies in memory depends on it
@@ -165,11 +161,6 @@ def _composed(
         h = F.relu(F.linear(h, *layer))
     params = F.linear(h, *output)
     return spline_columns(x, params, shared_params, columns, settings, inverse=inverse)
-
-
-def _kept_per_row(layout: Layout) -> int:
-    """What the kernel keeps of a row: the numbers of every layer, in whole vectors."""
-    return sum(-(-size // _LANES) * _LANES for size in layout.sizes)
 
 
 def _header(plan: _Plan, tensors: _Tensors) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

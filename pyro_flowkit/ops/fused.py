@@ -16,7 +16,7 @@ from pyro_flowkit.ops.backend import backend
 from pyro_flowkit.ops.columns import Columns
 from pyro_flowkit.ops.eager import differentiate, is_plain_eager, is_transformed
 from pyro_flowkit.ops.launch import count_rows, launch, per_thread, total
-from pyro_flowkit.ops.settings import SplineSettings
+from pyro_flowkit.ops.settings import TAILS, SplineSettings
 from pyro_flowkit.ops.threads import count_threads
 
 Outputs = tuple[Tensor, Tensor]
@@ -150,7 +150,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _flat(plan: Plan) -> tuple[list[int], list[int], list[int], list[float], bool, bool]:
     columns, settings, inverse, sum_ladj = plan
-    sizes = [columns.dim, settings.count_bins, ("linear", "circular", None).index(settings.tails)]
+    sizes = [columns.dim, settings.count_bins, TAILS.index(settings.tails)]
     numbers = [
         settings.bound,
         settings.min_bin_width,
@@ -170,7 +170,7 @@ def _unflat(
 ) -> Plan:
     dim, count_bins, tails = sizes
     bound, *minima = numbers
-    settings = SplineSettings(count_bins, bound, ("linear", "circular", None)[tails], *minima)
+    settings = SplineSettings(count_bins, bound, TAILS[tails], *minima)
     return Columns(dim, tuple(own), tuple(shared)), settings, inverse, sum_ladj
 
 

@@ -10,8 +10,8 @@ MIN_BIN_WIDTH = 1e-3
 MIN_BIN_HEIGHT = 1e-3
 MIN_SLOPE = 1e-3
 
-# as the kernel counts them
-_TAILS_NUMBER: dict[Tails, int] = {"linear": 0, "circular": 1, None: 2}
+# in the order in which the kernel counts them
+TAILS: tuple[Tails, ...] = ("linear", "circular", None)
 
 
 def num_spline_params(count_bins: int, tails: Tails = "linear") -> int:
@@ -67,7 +67,7 @@ class SplineSettings:
             raise ValueError(f"Expected count_bins to be an integer >= 1, got {count_bins!r}.")
         if not (math.isfinite(self.bound) and self.bound > 0):
             raise ValueError(f"Expected bound to be positive and finite, got {self.bound!r}.")
-        if self.tails not in ("linear", "circular", None):
+        if self.tails not in TAILS:
             raise ValueError(
                 f'Expected tails to be "linear", "circular" or None, got {self.tails!r}.'
             )
@@ -83,5 +83,5 @@ class SplineSettings:
 
         object.__setattr__(self, "num_params", num_spline_params(count_bins, self.tails))
         numbers = (self.bound, self.min_bin_width, self.min_bin_height, self.min_slope)
-        sizes = (count_bins, self.num_params, _TAILS_NUMBER[self.tails])
+        sizes = (count_bins, self.num_params, TAILS.index(self.tails))
         object.__setattr__(self, "packed", sizes + numbers)

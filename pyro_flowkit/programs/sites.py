@@ -93,6 +93,17 @@ def subsampled_frame(site: Site) -> Any:
     return None
 
 
+def refuse_subsampling(trace: poutine.Trace) -> None:
+    """Raise a ValueError for a site in a plate that has only some of its rows."""
+    for name, site in scored_sites(trace):
+        frame = subsampled_frame(site)
+        if frame is not None:
+            raise ValueError(
+                f"Expected all {frame.full_size} data in plate {frame.name!r} of site {name!r}, got a subsample of "
+                f"{frame.size}: the weights of a minibatch say nothing about the evidence; pass the whole data."
+            )
+
+
 def innermost(fn: Any) -> Any:
     """The distribution inside of ``to_event``, ``mask``, transforms and the like."""
     while hasattr(fn, "base_dist"):

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.tables.atoms import AtomHeads
 from pyro_flowkit.tables.columns import check_integers, choose_columns
 from pyro_flowkit.tables.flow import TableFlow
@@ -61,8 +62,7 @@ class RowDensity:
     @torch.no_grad()
     def sample(self, count: int, *, seed: int) -> Tensor:
         """Rows of shape ``(count, D)`` in float64."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with fixed_seed(torch.device("cpu"), seed):
             sizes = [min(ROWS_AT_ONCE, count - i) for i in range(0, count, ROWS_AT_ONCE)]
             return torch.cat([self._sample(size) for size in sizes])
 

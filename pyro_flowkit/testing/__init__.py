@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from pyro_flowkit.seeds import fixed_seed
 from pyro_flowkit.testing.behaviour import (
     check_compile,
     check_conditioner_runs_once,
@@ -153,8 +154,7 @@ def check_transform(
         if not chosen or (name in SPLINE_CHECKS and "bound" not in options):
             continue
         accepted = inspect.signature(check).parameters
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with fixed_seed(torch.device("cpu")):
             transform = constructor()
             if name != "identity_at_init":
                 perturb_(transform, perturbation)

@@ -28,19 +28,18 @@ Batch = tuple[torch.Tensor, ...]
 Device = torch.device | None
 
 
-def as_rows(data: Any, name: str = "data", device: Device = None) -> Batch:
+def as_rows(data: Any, name: str = "data") -> Batch:
     """Checks data and returns it as a tuple of tensors with one common length.
 
     Args:
         data: A tensor of shape ``(N, ...)`` or a non-empty tuple or list of such tensors.
         name: What to call it in error messages.
-        device: Where to put them; None leaves them.
 
     Raises:
         TypeError: If it is neither a tensor nor a tuple of tensors.
         ValueError: If a tensor has no rows or the lengths differ.
     """
-    rows = as_batch(data, name, device)
+    rows = as_batch(data, name)
     if not rows:
         raise ValueError(f"expected {name} to hold at least one tensor, got an empty tuple")
     lengths = [tensor.shape[0] if tensor.dim() else 0 for tensor in rows]

@@ -51,11 +51,6 @@ def add_group(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], lr: fl
     optimizer.add_param_group({"params": list(chosen.values()), "lr": lr})
 
 
-def parameters_of(modules: Iterable[torch.nn.Module]) -> list[Tensor]:
-    """The parameters of several modules."""
-    return [parameter for module in modules for parameter in module.parameters()]
-
-
 class GradientNorm:
     """Euclidean norm of all gradients together.
 

@@ -35,18 +35,23 @@ from pyro_flowkit.ops import (
     Columns,
     SplineSettings,
     Tails,
-    coupling,
     spline_columns,
     spline_elements,
 )
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
-from pyro_flowkit.transforms.base import FlowTransformModule, check_size
+from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.permute import checked_permutation
-from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
+from pyro_flowkit.transforms.spline import (
+    check_inside,
+    checked_settings,
+    conditioned_splines,
+    describe,
+    domain_of,
+)
 
 
-class _Autoregressive(nn.Module):
+class _Autoregressive(VectorMap, nn.Module):
     """What the two transforms share: the order, the splines and the map itself, with or without a context."""
 
     autoregressive = True  # as Pyro has it
@@ -61,6 +66,7 @@ class _Autoregressive(nn.Module):
         self, conditioner: MaskedMLP | Constant, permutation: Tensor, settings: SplineSettings
     ) -> None:
         self.settings = settings
+        self.domain = constraints.independent(domain_of(settings), 1)
         self.conditioner = conditioner
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", permutation.argsort())
@@ -71,41 +77,23 @@ class _Autoregressive(nn.Module):
     def _read_order(self) -> None:
         self._permutes = self.permutation.tolist() != list(range(len(self.permutation)))
 
-    @property
-    def domain(self) -> constraints.Constraint:
-        return constraints.independent(domain_of(self.settings), 1)
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_inside(x, self.settings, type(self).__name__)
-        ordered, context = self._ordered(x), self._seen(context)
-        y, ladj = self._in_one_pass(ordered, context)
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x, context)
+        y, ladj = conditioned_splines(
+            self._ordered(x),
+            self._seen(context),
+            self.conditioner,
+            self._features,
+            None,
+            (0, self._columns.dim),
+            self._columns,
+            self.settings,
+            inverse=False,
+        )
         return self._restored(y), ladj
 
-    def _in_one_pass(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        conditioner, columns, settings = self.conditioner, self._columns, self.settings
-        if (
-            settings.tails != "circular"
-            and isinstance(conditioner, MaskedMLP)
-            and conditioner.is_plain()
-        ):
-            context = coupling.for_every_row(context, x)
-            if coupling.applies(x, context, conditioner.packed, None, conditioner.layout):
-                return coupling.spline_coupling(
-                    x,
-                    context,
-                    conditioner.weights(),
-                    None,
-                    conditioner.layout,
-                    (0, columns.dim),
-                    columns,
-                    settings,
-                    inverse=False,
-                )
-        params = conditioner(self._features(x), context)
-        return spline_columns(x, params, None, columns, settings)
-
-    def _backward(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_inside(y, self.settings, type(self).__name__)
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(y, context)
         conditioner, context = self.conditioner, self._seen(context)
         if isinstance(conditioner, Constant):
             return spline_columns(
@@ -124,6 +112,10 @@ class _Autoregressive(nn.Module):
             found.append(x)
             ladjs.append(ladj)
         return self._restored(torch.stack(found, dim=-1)), torch.stack(ladjs, dim=-1).sum(-1)
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        self._check_input(x, context)
+        check_inside(x, self.settings, type(self).__name__)
 
     def _features(self, x: Tensor) -> Tensor:
         """What the conditioner sees of some dimensions, ``(*batch, n)`` to ``(*batch, n * num_features)``."""
@@ -187,14 +179,6 @@ class SplineAutoregressive(_Autoregressive, FlowTransformModule):
         super().__init__(input_dim)
         self._setup(conditioner, checked_permutation(permutation, input_dim), settings)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_input(x)
-        return self._forward(x, None)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_input(y)
-        return self._backward(y, None)
-
 
 class ConditionalSplineAutoregressive(_Autoregressive, ConditionalFlowTransformModule):
     """Spline autoregressive transform whose conditioner also reads a context of shape ``(*batch, context_dim)``.
@@ -219,14 +203,6 @@ class ConditionalSplineAutoregressive(_Autoregressive, ConditionalFlowTransformM
     ):
         super().__init__(input_dim, context_dim)
         self._setup(conditioner, checked_permutation(permutation, input_dim), settings)
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(x, context)
-        return self._forward(x, context)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(y, context)
-        return self._backward(y, context)
 
 
 def spline_autoregressive(
@@ -271,7 +247,8 @@ def spline_autoregressive(
         >>> y.shape, log_det.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    settings = _checked_settings(input_dim, count_bins, bound, tails, order)
+    settings = checked_settings(count_bins, bound, tails, order)
+    check_size("input_dim", input_dim)
     network = {"activation": activation, "dropout": dropout}
     conditioner = _make_conditioner(input_dim, hidden_dims, settings, 0, network)
     return SplineAutoregressive(
@@ -302,7 +279,8 @@ def conditional_spline_autoregressive(
         >>> transform.condition(context)(x).shape
         torch.Size([5, 3])
     """
-    settings = _checked_settings(input_dim, count_bins, bound, tails, order)
+    settings = checked_settings(count_bins, bound, tails, order)
+    check_size("input_dim", input_dim)
     check_size("context_dim", context_dim)
     network = {"activation": activation, "dropout": dropout}
     conditioner = _make_conditioner(input_dim, hidden_dims, settings, context_dim, network)
@@ -313,14 +291,6 @@ def conditional_spline_autoregressive(
         permutation=_order(input_dim, permutation),
         settings=settings,
     )
-
-
-def _checked_settings(
-    input_dim: int, count_bins: int, bound: float, tails: Tails, order: str
-) -> SplineSettings:
-    check_order(order)
-    check_size("input_dim", input_dim)
-    return SplineSettings(count_bins, float(bound), tails)
 
 
 def _order(input_dim: int, permutation: Tensor | None) -> Tensor:

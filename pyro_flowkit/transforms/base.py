@@ -31,7 +31,53 @@ from pyro_flowkit.transforms.tensors import forget_unconstrained, stamp, tensors
 _HINT = "_inverse_ladj"
 
 
-class Bijection(Transform):
+class VectorMap:
+    """A map of vectors, whether or not it depends on a context: what both kinds of transforms share.
+
+    Where ``context_dim`` is not 0, every method takes a context ``(*batch, context_dim)`` after its values.
+    """
+
+    event_dim = 1
+    is_affine = False
+    input_dim: int
+    context_dim = 0
+    domain = constraints.real_vector
+    call_and_ladj: Callable[..., tuple[Tensor, Tensor]]
+    inverse_and_ladj: Callable[..., tuple[Tensor, Tensor]]
+    pushed_derivative: Callable[..., Tensor]
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.domain
+
+    def call_and_event_ladj(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``call_and_ladj``, with a log-det for every event of the domain.
+
+        That is the same, shape ``(*batch,)``, but for element-wise transforms (``event_dim`` 0), which give one for
+        every element, shape ``(*batch, input_dim)``.
+        """
+        return self.call_and_ladj(x, *given(context))
+
+    def inverse_and_event_ladj(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``inverse_and_ladj``, with a log-det for every event of the domain."""
+        return self.inverse_and_ladj(y, *given(context))
+
+    def _check_input(self, x: Tensor, context: Tensor | None = None) -> None:
+        owner = type(self).__name__
+        check_vector(x, self.input_dim, owner)
+        check_context(context, self.context_dim, owner)
+
+
+def given(context: Tensor | None) -> tuple[Tensor, ...]:
+    """The context as further arguments of a method; none for a transform that has no use for one."""
+    return () if context is None else (context,)
+
+
+class Bijection(VectorMap, Transform):
     """A transform of vectors given by ``call_and_ladj`` and ``inverse_and_ladj``.
 
     ``sign``, the sign of the Jacobian's determinant, is +1 unless a subclass says otherwise. ``event_dim`` is that of
@@ -48,17 +94,6 @@ class Bijection(Transform):
 
     bijective = True
     sign = 1
-    event_dim = 1
-    is_affine = False
-    input_dim: int
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return constraints.real_vector
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.domain
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(*batch, input_dim)`` forward; the log-det has shape ``(*batch,)`` and is in nats."""
@@ -67,18 +102,6 @@ class Bijection(Transform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(*batch, input_dim)`` back; the log-det is that of the inverse map."""
         raise NotImplementedError
-
-    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`call_and_ladj`, with a log-det for every event of the domain.
-
-        That is the same, shape ``(*batch,)``, but for element-wise transforms (``event_dim`` 0), which give one for
-        every element, shape ``(*batch, input_dim)``.
-        """
-        return self.call_and_ladj(x)
-
-    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`inverse_and_ladj`, with a log-det for every event of the domain."""
-        return self.inverse_and_ladj(y)
 
     def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
         r"""The derivative of a log-density, carried through the map, whose parameters are held fixed.
@@ -125,9 +148,6 @@ class Bijection(Transform):
     def tracked_tensors(self) -> list[Tensor]:
         """The tensors that the map depends on, for telling whether a remembered result still holds."""
         raise NotImplementedError
-
-    def _check_input(self, x: Tensor) -> None:
-        check_vector(x, self.input_dim, type(self).__name__)
 
 
 def pushed_by_inverse(
@@ -202,7 +222,46 @@ class FlowTransformModule(Bijection, TransformModule):
     __hash__ = nn.Module.__hash__
 
 
-class InverseTransformModule(FlowTransformModule):
+class Inverse(VectorMap):
+    """What the inverse of a transform and that of a conditional one share."""
+
+    transform: Any
+
+    def _setup(self, transform: Any) -> None:
+        self.transform = transform
+        self.event_dim = transform.event_dim
+        self.is_affine = transform.is_affine
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @property
+    def inv(self) -> Any:
+        return self.transform
+
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(x, *given(context))
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_ladj(y, *given(context))
+
+    def call_and_event_ladj(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_event_ladj(x, *given(context))
+
+    def inverse_and_event_ladj(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_event_ladj(y, *given(context))
+
+
+class InverseTransformModule(Inverse, FlowTransformModule):
     """The inverse of a transform, as a module: a ``ComposeTransformModule`` finds and trains its parameters.
 
     Example:
@@ -218,21 +277,7 @@ class InverseTransformModule(FlowTransformModule):
 
     def __init__(self, transform: FlowTransformModule):
         super().__init__(transform.input_dim)
-        self.transform = transform
-        self.event_dim = transform.event_dim
-        self.is_affine = transform.is_affine
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return self.transform.codomain
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.transform.domain
-
-    @property
-    def inv(self) -> FlowTransformModule:
-        return self.transform
+        self._setup(transform)
 
     @property
     def sign(self) -> int:
@@ -240,18 +285,6 @@ class InverseTransformModule(FlowTransformModule):
 
     def _call(self, x: Tensor) -> Tensor:
         return self.transform._inverse(x)  # which sends the log-det along
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_ladj(x)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_ladj(y)
-
-    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_event_ladj(x)
-
-    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_event_ladj(y)
 
 
 def check_size(name: str, value: int, least: int = 1) -> None:

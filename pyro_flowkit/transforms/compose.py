@@ -8,18 +8,17 @@ from typing import Any, cast
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_flowkit.transforms.base import FlowTransformModule, check_context
+from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, check_context, given
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.masks import half_mask
 
 AnyTransform = FlowTransformModule | ConditionalFlowTransformModule
 
 
-class _Composition:
+class _Composition(VectorMap):
     """What the two compositions share: the parts, in the order in which forward applies them."""
 
     parts: nn.ModuleList
-    event_dim: int
 
     def _setup(self, parts: Sequence["AnyTransform"]) -> None:
         self.parts = nn.ModuleList(parts)
@@ -37,14 +36,32 @@ class _Composition:
         missing = self.event_dim - constraint.event_dim
         return constraints.independent(constraint, missing) if missing else constraint
 
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, "call_and_ladj")
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(y, context, "inverse_and_ladj", backwards=True)
+
+    def call_and_event_ladj(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, "call_and_ladj" if self.event_dim else "call_and_event_ladj")
+
+    def inverse_and_event_ladj(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        method = "inverse_and_ladj" if self.event_dim else "inverse_and_event_ladj"
+        return self._run(y, context, method, backwards=True)
+
     def _run(
         self, value: Tensor, context: Tensor | None, method: str, *, backwards: bool = False
     ) -> tuple[Tensor, Tensor]:
+        check_context(context, self.context_dim, type(self).__name__)
         total: Tensor | None = None
         for part in reversed(self.parts) if backwards else self.parts:
-            wants_context = isinstance(part, ConditionalFlowTransformModule)
-            arguments = (value, context) if wants_context else (value,)
-            value, ladj = getattr(part, method)(*arguments)
+            value, ladj = getattr(part, method)(
+                value, *(given(context) if part.context_dim else ())
+            )
             total = ladj if total is None else total + ladj
         return value, cast(Tensor, total)  # there is at least one part
 
@@ -74,22 +91,6 @@ class Compose(_Composition, FlowTransformModule):
     def sign(self) -> int:
         return math.prod(cast(FlowTransformModule, part).sign for part in self.parts)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(x, None, "call_and_ladj")
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(y, None, "inverse_and_ladj", backwards=True)
-
-    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.event_dim:
-            return self.call_and_ladj(x)
-        return self._run(x, None, "call_and_event_ladj")
-
-    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.event_dim:
-            return self.inverse_and_ladj(y)
-        return self._run(y, None, "inverse_and_event_ladj", backwards=True)
-
 
 class ConditionalCompose(_Composition, ConditionalFlowTransformModule):
     """Transforms applied in order, of which some read the context.
@@ -112,26 +113,6 @@ class ConditionalCompose(_Composition, ConditionalFlowTransformModule):
             _common_dim(parts, (FlowTransformModule, ConditionalFlowTransformModule)), context_dim
         )
         self._setup(parts)
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        check_context(context, self.context_dim, type(self).__name__)
-        return self._run(x, context, "call_and_ladj")
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        check_context(context, self.context_dim, type(self).__name__)
-        return self._run(y, context, "inverse_and_ladj", backwards=True)
-
-    def call_and_event_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        if self.event_dim:
-            return self.call_and_ladj(x, context)
-        check_context(context, self.context_dim, type(self).__name__)
-        return self._run(x, context, "call_and_event_ladj")
-
-    def inverse_and_event_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        if self.event_dim:
-            return self.inverse_and_ladj(y, context)
-        check_context(context, self.context_dim, type(self).__name__)
-        return self._run(y, context, "inverse_and_event_ladj", backwards=True)
 
 
 def _common_dim(parts: Sequence[AnyTransform], kinds: type | tuple[type, ...]) -> int:

@@ -1,5 +1,6 @@
 """Transforms whose map depends on a context, and what they become when the context is given."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,16 +11,17 @@ from torch.distributions import Transform
 
 from pyro_flowkit.transforms.base import (
     Bijection,
+    Inverse,
+    VectorMap,
     check_context,
     check_size,
-    check_vector,
     pushed_by_inverse,
 )
 from pyro_flowkit.transforms.tensors import forget_unconstrained, tensors_in
 from pyro_flowkit.warning import warn
 
 
-class ConditionalFlowTransformModule(nn.Module):
+class ConditionalFlowTransformModule(VectorMap, nn.Module):
     """A transform whose map depends on a context; ``condition(context)`` gives a transform.
 
     A plain module, registered as a virtual subclass of Pyro's ``ConditionalTransformModule``: the metaclass of Pyro's
@@ -32,23 +34,12 @@ class ConditionalFlowTransformModule(nn.Module):
         (True, 3, 2)
     """
 
-    event_dim = 1
-    is_affine = False
-
     def __init__(self, input_dim: int, context_dim: int):
         super().__init__()
         check_size("input_dim", input_dim)
         check_size("context_dim", context_dim)
         self.input_dim = input_dim
         self.context_dim = context_dim
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return constraints.real_vector
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.domain
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(*batch, input_dim)`` forward under a context ``(*batch, context_dim)``; the two broadcast."""
@@ -57,14 +48,6 @@ class ConditionalFlowTransformModule(nn.Module):
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map back under a context; the log-det is that of the inverse map."""
         raise NotImplementedError
-
-    def call_and_event_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`call_and_ladj`, with a log-det for every event of the domain."""
-        return self.call_and_ladj(x, context)
-
-    def inverse_and_event_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`inverse_and_ladj`, with a log-det for every event of the domain."""
-        return self.inverse_and_ladj(y, context)
 
     def pushed_derivative(
         self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
@@ -82,10 +65,6 @@ class ConditionalFlowTransformModule(nn.Module):
         check_context(context, self.context_dim, type(self).__name__)
         return ConditionedTransform(self, context)
 
-    def _check_inputs(self, x: Tensor, context: Tensor | None) -> None:
-        check_vector(x, self.input_dim, type(self).__name__)
-        check_context(context, self.context_dim, type(self).__name__)
-
     @property
     def inv(self) -> "ConditionalInverseTransformModule":
         return ConditionalInverseTransformModule(self)
@@ -98,38 +77,12 @@ class ConditionalFlowTransformModule(nn.Module):
 ConditionalTransformModule.register(ConditionalFlowTransformModule)
 
 
-class ConditionalInverseTransformModule(ConditionalFlowTransformModule):
+class ConditionalInverseTransformModule(Inverse, ConditionalFlowTransformModule):
     """The inverse of a conditional transform."""
 
     def __init__(self, transform: ConditionalFlowTransformModule):
         super().__init__(transform.input_dim, transform.context_dim)
-        self.transform = transform
-        self.event_dim = transform.event_dim
-        self.is_affine = transform.is_affine
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return self.transform.codomain
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return self.transform.domain
-
-    @property
-    def inv(self) -> ConditionalFlowTransformModule:
-        return self.transform
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_ladj(x, context)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_ladj(y, context)
-
-    def call_and_event_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_event_ladj(x, context)
-
-    def inverse_and_event_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_event_ladj(y, context)
+        self._setup(transform)
 
 
 class ConditionedTransform(Bijection):
@@ -238,6 +191,16 @@ class ConditionedTransform(Bijection):
         )
 
     __hash__ = object.__hash__
+
+
+def conditioned(layers: Iterable[Any], context: Tensor | None) -> list[Any]:
+    """The layers as transforms: those that depend on a context with this one, the others as they are."""
+    return [
+        layer.condition(context)
+        if isinstance(layer, ConditionalFlowTransformModule) and context is not None
+        else layer
+        for layer in layers
+    ]
 
 
 def with_batch_of_contexts(

@@ -47,10 +47,10 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
         context_dim: size of the context.
         kind: "full" (lower triangular) or "diagonal" scale.
         hidden_dims: widths of the network's hidden layers.
-        rate: how much faster than other parameters the constants move, positive; the linear part 2.5
-            times at most, but those of location and N for a context of one number, which move as the constants.
 
     Attributes:
+        rate: how much faster than other parameters the constants move; the linear part 2.5 times at most, but those of
+            location and N for a context of one number, which move as the constants.
         starts_by_draws: whether forward calls :meth:`start`; True.
         weight_rate: how much faster the rows of the linear part move, shape ``(rows, 1)``.
 
@@ -59,6 +59,7 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
     """
 
     is_affine = True
+    rate = 10.0
 
     def __init__(
         self,
@@ -68,18 +69,16 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
         kind: Literal["full", "diagonal"] = "full",
         *,
         hidden_dims: Sequence[int],
-        rate: float = 10.0,
     ):
         size = loc.shape[-1]
         super().__init__(size, context_dim)
         self.kind = kind if size > 1 else "diagonal"
-        self.rate = rate
         below = size * (size - 1) // 2 if self.kind == "full" else 0
         initial = [loc.detach(), torch.full_like(loc.detach(), scale).log(), loc.new_zeros(below)]
-        self.raw_constant = nn.Parameter(torch.cat(initial) / rate)
+        self.raw_constant = nn.Parameter(torch.cat(initial) / self.rate)
         self.weight = nn.Parameter(loc.new_zeros(2 * size + below, context_dim))
         self.network = MLP(context_dim, 2 * size + below, hidden_dims).to(loc)
-        slope_rate = rate if context_dim == 1 else min(rate, SLOPE_RATE)
+        slope_rate = self.rate if context_dim == 1 else SLOPE_RATE
         weight_rate = torch.full((2 * size + below, 1), slope_rate)
         weight_rate[size : 2 * size].clamp_(max=SLOPE_RATE)
         self.weight_rate: Tensor
@@ -90,7 +89,7 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
         self.starts_by_draws = True
 
     def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(x, context)
+        self._check_input(x, context)
         if self.starts_by_draws:
             self.start(context)
         loc, log_scale, lower = self._parameters_for(context)
@@ -101,7 +100,7 @@ class ConditionalAffine(StartsByBatch, ConditionalFlowTransformModule):
         return y.to(x.dtype), log_scale.sum(-1).to(x.dtype).expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(y, context)
+        self._check_input(y, context)
         if self._may_start and self._is_trained_by(context):
             self._may_start = False
         loc, log_scale, lower = self._parameters_for(context)

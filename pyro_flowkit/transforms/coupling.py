@@ -30,13 +30,19 @@ from pyro_flowkit.ops import Columns, SplineSettings, Tails, chain, coupling, fu
 from pyro_flowkit.ops.chain import Link
 from pyro_flowkit.ops.columns import take
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
-from pyro_flowkit.transforms.base import FlowTransformModule
+from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, given
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.masks import Split, conditioner_of, make_mask
-from pyro_flowkit.transforms.spline import check_inside, check_order, describe, domain_of
+from pyro_flowkit.transforms.spline import (
+    check_inside,
+    checked_settings,
+    conditioned_splines,
+    describe,
+    domain_of,
+)
 
 
-class _Coupling(nn.Module):
+class _Coupling(VectorMap, nn.Module):
     """What the two couplings share: the split, the splines and the map itself, with or without a context."""
 
     settings: SplineSettings
@@ -50,6 +56,7 @@ class _Coupling(nn.Module):
         self, conditioner: nn.Module, mask: Tensor, settings: SplineSettings, identity: bool
     ) -> None:
         self.settings = settings
+        self.domain = constraints.independent(domain_of(settings), 1)
         self.conditioner = conditioner
         self.register_buffer("mask", mask)
         self._split = Split(mask)
@@ -59,17 +66,13 @@ class _Coupling(nn.Module):
         else:
             self.passed_params = nn.Parameter(torch.zeros(passed * settings.num_params))
 
-    @property
-    def domain(self) -> constraints.Constraint:
-        return constraints.independent(domain_of(self.settings), 1)
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_inside(x, self.settings, type(self).__name__)
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x, context)
         columns = self._split.transformed if self.passed_params is None else self._split.both
         return self._map(x, context, self.passed_params, columns, inverse=False)
 
-    def _backward(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_inside(y, self.settings, type(self).__name__)
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(y, context)
         split, ladj = self._split, None
         if self.passed_params is not None:  # the conditioner sees the inverse of this part
             y, ladj = spline_columns(
@@ -77,6 +80,10 @@ class _Coupling(nn.Module):
             )
         x, own_ladj = self._map(y, context, None, split.transformed, inverse=True)
         return x, own_ladj if ladj is None else own_ladj + ladj
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        self._check_input(x, context)
+        check_inside(x, self.settings, type(self).__name__)
 
     def _map(
         self,
@@ -87,41 +94,36 @@ class _Coupling(nn.Module):
         *,
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        split, conditioner, settings = self._split, self.conditioner, self.settings
         if context is not None and self.compresses_context:
             context = compressed(context)
-        if (
-            split.passed_range is not None
-            and settings.tails != "circular"
-            and isinstance(conditioner, MLP)
-            and conditioner.is_plain()
-        ):
-            packed, layout = conditioner.packed, conditioner.layout
-            context = coupling.for_every_row(context, x)
-            if coupling.applies(x, context, packed, shared_params, layout):
-                return coupling.spline_coupling(
-                    x,
-                    context,
-                    packed,
-                    shared_params,
-                    layout,
-                    split.passed_range,
-                    columns,
-                    settings,
-                    inverse=inverse,
-                )
-        features = take(x, split.passed, split.dim)
-        features = F.hardtanh(features, -CONDITIONER_LIMIT, CONDITIONER_LIMIT)  # a cheap clamp
-        if settings.tails == "circular":  # the same point after a whole turn
-            angle = features * (math.pi / settings.bound)
-            features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        params = conditioner(features, context)
-        return spline_columns(x, params, shared_params, columns, settings, inverse=inverse)
+        return conditioned_splines(
+            x,
+            context,
+            self.conditioner,
+            self._features,
+            shared_params,
+            self._split.passed_range,
+            columns,
+            self.settings,
+            inverse=inverse,
+        )
 
-    def _pushed_by_kernel(self, y: Tensor, derivative: Tensor) -> Tensor | None:
+    def _features(self, x: Tensor) -> Tensor:
+        features = take(x, self._split.passed, self._split.dim)
+        features = F.hardtanh(features, -CONDITIONER_LIMIT, CONDITIONER_LIMIT)  # a cheap clamp
+        if self.settings.tails == "circular":  # the same point after a whole turn
+            angle = features * (math.pi / self.settings.bound)
+            features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return features
+
+    def pushed_derivative(
+        self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         split, settings = self._split, self.settings
         found = coupling.pushed_derivative(y, derivative, split.transformed, settings)
-        if found is None or self.passed_params is None:
+        if found is None:
+            return super().pushed_derivative(x, y, derivative, *given(context))
+        if self.passed_params is None:
             return found
         plan = (split.only_passed, settings, True, True)
         ones = y.new_ones(y.shape[:-1])
@@ -177,14 +179,6 @@ class SplineCoupling(_Coupling, FlowTransformModule):
         super().__init__(input_dim)
         self._setup(conditioner, mask, settings, identity)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_input(x)
-        return self._forward(x, None)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_input(y)
-        return self._backward(y, None)
-
     def link(self) -> Link | None:
         split, conditioner = self._split, self.conditioner
         if (
@@ -202,10 +196,6 @@ class SplineCoupling(_Coupling, FlowTransformModule):
             split.transformed if self.passed_params is None else split.both,
             self.settings,
         )
-
-    def pushed_derivative(self, x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
-        found = self._pushed_by_kernel(y, derivative)
-        return super().pushed_derivative(x, y, derivative) if found is None else found
 
 
 class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):
@@ -232,20 +222,6 @@ class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):
     ):
         super().__init__(input_dim, context_dim)
         self._setup(conditioner, mask, settings, identity)
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(x, context)
-        return self._forward(x, context)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(y, context)
-        return self._backward(y, context)
-
-    def pushed_derivative(
-        self, x: Tensor, y: Tensor, derivative: Tensor, context: Tensor
-    ) -> Tensor:
-        found = self._pushed_by_kernel(y, derivative)
-        return super().pushed_derivative(x, y, derivative, context) if found is None else found
 
 
 def spline_coupling(
@@ -291,8 +267,7 @@ def spline_coupling(
         >>> y.shape, log_det.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    check_order(order)
-    settings = SplineSettings(count_bins, float(bound), tails)
+    settings = checked_settings(count_bins, bound, tails, order)
     mask = make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
     conditioner = conditioner_of(mask, hidden_dims, settings, 0, network)
@@ -325,8 +300,7 @@ def conditional_spline_coupling(
         >>> transform.condition(context)(x).shape
         torch.Size([5, 3])
     """
-    check_order(order)
-    settings = SplineSettings(count_bins, float(bound), tails)
+    settings = checked_settings(count_bins, bound, tails, order)
     mask = make_mask(input_dim, split_dim, mask)
     network = {"activation": activation, "residual": residual, "dropout": dropout}
     conditioner = conditioner_of(mask, hidden_dims, settings, context_dim, network)

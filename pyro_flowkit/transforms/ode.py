@@ -32,7 +32,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_flowkit.ops import ode
-from pyro_flowkit.transforms.base import FlowTransformModule, check_size
+from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.linear import working_dtype
 
@@ -80,7 +80,7 @@ class Solution:
         return ode.dopri5(derivative, state, start, end, self.tolerance)
 
 
-class _ODE(nn.Module):
+class _ODE(VectorMap, nn.Module):
     """What the two transforms share: the field, the solution and its two directions."""
 
     velocity: nn.Module
@@ -89,6 +89,14 @@ class _ODE(nn.Module):
     def _setup(self, velocity: nn.Module, solution: Solution) -> None:
         self.velocity = velocity
         self.solution = solution
+
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check_input(x, context)
+        return self.move_and_ladj(x, context, 0.0, 1.0)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check_input(y, context)
+        return self.move_and_ladj(y, context, 1.0, 0.0)
 
     def move_and_ladj(
         self, x: Tensor, context: Tensor | None, start: float, end: float
@@ -156,14 +164,6 @@ class ODE(_ODE, FlowTransformModule):
         super().__init__(input_dim)
         self._setup(velocity, solution)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_input(x)
-        return self.move_and_ladj(x, None, 0.0, 1.0)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_input(y)
-        return self.move_and_ladj(y, None, 1.0, 0.0)
-
     def _call(self, x: Tensor) -> Tensor:
         self._check_input(x)
         return self.move(x, None, 0.0, 1.0)
@@ -175,14 +175,6 @@ class ConditionalODE(_ODE, ConditionalFlowTransformModule):
     def __init__(self, input_dim: int, context_dim: int, velocity: nn.Module, solution: Solution):
         super().__init__(input_dim, context_dim)
         self._setup(velocity, solution)
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(x, context)
-        return self.move_and_ladj(x, context, 0.0, 1.0)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_inputs(y, context)
-        return self.move_and_ladj(y, context, 1.0, 0.0)
 
 
 @functools.cache

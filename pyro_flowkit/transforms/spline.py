@@ -7,16 +7,23 @@ Reference:
     Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flows. NeurIPS 2019.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_flowkit.nn import default_hidden_dims, make_conditioner
-from pyro_flowkit.ops import Columns, SplineSettings, Tails, spline_columns, spline_elements
-from pyro_flowkit.transforms.base import FlowTransformModule
+from pyro_flowkit.nn import MLP, default_hidden_dims, make_conditioner
+from pyro_flowkit.ops import (
+    Columns,
+    SplineSettings,
+    Tails,
+    coupling,
+    spline_columns,
+    spline_elements,
+)
+from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 
 
@@ -50,7 +57,101 @@ def describe(settings: SplineSettings) -> str:
     return f"count_bins={settings.count_bins}, bound={settings.bound:g}, tails={settings.tails!r}"
 
 
-class Spline(FlowTransformModule):
+def conditioned_splines(
+    x: Tensor,
+    context: Tensor | None,
+    conditioner: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    shared_params: Tensor | None,
+    passed: tuple[int, int] | None,
+    columns: Columns,
+    settings: SplineSettings,
+    *,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Splines whose raw parameters are the output of a conditioner; one call of the kernel where it can run that.
+
+    Args:
+        features: from x to what the conditioner reads of it.
+        passed: first column that it reads, and the column after the last; None where they are no neighbours.
+        x, context, shared_params, columns, settings, inverse: as for the kernel's
+            :func:`~pyro_flowkit.ops.coupling.spline_coupling`.
+    """
+    if (
+        passed is not None
+        and settings.tails != "circular"
+        and isinstance(conditioner, MLP)
+        and conditioner.is_plain()
+    ):
+        layout = conditioner.layout
+        context = coupling.for_every_row(context, x)
+        if coupling.applies(x, context, conditioner.packed, shared_params, layout):
+            packed = conditioner.weights()
+            return coupling.spline_coupling(
+                x,
+                context,
+                packed,
+                shared_params,
+                layout,
+                passed,
+                columns,
+                settings,
+                inverse=inverse,
+            )
+    params = conditioner(features(x), context)
+    return spline_columns(x, params, shared_params, columns, settings, inverse=inverse)
+
+
+class _ElementWise(VectorMap, nn.Module):
+    """What the two element-wise splines share: the map itself, with or without a context."""
+
+    event_dim = 0
+    settings: SplineSettings
+    columns: Columns
+
+    def _setup(self, settings: SplineSettings, columns: Columns) -> None:
+        self.settings = settings
+        self.columns = columns
+        self.domain = domain_of(settings)
+
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(x, context, inverse=False)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(y, context, inverse=True)
+
+    def call_and_event_ladj(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._map_elements(x, context, inverse=False)
+
+    def inverse_and_event_ladj(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._map_elements(y, context, inverse=True)
+
+    def _map(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        params = self._checked_params(x, context)
+        own, shared = (None, params) if context is None else (params, None)
+        return spline_columns(x, own, shared, self.columns, self.settings, inverse=inverse)
+
+    def _map_elements(
+        self, x: Tensor, context: Tensor | None, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        params = self._checked_params(x, context)
+        params = params.unflatten(-1, (self.input_dim, self.settings.num_params))
+        return spline_elements(x, params, self.settings, inverse=inverse)
+
+    def _checked_params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        self._check_input(x, context)
+        check_inside(x, self.settings, type(self).__name__)
+        return self._params(x, context)
+
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Spline(_ElementWise, FlowTransformModule):
     """Element-wise spline with free parameters, the identity at first.
 
     Args:
@@ -74,8 +175,6 @@ class Spline(FlowTransformModule):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    event_dim = 0
-
     def __init__(
         self,
         input_dim: int,
@@ -86,43 +185,18 @@ class Spline(FlowTransformModule):
         order: str = "quadratic",
     ):
         super().__init__(input_dim)
-        check_order(order)
-        self.settings = SplineSettings(count_bins, float(bound), tails)
-        self.columns = Columns(input_dim, own=(), shared=tuple(range(input_dim)))
-        self.params = nn.Parameter(torch.zeros(input_dim * self.settings.num_params))
+        settings = checked_settings(count_bins, bound, tails, order)
+        self._setup(settings, Columns(input_dim, own=(), shared=tuple(range(input_dim))))
+        self.params = nn.Parameter(torch.zeros(input_dim * settings.num_params))
 
-    @property
-    def domain(self) -> constraints.Constraint:
-        return domain_of(self.settings)
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(x, inverse=False)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(y, inverse=True)
-
-    def call_and_event_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map_elements(x, inverse=False)
-
-    def inverse_and_event_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map_elements(y, inverse=True)
-
-    def _map(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        self._check_input(x)
-        check_inside(x, self.settings, type(self).__name__)
-        return spline_columns(x, None, self.params, self.columns, self.settings, inverse=inverse)
-
-    def _map_elements(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        self._check_input(x)
-        check_inside(x, self.settings, type(self).__name__)
-        params = self.params.unflatten(-1, (self.input_dim, self.settings.num_params))
-        return spline_elements(x, params, self.settings, inverse=inverse)
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.params
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}, {describe(self.settings)}"
 
 
-class ConditionalSpline(ConditionalFlowTransformModule):
+class ConditionalSpline(_ElementWise, ConditionalFlowTransformModule):
     """Element-wise spline whose parameters are the output of a conditioner of the context.
 
     Args:
@@ -143,8 +217,6 @@ class ConditionalSpline(ConditionalFlowTransformModule):
         torch.Size([5, 3])
     """
 
-    event_dim = 0
-
     def __init__(
         self,
         input_dim: int,
@@ -156,37 +228,11 @@ class ConditionalSpline(ConditionalFlowTransformModule):
         tails: Tails = "linear",
     ):
         super().__init__(input_dim, context_dim)
-        self.settings = SplineSettings(count_bins, float(bound), tails)
-        self.columns = Columns(input_dim, own=tuple(range(input_dim)))
+        settings = SplineSettings(count_bins, float(bound), tails)
+        self._setup(settings, Columns(input_dim, own=tuple(range(input_dim))))
         self.conditioner = conditioner
 
-    @property
-    def domain(self) -> constraints.Constraint:
-        return domain_of(self.settings)
-
-    def call_and_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(x, context, inverse=False)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(y, context, inverse=True)
-
-    def call_and_event_ladj(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map_elements(x, context, inverse=False)
-
-    def inverse_and_event_ladj(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map_elements(y, context, inverse=True)
-
-    def _map(self, x: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        params = self._params(x, context)
-        return spline_columns(x, params, None, self.columns, self.settings, inverse=inverse)
-
-    def _map_elements(self, x: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        params = self._params(x, context).unflatten(-1, (self.input_dim, self.settings.num_params))
-        return spline_elements(x, params, self.settings, inverse=inverse)
-
-    def _params(self, x: Tensor, context: Tensor) -> Tensor:
-        self._check_inputs(x, context)
-        check_inside(x, self.settings, type(self).__name__)
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.conditioner(x[..., :0], context)
 
     def extra_repr(self) -> str:
@@ -241,8 +287,7 @@ def conditional_spline(
         >>> transform.condition(context)(x).shape
         torch.Size([5, 3])
     """
-    check_order(order)
-    settings = SplineSettings(count_bins, float(bound), tails)
+    settings = checked_settings(count_bins, bound, tails, order)
     conditioner = make_conditioner(
         0,
         input_dim * settings.num_params,
@@ -252,10 +297,11 @@ def conditional_spline(
     return ConditionalSpline(input_dim, context_dim, conditioner, count_bins, bound, tails=tails)
 
 
-def check_order(order: str) -> None:
-    """Accept Pyro's ``order="quadratic"``; refuse "linear" with advice."""
+def checked_settings(count_bins: int, bound: float, tails: Tails, order: str) -> SplineSettings:
+    """The settings of a helper that Pyro has, too: ``order="quadratic"`` is accepted, "linear" refused with advice."""
     if order != "quadratic":
         raise ValueError(
             f'Expected order="quadratic", got {order!r}: pyro_flowkit has rational-quadratic splines only. Drop the '
             'argument, or keep pyro.distributions.transforms for order="linear".'
         )
+    return SplineSettings(count_bins, float(bound), tails)

@@ -7,12 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO
-from pyro.infer.autoguide import init_to_mean
+from pyro.infer.autoguide import AutoNormal, init_to_mean
 from torch import Tensor
 
 from pyro_flowkit import fit
-from pyro_flowkit.guides import AmortizedSplineFlow
-from pyro_flowkit.guides.global_spline_flow import MAX_SILENCE, AntitheticNormal
+from pyro_flowkit.guides import AmortizedSplineFlow, AutoSplineFlow
+from pyro_flowkit.guides.global_spline_flow import MAX_SILENCE, AntitheticNormal, centred
+from pyro_flowkit.guides.local_latents import Latents
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms.conditional_affine import ConditionalAffine
 from tests.guides.amortized_models import DATA, make_guide, model
@@ -276,3 +277,26 @@ def train_hierarchy_of_many(**settings) -> None:
         error = (posterior.mean.squeeze(-1) - expected) / local_sd
         assert error.square().mean().sqrt() < 0.15
         assert (posterior.variance.mean().sqrt() / local_sd - 1).abs() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["ours", "normal"])
+def test_global_draws_are_seen_in_units_of_wide_scales_and_of_one_for_narrow_ones(kind) -> None:
+    """t - m over max(s, 1): large draws would saturate the networks, and narrow ones are no noise to be magnified."""
+    loc, scale = torch.tensor([3.0, -200.0]), torch.tensor([0.1, 50.0])
+
+    def model() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 100.0))
+
+    if kind == "ours":
+        guide = AutoSplineFlow(model, num_transforms=2, hidden_dims=[4]).setup()
+        guide.affine.restart(loc, scale.diag())
+    else:
+        values = {"a": loc[0], "b": loc[1]}
+        guide = AutoNormal(model, init_loc_fn=lambda site: values[site["name"]])
+        guide()
+        guide.scales.a, guide.scales.b = scale
+    nodes = [node for _, node in guide.prototype_trace.iter_stochastic_nodes()]
+    draws = {"a": loc[0] + torch.tensor([0.2, 0.0]), "b": loc[1] + torch.tensor([100.0, 25.0])}
+    found = centred(guide, Latents(nodes), draws)
+    torch.testing.assert_close(found, torch.tensor([[0.2, 2.0], [0.0, 0.5]]))

@@ -184,6 +184,33 @@ def test_a_flow_that_ends_below_its_gaussian_is_taken_back(model, is_said, recwa
     assert elbo_of(model, guide) == pytest.approx(before, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("shape", "loss", "is_said"),
+    [
+        (2.0, 0.1, True),  # the best Gaussian leaves 0.038 nats, about
+        (2.0, 0.025, False),  # no loss that is worth a word
+        (10.0, 0.1, False),  # the best Gaussian leaves 0.007 nats
+    ],
+)
+def test_a_loss_is_said_from_a_twentieth_of_a_nat_on_unless_the_gaussian_is_all_but_exact(
+    shape, loss, is_said, recwarn
+) -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Gamma(shape, 1.0))
+
+    guide = AutoSplineFlow(model, **TINY).setup()
+    start = guide.find_start(model)
+    assert start is not None
+    with torch.no_grad():
+        before, _ = start._elbos()
+        guide.affine.raw_loc.add_((2.0 * loss) ** 0.5 / guide.affine.rate)
+        after, _ = start._elbos()
+    assert float((before - after).mean()) == pytest.approx(loss, rel=0.25)
+    assert not start.keep_better()
+    said = [w for w in recwarn if "nats below the Gaussian" in str(w.message)]
+    assert len(said) == is_said
+
+
 def test_a_flow_with_a_small_gain_is_kept() -> None:
     """A gain far below a hundredth of a nat is a smaller spread of the weights all the same."""
 

@@ -177,22 +177,22 @@ def test_the_kernel_refuses_memory_of_another_size(fused_kernel):
         for i, tensor in enumerate(link.tensors):
             tensors = [*link.tensors]
             tensors[i] = tensor.new_zeros(tensor.numel() + 1)
-            with pytest.raises(ValueError, match="expected a tensor of numbers"):
+            with pytest.raises(ValueError, match="Expected numbers in a tensor"):
                 chain.run(z, changed(links, number, tensors=tuple(tensors)))
     coupling = kinds.index(0)
     description = links[coupling].description
     for i, wrong in ((1, 6), (11, 4), (12, 1), (14, (3, 9, 6, 1)), (2, b"\x07\0\0\0")):
         other = (*description[:i], wrong, *description[i + 1 :])
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match="Expected"):
             chain.run(z, changed(links, coupling, description=other))
     order = kinds.index(2) if 2 in kinds else None
     for number, wrong in ((order, (2, b"\xff" * 20)), (kinds.index(1), (9,)), (coupling, (0,))):
         if number is not None:
-            with pytest.raises(ValueError, match="expected"):
+            with pytest.raises(ValueError, match="Expected"):
                 chain.run(z, changed(links, number, description=wrong))
     *_, passage = chain.run(z, links)
-    with pytest.raises(ValueError, match="expected a layer up to"):
+    with pytest.raises(ValueError, match="Expected a layer from 0 to"):
         passage.pushed(z, len(links) + 1)
     passage._kept = passage._kept[:, :-1]
-    with pytest.raises(ValueError, match="expected room to keep"):
+    with pytest.raises(ValueError, match="Expected room to keep"):
         passage.pushed(z, 0)

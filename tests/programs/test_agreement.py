@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_flowkit.programs.agreement import ROUNDINGS, disagreement
+from pyro_flowkit.programs.agreement import MAX_GRADIENT_GAP, ROUNDINGS, disagreement, gradient_gap
 
 
 def shifted(shift, dtype=torch.float32, rows=5):
@@ -48,3 +48,21 @@ def test_infinite_densities_agree_with_each_other_only():
     assert disagreement(alone, {"x": alone["x"].clone()}, lambda _: alone, {}) is None
     other = {"x": torch.tensor([-1e30, 0.0])}
     assert disagreement(alone, other, lambda _: alone, {}) is not None
+
+
+def test_a_derivative_may_be_off_by_a_hundredth_of_the_largest_and_by_no_more():
+    def density(latents):
+        return {"x": (latents["z"] * torch.tensor([3.0, 1.0])).sum(-1)}
+
+    def gap(factor):
+        return gradient_gap(
+            density,
+            lambda latents: {"x": factor * density(latents)["x"]},
+            {"z": torch.ones(4, 2)},
+            [],
+        )
+
+    # ten times as tight or as loose and one of them fails
+    assert gap(1.0 + 0.3 * MAX_GRADIENT_GAP) is None
+    assert "derivative by site 'z'" in str(gap(1.0 + 3.0 * MAX_GRADIENT_GAP))
+    assert 3.0 * MAX_GRADIENT_GAP < 0.1

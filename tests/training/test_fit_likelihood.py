@@ -186,8 +186,9 @@ def test_the_noisiest_window_is_not_the_best() -> None:
     best.update(20, 1.0, 0.1, dict)
     best.update(30, 1.02, 0.1, dict)
     best.update(40, 0.99, 0.1, dict)  # as good within the noise, and later
-    best.update(50, 0.3, 0.1, dict)
+    best.update(50, 0.6, 0.1, dict)  # near the lucky one within its noise, but not near the best
     assert best.step == 40
+    assert best.mean == 1.02
 
 
 def test_of_many_windows_that_are_alike_the_last_is_kept() -> None:

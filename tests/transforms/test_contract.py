@@ -202,3 +202,33 @@ def inverted(constructor):
 @pytest.mark.parametrize(("constructor", "options", "check"), list(cases()))
 def test_contract(constructor, options, check):
     check_transform(constructor, only=[check], **options)
+
+
+PAIRS = {
+    "spline": (lambda: T.spline(3), lambda: T.conditional_spline(3, 2)),
+    "coupling": (lambda: T.spline_coupling(3), lambda: T.conditional_spline_coupling(3, 2)),
+    "autoregressive": (
+        lambda: T.spline_autoregressive(3),
+        lambda: T.conditional_spline_autoregressive(3, 2),
+    ),
+    "composition": (
+        lambda: T.Compose([T.spline_coupling(3), T.permute(3)]),
+        lambda: T.ConditionalCompose([T.conditional_spline_coupling(3, 2), T.permute(3)], 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_context_is_taken_just_where_there_is_one(kind, inverted):
+    plain, conditional = (make() for make in PAIRS[kind])
+    if inverted:
+        plain, conditional = plain.inv, conditional.inv
+    x, context = torch.zeros(5, 3), torch.zeros(5, 2)
+    for method in ("call_and_ladj", "inverse_and_ladj", "call_and_event_ladj"):
+        with pytest.raises(ValueError, match=r"Expected no context for \w+ \(context_dim=0\), got"):
+            getattr(plain, method)(x, context)
+        with pytest.raises(ValueError, match=r"Expected a context of shape \(\*batch, 2\) for"):
+            getattr(conditional, method)(x)
+        assert getattr(plain, method)(x)[0].shape == (5, 3)
+        assert getattr(conditional, method)(x, context=context)[0].shape == (5, 3)

@@ -1,7 +1,7 @@
 /* One instance of the kernel. kernel.c includes this file once for every instance, after defining
  *   SUFFIX          of the instance's names
  *   IS_DOUBLE       0 or 1
- *   VECTOR_BYTES    16, 32 or 64; 0 where the compiler has no vectors, which makes every "vector" a scalar
+ *   VECTOR_BYTES    16 or 32, more with another MAX_LANES; 0 where the compiler has no vectors, which makes every "vector" a scalar
  *   HAS_AVX2       1 where AVX2's instructions may be used
  */
 #define N(name) JOIN(name, SUFFIX)
@@ -16,6 +16,8 @@
 #endif
 
 #include "vector.h"
+
+typedef char N(lanes_at_most)[LANES <= MAX_LANES ? 1 : -1]; /* what is kept of a row is in whole vectors */
 
 #include "spline.h"
 

@@ -104,7 +104,7 @@ const instance *kernel_instances(int *count) {
 
 int64_t kernel_kept_per_row(const perceptron *q) {
     int64_t sum = 0;
-    for (int i = 0; i <= q->num_layers; i++) sum += (q->sizes[i] + 7) / 8 * 8; /* no instance has wider vectors */
+    for (int i = 0; i <= q->num_layers; i++) sum += ((int64_t)q->sizes[i] + MAX_LANES - 1) / MAX_LANES * MAX_LANES;
     return sum;
 }
 

@@ -20,7 +20,7 @@ typedef struct {
 
 /* A multilayer perceptron with ReLU that makes the own parameters from columns first to first + num_passed of the
  * inputs, clamped to +-limit, and a context. */
-enum { MAX_LAYERS = 8 };
+enum { MAX_LAYERS = 8, MAX_LANES = 8 }; /* no instance has wider vectors, see instance.h */
 typedef struct {
     int num_layers;
     int32_t sizes[MAX_LAYERS + 1]; /* inputs, hidden layers, outputs */

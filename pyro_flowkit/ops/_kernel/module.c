@@ -23,30 +23,86 @@ PyObject *none(void) {
     return Py_None;
 }
 
+int fail(const char *what, long long got, long long want) {
+    PyErr_Format(PyExc_ValueError, "Expected %s %lld, got %lld.", what, want, got);
+    return -1;
+}
+
+int check_columns(const int32_t *columns, int64_t count, int64_t dim) {
+    for (int64_t i = 0; i < count; i++)
+        if (columns[i] < 0 || columns[i] >= dim) return fail("a column of at least 0 and below", columns[i], dim);
+    return 0;
+}
+
+static int read_columns(PyObject *bytes, int64_t dim, const int32_t **columns, int64_t *count) {
+    Py_ssize_t size;
+    char *start;
+    if (PyBytes_AsStringAndSize(bytes, &start, &size)) return -1;
+    if (size % (Py_ssize_t)sizeof(int32_t)) return fail("bytes of columns: a multiple of", size, sizeof(int32_t));
+    *columns = (const int32_t *)start;
+    *count = size / (Py_ssize_t)sizeof(int32_t);
+    return check_columns(*columns, *count, dim);
+}
+
 int read_splines(PyObject *const *args, problem *p) {
-    Py_ssize_t own_bytes, shared_bytes;
-    char *own, *shared;
-    if (PyBytes_AsStringAndSize(args[OWN_ARG - DIM_ARG], &own, &own_bytes)) return -1;
-    if (PyBytes_AsStringAndSize(args[SHARED_ARG - DIM_ARG], &shared, &shared_bytes)) return -1;
-    p->own = (const int32_t *)own;
-    p->shared = (const int32_t *)shared;
-    p->num_own = own_bytes / (Py_ssize_t)sizeof(int32_t);
-    p->num_shared = shared_bytes / (Py_ssize_t)sizeof(int32_t);
+    const int64_t count_bins = PyLong_AsLongLong(args[BINS_ARG - DIM_ARG]);
+    const int64_t num_params = PyLong_AsLongLong(args[PARAMS_ARG - DIM_ARG]);
+    const int64_t tails = PyLong_AsLongLong(args[TAILS_ARG - DIM_ARG]);
     p->dim = PyLong_AsLongLong(args[0]);
-    p->count_bins = (int)PyLong_AsLong(args[BINS_ARG - DIM_ARG]);
-    p->num_params = (int)PyLong_AsLong(args[PARAMS_ARG - DIM_ARG]);
-    p->tails = (int)PyLong_AsLong(args[TAILS_ARG - DIM_ARG]);
     p->bound = PyFloat_AsDouble(args[BOUND_ARG - DIM_ARG]);
     p->min_bin_width = PyFloat_AsDouble(args[WIDTH_ARG - DIM_ARG]);
     p->min_bin_height = PyFloat_AsDouble(args[HEIGHT_ARG - DIM_ARG]);
     p->min_slope = PyFloat_AsDouble(args[SLOPE_ARG - DIM_ARG]);
-    return PyErr_Occurred() ? -1 : 0;
+    if (PyErr_Occurred()) return -1;
+    if (p->dim < 0) return fail("a dimension of at least", p->dim, 0);
+    if (count_bins < 1) return fail("bins: at least", count_bins, 1);
+    if (count_bins > MAX_BINS) return fail("bins: at most", count_bins, MAX_BINS);
+    if (tails < LINEAR || tails > NO_TAILS) return fail("tails from 0 to", tails, NO_TAILS);
+    /* two sizes for each bin, and the slopes that are free: the first and the last, one for both, or neither */
+    const int64_t expected = 3 * count_bins + (tails == LINEAR ? -1 : tails == NO_TAILS);
+    if (num_params != expected) return fail("parameters of a spline:", num_params, expected);
+    p->count_bins = (int)count_bins;
+    p->num_params = (int)num_params;
+    p->tails = (int)tails;
+    if (read_columns(args[OWN_ARG - DIM_ARG], p->dim, &p->own, &p->num_own)) return -1;
+    if (read_columns(args[SHARED_ARG - DIM_ARG], p->dim, &p->shared, &p->num_shared)) return -1;
+    if (p->num_own + p->num_shared > p->dim) return fail("columns: at most", p->num_own + p->num_shared, p->dim);
+    return 0;
+}
+
+int read_sizes(PyObject *sizes, Py_ssize_t count, perceptron *q) {
+    if (count < 2) return fail("layers: at least", count - 1, 1);
+    if (count > MAX_LAYERS + 1) return fail("layers: at most", count - 1, MAX_LAYERS);
+    q->num_layers = (int)count - 1;
+    for (int i = 0; i < count; i++) {
+        const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(sizes, i));
+        if (PyErr_Occurred()) return -1;
+        if (size < (i > 0)) return fail("a layer of at least", size, i > 0);
+        if (size > INT32_MAX) return fail("a layer of at most", size, INT32_MAX);
+        q->sizes[i] = (int32_t)size;
+    }
+    return 0;
+}
+
+int check_network(const perceptron *q, const problem *p) {
+    const int64_t inputs = q->num_passed + q->context_dim, outputs = p->num_own * p->num_params;
+    if (q->first < 0) return fail("a first column that passes of at least", q->first, 0);
+    if (q->num_passed < 0) return fail("columns that pass: at least", q->num_passed, 0);
+    if (q->first > p->dim || q->num_passed > p->dim - q->first)
+        return fail("columns that pass: up to", q->first + q->num_passed, p->dim);
+    if (q->context_dim < 0) return fail("a context of at least", q->context_dim, 0);
+    if (q->sizes[0] != inputs) return fail("a network's inputs:", q->sizes[0], inputs);
+    if (q->sizes[q->num_layers] != outputs)
+        return fail("a network's outputs:", q->sizes[q->num_layers], outputs);
+    return 0;
 }
 
 static int read_problem(PyObject *const *args, problem *p) {
     p->inverse = (int)PyLong_AsLong(args[INVERSE_ARG]);
     p->sum_ladj = (int)PyLong_AsLong(args[SUM_ARG]);
     p->rows = PyLong_AsLongLong(args[ROWS_ARG]);
+    if (PyErr_Occurred()) return -1;
+    if (p->rows < 0) return fail("rows: at least", p->rows, 0);
     return read_splines(args + DIM_ARG, p);
 }
 
@@ -55,7 +111,7 @@ static PyObject *call(PyObject *const *args, Py_ssize_t count, int addresses, in
     void *a[8] = {0};
     int failed;
     if (count != FIRST_ADDRESS + addresses)
-        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", FIRST_ADDRESS + addresses, count);
+        return PyErr_Format(PyExc_TypeError, "Expected %d arguments, got %zd.", FIRST_ADDRESS + addresses, count);
     const int is_double = (int)PyLong_AsLong(args[IS_DOUBLE_ARG]);
     if (read_problem(args, &p)) return NULL;
     for (int i = 0; i < addresses; i++) a[i] = PyLong_AsVoidPtr(args[FIRST_ADDRESS + i]);
@@ -86,16 +142,13 @@ static PyObject *py_run_backward(PyObject *module, PyObject *const *args, Py_ssi
 enum { FIRST_ARG = FIRST_ADDRESS, PASSED_ARG, CONTEXT_DIM_ARG, LIMIT_ARG, LAYERS_ARG, FIRST_COUPLING_ADDRESS };
 
 /* layers: addresses of weight and bias of every layer, after the sizes of the first inputs and of every layer's outputs */
-static int read_perceptron(PyObject *const *args, perceptron *q, const void **weights, const void **biases) {
+static int read_perceptron(PyObject *const *args, const problem *p, perceptron *q, const void **weights,
+                           const void **biases) {
     PyObject *layers = args[LAYERS_ARG];
     const Py_ssize_t count = PyTuple_Size(layers);
     if (count < 0) return -1;
-    q->num_layers = (int)((count - 1) / 3);
-    if (count != 3 * q->num_layers + 1 || q->num_layers < 1 || q->num_layers > MAX_LAYERS) {
-        PyErr_Format(PyExc_ValueError, "expected 1 to %d layers, got a tuple of %zd", MAX_LAYERS, count);
-        return -1;
-    }
-    for (int i = 0; i <= q->num_layers; i++) q->sizes[i] = (int32_t)PyLong_AsLong(PyTuple_GetItem(layers, i));
+    if (count % 3 != 1) return fail("sizes and addresses of layers: by 3 a remainder of", count % 3, 1);
+    if (read_sizes(layers, (count - 1) / 3 + 1, q)) return -1;
     for (int i = 0; i < q->num_layers; i++) {
         weights[i] = PyLong_AsVoidPtr(PyTuple_GetItem(layers, q->num_layers + 1 + 2 * i));
         biases[i] = PyLong_AsVoidPtr(PyTuple_GetItem(layers, q->num_layers + 2 + 2 * i));
@@ -104,7 +157,7 @@ static int read_perceptron(PyObject *const *args, perceptron *q, const void **we
     q->num_passed = PyLong_AsLongLong(args[PASSED_ARG]);
     q->context_dim = PyLong_AsLongLong(args[CONTEXT_DIM_ARG]);
     q->limit = PyFloat_AsDouble(args[LIMIT_ARG]);
-    return PyErr_Occurred() ? -1 : 0;
+    return PyErr_Occurred() ? -1 : check_network(q, p);
 }
 
 static PyObject *call_coupling(PyObject *const *args, Py_ssize_t count, int addresses, int backward) {
@@ -114,9 +167,9 @@ static PyObject *call_coupling(PyObject *const *args, Py_ssize_t count, int addr
     void *a[9] = {0};
     int failed;
     if (count != FIRST_COUPLING_ADDRESS + addresses)
-        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", FIRST_COUPLING_ADDRESS + addresses, count);
+        return PyErr_Format(PyExc_TypeError, "Expected %d arguments, got %zd.", FIRST_COUPLING_ADDRESS + addresses, count);
     const int is_double = (int)PyLong_AsLong(args[IS_DOUBLE_ARG]);
-    if (read_problem(args, &p) || read_perceptron(args, &q, weights, biases)) return NULL;
+    if (read_problem(args, &p) || read_perceptron(args, &p, &q, weights, biases)) return NULL;
     for (int i = 0; i < addresses; i++) a[i] = PyLong_AsVoidPtr(args[FIRST_COUPLING_ADDRESS + i]);
     if (PyErr_Occurred()) return NULL;
 
@@ -143,6 +196,14 @@ static PyObject *py_couple_backward(PyObject *module, PyObject *const *args, Py_
     return call_coupling(args, count, 9, 1);
 }
 
+static PyObject *py_kept_per_row(PyObject *module, PyObject *sizes) {
+    perceptron q;
+    const Py_ssize_t count = PyTuple_Size(sizes);
+    (void)module;
+    if (count < 0 || read_sizes(sizes, count, &q)) return NULL;
+    return PyLong_FromLongLong(kernel_kept_per_row(&q));
+}
+
 static PyObject *py_instruction_sets(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     PyObject *names = PyList_New(0);
@@ -167,7 +228,7 @@ static PyObject *py_choose(PyObject *module, PyObject *name) {
         found = 1;
     }
     Py_DECREF(encoded);
-    if (!found) return PyErr_Format(PyExc_ValueError, "expected an instruction set of instruction_sets(), got %R", name);
+    if (!found) return PyErr_Format(PyExc_ValueError, "Expected an instruction set of instruction_sets(), got %R.", name);
     return PyUnicode_FromString(before);
 }
 
@@ -176,6 +237,7 @@ static PyMethodDef methods[] = {
     {"run_backward", (PyCFunction)(void (*)(void))py_run_backward, METH_FASTCALL, "Derivatives."},
     {"couple", (PyCFunction)(void (*)(void))py_couple, METH_FASTCALL, "Values and log-dets of a coupling."},
     {"couple_backward", (PyCFunction)(void (*)(void))py_couple_backward, METH_FASTCALL, "Their derivatives."},
+    {"kept_per_row", py_kept_per_row, METH_O, "Numbers that a coupling keeps of a row, for the sizes of its network."},
     {"run_chain", (PyCFunction)(void (*)(void))py_run_chain, METH_FASTCALL, "Values and log-dets of layers."},
     {"push_chain", (PyCFunction)(void (*)(void))py_push_chain, METH_FASTCALL, "A derivative carried through them."},
     {"run_chain_backward", (PyCFunction)(void (*)(void))py_run_chain_backward, METH_FASTCALL, "Their derivatives."},
@@ -198,5 +260,10 @@ PyMODINIT_FUNC PyInit__fused(void);
 PyMODINIT_FUNC PyInit__fused(void) {
     available = kernel_instances(&num_available);
     chosen = &available[num_available - 1];
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module && (PyModule_AddIntConstant(module, "MAX_LAYERS", MAX_LAYERS) ||
+                   PyModule_AddIntConstant(module, "MAX_BLOCKS", MAX_BLOCKS) ||
+                   PyModule_AddIntConstant(module, "MAX_CHAIN", MAX_CHAIN)))
+        Py_CLEAR(module);
+    return module;
 }

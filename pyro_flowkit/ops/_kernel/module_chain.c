@@ -8,53 +8,30 @@
 
 enum { IS_DOUBLE_ARG, ROWS_ARG, DIM_ARG, CHAIN_ARG, TENSORS_ARG, KEPT_ARG, KEPT_SIZE_ARG, FIRST_ARG };
 
-static int fail(const char *what, long long got, long long want) {
-    PyErr_Format(PyExc_ValueError, "expected %s of %lld, got %lld", what, want, got);
-    return -1;
-}
-
 static int64_t num_packed(const perceptron *q) {
     int64_t sum = 0;
     for (int i = 0; i < q->num_layers; i++) sum += ((int64_t)q->sizes[i] + 1) * q->sizes[i + 1];
     return sum;
 }
 
-static int read_sizes(PyObject *sizes, perceptron *q) {
+static int read_all_sizes(PyObject *sizes, perceptron *q) {
     const Py_ssize_t count = PyTuple_Size(sizes);
-    if (count < 0) return -1;
-    if (count < 2 || count > MAX_LAYERS + 1) return fail("a network with at most as many layers as", count - 1, MAX_LAYERS);
-    q->num_layers = (int)count - 1;
-    for (int i = 0; i < count; i++) {
-        q->sizes[i] = (int32_t)PyLong_AsLong(PyTuple_GetItem(sizes, i));
-        if (q->sizes[i] < (i > 0)) return fail("a layer of at least", q->sizes[i], i > 0);
-    }
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-static int check_columns(const int32_t *columns, int64_t count, int64_t dim) {
-    for (int64_t i = 0; i < count; i++)
-        if (columns[i] < 0 || columns[i] >= dim) return fail("a column below the number", columns[i], dim);
-    return 0;
+    return count < 0 ? -1 : read_sizes(sizes, count, q);
 }
 
 /* (kind, splines' arguments, first, num_passed, limit, sizes) */
 static int read_coupling(PyObject *const *items, Py_ssize_t count, int64_t dim, layer *l, int64_t *numbers) {
     problem *p = &l->splines;
     perceptron *q = &l->network;
-    if (count != SPLINE_ARGS + 5) return fail("a coupling's number of arguments", count, SPLINE_ARGS + 5);
-    if (read_splines(items + 1, p) || read_sizes(items[SPLINE_ARGS + 4], q)) return -1;
+    if (count != SPLINE_ARGS + 5) return fail("arguments of a coupling:", count, SPLINE_ARGS + 5);
+    if (read_splines(items + 1, p) || read_all_sizes(items[SPLINE_ARGS + 4], q)) return -1;
     q->first = PyLong_AsLongLong(items[SPLINE_ARGS + 1]);
     q->num_passed = PyLong_AsLongLong(items[SPLINE_ARGS + 2]);
     q->limit = PyFloat_AsDouble(items[SPLINE_ARGS + 3]);
     q->context_dim = 0;
     if (PyErr_Occurred()) return -1;
-    if (p->dim != dim) return fail("a dimension", p->dim, dim);
-    if (check_columns(p->own, p->num_own, dim) || check_columns(p->shared, p->num_shared, dim)) return -1;
-    if (q->first < 0 || q->num_passed < 0 || q->first + q->num_passed > dim)
-        return fail("columns that pass within", q->first + q->num_passed, dim);
-    if (q->sizes[0] != q->num_passed) return fail("a network's inputs", q->sizes[0], q->num_passed);
-    if (q->sizes[q->num_layers] != p->num_own * p->num_params)
-        return fail("a network's outputs", q->sizes[q->num_layers], p->num_own * p->num_params);
+    if (p->dim != dim) return fail("a dimension of", p->dim, dim);
+    if (check_network(q, p)) return -1;
     l->num_tensors = 2;
     numbers[0] = num_packed(q);
     numbers[1] = p->num_shared * p->num_params;
@@ -63,22 +40,25 @@ static int read_coupling(PyObject *const *items, Py_ssize_t count, int64_t dim, 
 
 /* (kind, block, block, ...) with blocks (start, size, of_network, of_line, sizes); the linear map may be missing */
 static int read_hierarchy(PyObject *const *items, Py_ssize_t count, int64_t dim, layer *l, int64_t *numbers) {
-    if (count < 2 || count > MAX_BLOCKS + 1) return fail("blocks at most as many as", count - 1, MAX_BLOCKS);
+    if (count < 2) return fail("blocks: at least", count - 1, 1);
+    if (count > MAX_BLOCKS + 1) return fail("blocks: at most", count - 1, MAX_BLOCKS);
     l->num_blocks = (int)count - 1;
     l->num_tensors = 2 * l->num_blocks;
     for (int i = 0; i < l->num_blocks; i++) {
         block *b = &l->blocks[i];
         PyObject *const item = items[i + 1];
-        if (PyTuple_Size(item) != 5) return fail("a block's number of arguments", PyTuple_Size(item), 5);
+        if (PyTuple_Size(item) != 5) return fail("arguments of a block:", PyTuple_Size(item), 5);
         b->start = PyLong_AsLongLong(PyTuple_GetItem(item, 0));
         b->size = PyLong_AsLongLong(PyTuple_GetItem(item, 1));
         b->of_network = PyFloat_AsDouble(PyTuple_GetItem(item, 2));
         b->of_line = PyFloat_AsDouble(PyTuple_GetItem(item, 3));
-        if (read_sizes(PyTuple_GetItem(item, 4), &b->network) || PyErr_Occurred()) return -1;
-        if (b->start < 1 || b->size < 1 || b->start + b->size > dim) return fail("a block within", b->start + b->size, dim);
-        if (b->network.sizes[0] != b->start) return fail("a block's inputs", b->network.sizes[0], b->start);
+        if (read_all_sizes(PyTuple_GetItem(item, 4), &b->network) || PyErr_Occurred()) return -1;
+        if (b->start < 1) return fail("a block from at least", b->start, 1);
+        if (b->size < 1) return fail("a block of at least", b->size, 1);
+        if (b->start > dim || b->size > dim - b->start) return fail("a block up to", b->start + b->size, dim);
+        if (b->network.sizes[0] != b->start) return fail("inputs of a block:", b->network.sizes[0], b->start);
         if (b->network.sizes[b->network.num_layers] != 2 * b->size)
-            return fail("a block's outputs", b->network.sizes[b->network.num_layers], 2 * b->size);
+            return fail("outputs of a block:", b->network.sizes[b->network.num_layers], 2 * b->size);
         b->network.first = 0;
         b->network.num_passed = b->start;
         b->network.context_dim = 0;
@@ -93,7 +73,7 @@ static int read_hierarchy(PyObject *const *items, Py_ssize_t count, int64_t dim,
 static int read_linear(PyObject *const *items, Py_ssize_t count, int64_t dim, layer *l, int64_t *numbers) {
     const int arguments[LAYER_KINDS] = {[LU] = 1, [PERMUTATION] = 2, [DIAGONAL] = 3, [TRIANGLE] = 3};
     const int tensors[LAYER_KINDS] = {[LU] = 2, [PERMUTATION] = 0, [DIAGONAL] = 4, [TRIANGLE] = 5};
-    if (count != arguments[l->kind]) return fail("a layer's number of arguments", count, arguments[l->kind]);
+    if (count != arguments[l->kind]) return fail("arguments of a layer:", count, arguments[l->kind]);
     l->num_tensors = tensors[l->kind];
     for (int i = 0; i < l->num_tensors; i++) numbers[i] = dim;
     if (l->kind == LU) numbers[0] = dim * dim;
@@ -103,7 +83,7 @@ static int read_linear(PyObject *const *items, Py_ssize_t count, int64_t dim, la
         Py_ssize_t bytes;
         if (PyBytes_AsStringAndSize(items[1], &order, &bytes)) return -1;
         l->order = (const int32_t *)order;
-        if (bytes != dim * (Py_ssize_t)sizeof(int32_t)) return fail("a permutation's bytes", bytes, 4 * dim);
+        if (bytes != dim * (Py_ssize_t)sizeof(int32_t)) return fail("bytes of a permutation:", bytes, 4 * dim);
         return check_columns(l->order, dim, dim);
     }
     if (l->kind != LU) {
@@ -117,12 +97,12 @@ static int read_layer(PyObject *item, int64_t dim, layer *l, int64_t *numbers) {
     PyObject *items[SPLINE_ARGS + 6];
     const Py_ssize_t count = PyTuple_Size(item);
     if (count < 1) return -1;
-    if (count > SPLINE_ARGS + 6) return fail("a layer's arguments at most as many as", count, SPLINE_ARGS + 6);
+    if (count > SPLINE_ARGS + 6) return fail("arguments of a layer: at most", count, SPLINE_ARGS + 6);
     for (int i = 0; i < count; i++) items[i] = PyTuple_GetItem(item, i);
     memset(l, 0, sizeof *l);
     l->kind = (int)PyLong_AsLong(items[0]);
     if (PyErr_Occurred()) return -1;
-    if (l->kind < 0 || l->kind >= LAYER_KINDS) return fail("a kind below the number", l->kind, LAYER_KINDS);
+    if (l->kind < 0 || l->kind >= LAYER_KINDS) return fail("a kind of at least 0 and below", l->kind, LAYER_KINDS);
     if (l->kind == COUPLING) return read_coupling(items, count, dim, l, numbers);
     if (l->kind == HIERARCHY) return read_hierarchy(items, count, dim, l, numbers);
     return read_linear(items, count, dim, l, numbers);
@@ -142,8 +122,10 @@ static int read_chain(PyObject *const *args, PyObject *tensors, PyObject *grads,
     c->rows = PyLong_AsLongLong(args[0]);
     c->dim = PyLong_AsLongLong(args[1]);
     if (count < 0 || PyErr_Occurred()) return -1;
-    if (count < 1 || count > MAX_CHAIN) return fail("layers at most as many as", count, MAX_CHAIN);
-    if (c->rows < 0 || c->dim < 1) return fail("rows of a dimension of at least", c->dim, 1);
+    if (count < 1) return fail("layers: at least", count, 1);
+    if (count > MAX_CHAIN) return fail("layers: at most", count, MAX_CHAIN);
+    if (c->rows < 0) return fail("rows: at least", c->rows, 0);
+    if (c->dim < 1) return fail("a dimension of at least", c->dim, 1);
     c->num_layers = (int)count;
     c->layers = *memory = PyMem_Malloc((size_t)count * sizeof(layer));
     if (!*memory) return PyErr_NoMemory(), -1;
@@ -151,21 +133,21 @@ static int read_chain(PyObject *const *args, PyObject *tensors, PyObject *grads,
         layer *l = *memory + i;
         if (read_layer(PyTuple_GetItem(args[2], i), c->dim, l, numbers)) return -1;
         for (int j = 0; tensors && j < l->num_tensors; j++, at++) {
-            if (2 * at + 1 >= PyTuple_Size(tensors)) return fail("tensors beyond", PyTuple_Size(tensors) / 2, at + 1);
+            if (2 * at + 1 >= PyTuple_Size(tensors)) return fail("tensors: at least", PyTuple_Size(tensors) / 2, at + 1);
             l->tensors[j] = PyLong_AsVoidPtr(PyTuple_GetItem(tensors, 2 * at));
             const int64_t got = PyLong_AsLongLong(PyTuple_GetItem(tensors, 2 * at + 1));
             if (PyErr_Occurred()) return -1;
             if (!l->tensors[j] && may_miss(l, j, numbers[j])) continue;
-            if (!l->tensors[j] || got != numbers[j]) return fail("a tensor of numbers", got, numbers[j]);
+            if (!l->tensors[j] || got != numbers[j]) return fail("numbers in a tensor:", got, numbers[j]);
             if (!grads) continue;
             PyObject *address = PyTuple_GetItem(grads, at);
             if (!address) return -1;
             l->grads[j] = PyLong_AsVoidPtr(address);
             const int is_fixed = (l->kind == DIAGONAL || l->kind == TRIANGLE) && j < 2;
-            if (!l->grads[j] && !is_fixed) return fail("an address for derivative", 0, at);
+            if (!l->grads[j] && !is_fixed) return fail("an address for the derivative of tensor", 0, at);
         }
     }
-    if (tensors && PyTuple_Size(tensors) != 2 * at) return fail("a number of tensors", PyTuple_Size(tensors) / 2, at);
+    if (tensors && PyTuple_Size(tensors) != 2 * at) return fail("tensors:", PyTuple_Size(tensors) / 2, at);
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -179,7 +161,7 @@ static PyObject *call(PyObject *const *args, Py_ssize_t count, int what) {
     int failed = 0, number = 0; /* of a layer, or whether the path gradient is taken */
     PyObject *result = NULL;
     if (count != expected)
-        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", expected, count);
+        return PyErr_Format(PyExc_TypeError, "Expected %d arguments, got %zd.", expected, count);
     const int is_double = (int)PyLong_AsLong(args[IS_DOUBLE_ARG]);
     PyObject *grads = what == BACKWARD ? args[FIRST_ARG] : NULL;
     if (read_chain(args + ROWS_ARG, args[TENSORS_ARG], grads, &c, &memory)) goto end;
@@ -190,15 +172,15 @@ static PyObject *call(PyObject *const *args, Py_ssize_t count, int what) {
         a[i] = PyLong_AsVoidPtr(args[FIRST_ARG + i]);
     if (PyErr_Occurred()) goto end;
     if (kept_size < kernel_kept_of_chain(&c)) {
-        fail("room to keep", kept_size, kernel_kept_of_chain(&c));
+        fail("room to keep: at least", kept_size, kernel_kept_of_chain(&c));
         goto end;
     }
     if (what == BACKWARD && a[6] && !(a[4] && a[5])) {
-        fail("weights and derivatives for noise, numbers", 0, 2);
+        fail("weights and derivatives for noise:", 0, 2);
         goto end;
     }
     if (what == PUSH && (number < 0 || number > c.num_layers)) {
-        fail("a layer up to", number, c.num_layers);
+        fail("a layer from 0 to", number, c.num_layers);
         goto end;
     }
     PyThreadState *saved = c.rows > MANY_ROWS ? PyEval_SaveThread() : NULL;
@@ -235,7 +217,7 @@ PyObject *py_kept_of_chain(PyObject *module, PyObject *const *args, Py_ssize_t c
     layer *memory = NULL;
     PyObject *result = NULL;
     (void)module;
-    if (count != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "Expected 3 arguments, got %zd.", count);
     if (!read_chain(args, NULL, NULL, &c, &memory)) result = PyLong_FromLongLong(kernel_kept_of_chain(&c));
     PyMem_Free(memory);
     return result;
