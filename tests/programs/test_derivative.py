@@ -11,7 +11,7 @@ from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
 from pyro_flowkit.guides.latent_elbo import FEW_STEPS
 from pyro_flowkit.guides.latent_vector import CALLS_OF_A_GRAPH, LatentDensity, unpack
-from pyro_flowkit.programs import derivative, graph
+from pyro_flowkit.programs import derivative, tracing
 from pyro_flowkit.programs.derivative import Differentiated
 from pyro_flowkit.programs.pairs import vectorized
 from pyro_flowkit.programs.simplify import in_python, simplify
@@ -232,10 +232,10 @@ def test_metadata_of_a_trace_is_made_in_one_mode(monkeypatch, has_mode):
     """A graph is the same without, as for a version of PyTorch that has no such thing."""
     made = []
     if has_mode:
-        monkeypatch.setattr(graph, "FakeTensorMode", lambda: made.append(1) or FakeTensorMode())
+        monkeypatch.setattr(tracing, "FakeTensorMode", lambda: made.append(1) or FakeTensorMode())
     else:
-        monkeypatch.setattr(graph, "FakeTensorMode", None)
-    found = graph.traced(lambda x: (x.sin() * 2.0).sum(), torch.ones(3))
+        monkeypatch.setattr(tracing, "FakeTensorMode", None)
+    found = tracing.traced(lambda x: (x.sin() * 2.0).sum(), torch.ones(3))
     assert len(made) == has_mode
     torch.testing.assert_close(found(torch.arange(3.0)), 2.0 * torch.arange(3.0).sin().sum())
     assert all("val" in node.meta for node in found.graph.nodes if node.op == "call_function")
