@@ -75,7 +75,7 @@ $(VENV)/.stamp-torch: $(CONSTRAINTS)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
-$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml setup.py $(wildcard pyro_flowkit/ops/_kernel/*)
 	$(PIP) -e ".[test]"
 	@touch $@
 

@@ -16,6 +16,11 @@ try:
     kernel = importlib.import_module("pyro_flowkit.ops._fused")
 except ImportError:
     kernel = None
+if kernel is not None and not hasattr(kernel, "MAX_CHAIN"):
+    raise ImportError(
+        f"Expected a kernel built from the sources beside it, got an older one, {kernel.__file__}: pip install -e . "
+        "builds it anew"
+    )
 
 # layers of a network, blocks of a hierarchy and layers of a chain that the kernel takes, as it says itself
 MAX_LAYERS: int = kernel.MAX_LAYERS if kernel else 0
