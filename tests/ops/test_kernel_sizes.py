@@ -1,6 +1,8 @@
 """Sizes that do not fit are refused at the kernel's own doors: no memory is touched that is not the caller's."""
 
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,3 +136,18 @@ def test_a_chain_refuses_what_does_not_fit(fused_kernel, place, wrong):
     coupling[place] = wrong
     with pytest.raises(ValueError, match=r"^Expected .*, got .*\.$"):
         fused_kernel.kept_of_chain(ROWS, DIM, (tuple(coupling),))
+
+
+def test_a_kernel_of_older_sources_is_said_to_be_one():
+    program = """
+import sys, types
+kernel = types.ModuleType("pyro_flowkit.ops._fused")
+kernel.__file__ = "an_old_one.so"
+sys.modules["pyro_flowkit.ops._fused"] = kernel
+import pyro_flowkit
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "got an older one, an_old_one.so: pip install -e . builds it anew" in run.stderr
