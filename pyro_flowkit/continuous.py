@@ -125,7 +125,7 @@ class ContinuousFlow(Flow):
         hidden_dims: Sequence[int] | None = None,
         velocity: nn.Module | None = None,
         solver: Solver = "rk4",
-        num_steps: int = 32,
+        num_steps: int = 40,
         tolerance: float = 1e-6,
         trace: Trace = "exact",
         pairing: Literal["independent", "optimal"] = "independent",
