@@ -3,10 +3,6 @@ r"""A flow as a distribution: exact density, one run of each conditioner, and th
 With z = base sample and x = f_K(... f_1(z)):
 
 .. math:: \log p(x) = \log p(z) + \sum_k \log |\det \partial f_k^{-1}|
-
-Reference:
-    Lorenz Vaitl, Ludwig Winkler, Lorenz Richter, Pan Kessel. Fast and Unified Path Gradient Estimators for Normalizing
-    Flows. ICLR 2024.
 """
 
 import weakref
@@ -25,14 +21,18 @@ from torch.distributions import Transform
 from pyro_flowkit.moments import fixed_draws, reached_by_tail
 from pyro_flowkit.ops.eager import is_transformed
 from pyro_flowkit.path_gradient import (
+    Derivatives,
+    Step,
     count_bent,
     derivatives_of,
     flow_held_fixed,
     guarded_path_term,
     held_fixed,
+    pushed_derivatives,
     unit_of,
 )
 from pyro_flowkit.transforms.base import Bijection
+from pyro_flowkit.transforms.chained import chained
 from pyro_flowkit.transforms.conditional import with_batch_of_contexts
 from pyro_flowkit.transforms.tensors import stamp, tensors_of
 
@@ -46,14 +46,14 @@ class Draw(NamedTuple):
         stamp: what the two depend on.
         copies: of these tensors and the value, as writing to ``.data`` leaves no trace; None where they cannot be
             read, and for a draw in a Pyro program, which asks for the log-density in the same call.
-        inputs: of every transform, where a path gradient may be asked for.
+        steps: from the base to it, where a path gradient may be asked for.
     """
 
     value: "weakref.ref[Tensor]"
     log_prob: Tensor
     stamp: tuple
     copies: list[Tensor] | None
-    inputs: list[Tensor]
+    steps: list[Step]
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -67,7 +67,7 @@ class FlowDistribution(dist.TransformedDistribution):
             term with parameters, context and base parameters held fixed, but the ordinary one in every row where log q
             is rough (:mod:`pyro_flowkit.path_gradient`). Pyro's ``Trace_ELBO``, ``JitTrace_ELBO`` and
             ``TraceGraph_ELBO`` use it as they are; other objectives ignore it. It has a first derivative only, which is
-            carried along with a draw of its own (Vaitl et al. 2024); for other values, without the fused kernel, in
+            carried along with a draw of its own; for other values, without the fused kernel, in
             traces or among transforms of others, it costs one extra pass through the conditioners. Both only while
             gradients are recorded.
 
@@ -115,16 +115,16 @@ class FlowDistribution(dist.TransformedDistribution):
         """
         return self._push(self.base_dist.rsample(torch.Size(sample_shape)))
 
-    def _push(self, value: Tensor, inputs: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The draw and its log-density; the inputs of the transforms are added to a list, where one is given."""
+    def _push(self, value: Tensor, steps: list[Step] | None = None) -> tuple[Tensor, Tensor]:
+        """The draw and its log-density; the steps on the way are added to a list, where one is given."""
         if self._on_draw is not None and torch.is_grad_enabled():
             self._on_draw()
         with ExitStack() as stack:
             for modules, until in self._held:
                 stack.enter_context(held_fixed(modules, until))
-            return self._pushed(value, inputs)
+            return self._pushed(value, steps)
 
-    def _pushed(self, value: Tensor, inputs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _pushed(self, value: Tensor, steps: list[Step] | None) -> tuple[Tensor, Tensor]:
         event_dim = len(self.base_dist.event_shape)
         if _is_empty(value):
             log_prob = self._with_graph(
@@ -132,9 +132,14 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         else:
             log_prob = self.base_dist.log_prob(value)
-        for transform in self.transforms:
-            if inputs is not None:
-                inputs.append(value)
+        if steps is None:
+            parts = chained(self.transforms, value)
+        else:  # the derivative before the affine maps is asked for
+            cut = count_bent(self.transforms)
+            parts = chained(self.transforms[:cut], value) + chained(self.transforms[cut:], value)
+        for transform in parts:
+            if steps is not None:
+                steps.append(Step(transform, value))
             if isinstance(transform, Bijection):
                 value, ladj = transform.call_and_event_ladj(value)
                 own_event_dim = transform.event_dim
@@ -158,7 +163,7 @@ class FlowDistribution(dist.TransformedDistribution):
         """The value before these transforms, the last of the flow's or some of them, and the log-det of the way."""
         event_dim = len(self.event_shape)
         total: Tensor | float = 0.0
-        for transform in reversed(transforms):
+        for transform in reversed(chained(transforms, value)):
             if isinstance(transform, Bijection):
                 value, inverse_ladj = transform.inverse_and_event_ladj(value)
                 own_event_dim = transform.event_dim
@@ -171,24 +176,24 @@ class FlowDistribution(dist.TransformedDistribution):
         return value, total
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        inputs: list[Tensor] = []
+        steps: list[Step] = []
         value = self.base_dist.rsample(torch.Size(sample_shape))
-        pushed = self._push(value, inputs if self._pushes_derivatives else None)
-        return self._remembered(*pushed, inputs)
+        pushed = self._push(value, steps if self._pushes_derivatives else None)
+        return self._remembered(*pushed, steps)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():  # the base may have no rsample, a mixture for one
             drawn = self._push(self.base_dist.sample(torch.Size(sample_shape)))
             return self._remembered(*drawn, [])
 
-    def _remembered(self, value: Tensor, log_prob: Tensor, inputs: list[Tensor]) -> Tensor:
+    def _remembered(self, value: Tensor, log_prob: Tensor, steps: list[Step]) -> Tensor:
         if torch.compiler.is_compiling():  # a graph has no memory
             return value
         tensors = self._tracked_tensors()
         copies = None
         if not (am_i_wrapped() or is_transformed()):
             copies = [tensor.detach().clone() for tensor in (*tensors, value)]
-        self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), copies, inputs)
+        self._draw = Draw(weakref.ref(value), log_prob, stamp(tensors, value), copies, steps)
         return value
 
     def _is_unchanged(self, draw: Draw, value: Tensor) -> bool:
@@ -263,9 +268,9 @@ class FlowDistribution(dist.TransformedDistribution):
             return ScoreParts(log_prob=log_prob, score_function=log_prob, entropy_term=0)
         if not self._takes_path_gradient or _is_empty(value):
             return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
-        if derivatives:
-            u = derivatives[count_bent(self.transforms)] * unit_of(self.base_dist)
-            paths, along = [value], derivatives[-1:]
+        if derivatives is not None:
+            u = derivatives.before_affine * unit_of(self.base_dist)
+            paths, along = [value], [derivatives.at_value]
         else:
             paths, along, u = self._pulled_derivatives(value, log_prob.shape)
         entropy_term = guarded_path_term(log_prob, paths, along, u)
@@ -291,24 +296,17 @@ class FlowDistribution(dist.TransformedDistribution):
         path, derivative, u = (part.reshape(*shape, -1) for part in (path, derivative, u))
         return [path], [derivative], u
 
-    def _with_derivatives(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The log-density, and its derivative with respect to the input of every transform and to the value.
+    def _with_derivatives(self, value: Tensor) -> tuple[Tensor, Derivatives | None]:
+        """The log-density, and its derivatives on the way to the value.
 
         The derivatives are there for the last draw, where a path gradient may be asked for and every transform is a
-        :class:`Bijection`; for other values the list is empty. They are carried along from the base through the
-        layers that made the draw, each of which solves with the transpose of its own Jacobian: no layer is inverted,
-        no conditioner run twice (Vaitl et al. 2024).
+        :class:`Bijection`, and None for other values.
         """
         draw = self._draw
         log_prob = self.log_prob(value)
-        if draw is None or log_prob is not draw.log_prob or not draw.inputs:
-            return log_prob, []
-        point = draw.inputs[0].detach().requires_grad_()
-        derivative = torch.autograd.grad(self.base_dist.log_prob(point).sum(), point)[0]
-        derivatives, outputs = [derivative], [*draw.inputs[1:], value]
-        for layer, x, y in zip(self.transforms, draw.inputs, outputs, strict=True):
-            derivatives.append(layer.pushed_derivative(x, y, derivatives[-1]))
-        return log_prob, derivatives
+        if draw is None or log_prob is not draw.log_prob or not draw.steps:
+            return log_prob, None
+        return log_prob, pushed_derivatives(self.base_dist, draw.steps, value)
 
     def fixed_draws(self, num_pairs: int = 5000) -> Tensor:
         """The same draws at every call, for summaries that shall not jump: shape ``(2 * num_pairs + 1, *B, D)``.

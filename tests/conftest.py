@@ -18,6 +18,8 @@ KERNEL_FUNCTIONS = (
     "run_chain",
     "push_chain",
     "run_chain_backward",
+    "pull_chain",
+    "pull_chain_backward",
 )
 
 torch.set_num_threads(1)

@@ -158,8 +158,8 @@ class GuidePosterior(FlowDistribution):
         if is_transformed():
             return self._traced_score_parts(value)
         log_prob, derivatives = self._with_derivatives(value)
-        if derivatives:
-            derivative, u = derivatives[-1], derivatives[count_bent(self.transforms)]
+        if derivatives is not None:
+            u, derivative = derivatives
         else:
             _, (derivative,), u = self._pulled_derivatives(value, log_prob.shape)
         is_path = takes_path(self.noise, u)

@@ -1,14 +1,14 @@
 """Layers of a flow one after the other as one call of the kernel, without PyTorch's operations and without a graph.
 
 A flow for a guide is a dozen layers on some sixty rows: their arithmetic takes less time than PyTorch needs to call
-them one by one. Forward, the derivative of log q along with a draw, and backward are three calls here. Who builds a
-graph around them is up to the caller.
+them one by one. Forward, the derivative of log q along with a draw, and backward are three calls here, and so are the
+way back from values to inputs and its own backward pass. Who builds a graph around them is up to the caller.
 """
 
 import struct
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -38,12 +38,19 @@ class Link(NamedTuple):
         tensors: that it computes with; None for one that is missing.
         num_fixed: how many of them, from the first on, have no derivative.
         splines: of a row, roughly: how much work it is.
+        names: of the tensors in their module.
     """
 
     description: tuple[Any, ...]
     tensors: tuple[Tensor | None, ...]
     num_fixed: int = 0
     splines: int = 0
+    names: tuple[str, ...] = ()
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the kernel knows the way from values to inputs."""
+        return self.description[0] != _HIERARCHY
 
 
 def coupling(
@@ -121,11 +128,29 @@ class Noise(NamedTuple):
     is_path: bool
 
 
-class Passage:
-    """What a way through a chain left behind for the two ways back."""
+class _Kept:
+    """What a way through a chain left behind, for the ways that follow it."""
 
-    def __init__(self, links: Sequence[Link], kept: Tensor, header: tuple[Any, ...]):
-        self._links, self._kept, self._header = links, kept, header
+    def __init__(self, links: Sequence[Link], header: tuple[Any, ...], dtype: torch.dtype):
+        self._links, self._header = links, header
+        self._kept = scratch(1, _room(*header[1:]), dtype)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the kernel that are common to all ways."""
+        return (*self._header, _tensors_of(self._links), self._kept.data_ptr(), self._kept.numel())
+
+    def _grads(self) -> list[Tensor | None]:
+        """Room for the derivatives with respect to all tensors."""
+        found: list[Tensor | None] = []
+        for link in self._links:
+            for i, tensor in enumerate(link.tensors):
+                is_fixed = tensor is None or i < link.num_fixed
+                found.append(None if is_fixed else torch.empty_like(cast(Tensor, tensor)))
+        return found
+
+
+class Passage(_Kept):
+    """The way from inputs to values, and the two that follow it."""
 
     def pushed(self, derivative: Tensor, cut: int) -> tuple[Tensor, Tensor, Tensor]:
         """The derivative of a log-density, carried through all layers, whose parameters are held fixed.
@@ -164,11 +189,7 @@ class Passage:
         grad_value = grad_value.contiguous()
         grad_ladj = None if grad_ladj is None else grad_ladj.contiguous()
         grad_input = torch.empty_like(grad_value)
-        found: list[Tensor | None] = []
-        for link in self._links:
-            for i, tensor in enumerate(link.tensors):
-                is_fixed = tensor is None or i < link.num_fixed
-                found.append(None if is_fixed else torch.empty_like(cast(Tensor, tensor)))
+        found = self._grads()
         squares, weight, of_q, is_path = None, None, None, False
         if noise is not None:
             squares, (weight, of_q, is_path) = grad_value.new_empty(2), noise
@@ -181,9 +202,31 @@ class Passage:
         )
         return [grad_input, *found], squares
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Those of the kernel that are common to all ways."""
-        return (*self._header, _tensors_of(self._links), self._kept.data_ptr(), self._kept.numel())
+
+class WayBack(_Kept):
+    """The way from values to inputs, and the backward pass of it."""
+
+    def backward(
+        self, grad_input: Tensor, grad_ladj: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Derivatives with respect to the value, and to the tensors of all links; None for those without one.
+
+        Args:
+            grad_input: that with respect to the input, shape ``(rows, dim)``.
+            grad_ladj: that with respect to the log-dets of this way, shape ``(rows,)``; None for zeros.
+        """
+        grad_input = grad_input.contiguous()
+        grad_ladj = None if grad_ladj is None else grad_ladj.contiguous()
+        grad_value, found = torch.empty_like(grad_input), self._grads()
+        cast(Any, kernel).pull_chain_backward(
+            *self.arguments(),
+            tuple(_address(grad) for grad in found),
+            *map(_address, (grad_input, grad_ladj, grad_value)),
+        )
+        return grad_value, found
+
+
+_Way = TypeVar("_Way", bound=_Kept)
 
 
 def applies(x: Tensor, links: Sequence[Link]) -> bool:
@@ -207,16 +250,32 @@ def run(x: Tensor, links: Sequence[Link]) -> tuple[Tensor, Tensor, Passage]:
     """All layers, one after the other, on rows ``(rows, dim)`` that :func:`applies` has agreed to.
 
     Returns:
-        Values ``(rows, dim)``; log-dets of all layers together, ``(rows,)``, in nats; and the ways back.
+        Values ``(rows, dim)``; log-dets of all layers together, ``(rows,)``, in nats; and the ways that follow.
     """
-    x = x.contiguous()
-    rows, dim = x.shape
-    header = (x.dtype == torch.float64, rows, dim, tuple(link.description for link in links))
-    passage = Passage(links, scratch(1, _room(*header[1:]), x.dtype), header)
-    value, ladj = torch.empty_like(x), x.new_empty(rows)
-    addresses = (x.data_ptr(), value.data_ptr(), ladj.data_ptr())
-    cast(Any, kernel).run_chain(*passage.arguments(), *addresses)
-    return value, ladj, passage
+    return _through("run_chain", Passage, x, links)
+
+
+@torch.no_grad()
+def pull(y: Tensor, links: Sequence[Link]) -> tuple[Tensor, Tensor, WayBack]:
+    """The way back through all layers, whose links have one, on rows that :func:`applies` has agreed to.
+
+    Returns:
+        Inputs ``(rows, dim)``; log-dets of the way back, ``(rows,)``, in nats; and its backward pass.
+    """
+    return _through("pull_chain", WayBack, y, links)
+
+
+def _through(
+    name: str, kind: type[_Way], start: Tensor, links: Sequence[Link]
+) -> tuple[Tensor, Tensor, _Way]:
+    start = start.contiguous()
+    rows, dim = start.shape
+    header = (start.dtype == torch.float64, rows, dim, tuple(link.description for link in links))
+    way = kind(links, header, start.dtype)
+    end, ladj = torch.empty_like(start), start.new_empty(rows)
+    addresses = (start.data_ptr(), end.data_ptr(), ladj.data_ptr())
+    getattr(kernel, name)(*way.arguments(), *addresses)
+    return end, ladj, way
 
 
 def _room(rows: int, dim: int, descriptions: tuple) -> int:

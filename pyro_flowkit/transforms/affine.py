@@ -28,6 +28,7 @@ from pyro_flowkit.transforms.linear import solve_triangle, working_dtype
 AffineKind = Literal["full", "diagonal", "low_rank"]
 
 MAX_RANK = 8
+_TENSORS = ("origin", "units", "raw_loc", "raw_log_scale", "raw_lower")  # as a link has them
 
 
 class Affine(FlowTransformModule):
@@ -176,7 +177,7 @@ class Affine(FlowTransformModule):
     def link(self) -> Link | None:
         if type(self) is not Affine or self.kind == "low_rank":
             return None
-        return chain.affine(
+        link = chain.affine(
             self.origin,
             self.units,
             self.raw_loc,
@@ -185,6 +186,7 @@ class Affine(FlowTransformModule):
             rate=self.rate,
             matrix_rate=self._matrix_rate,
         )
+        return link._replace(names=_TENSORS[: len(link.tensors)])
 
     def _loc(self, dtype: torch.dtype) -> Tensor:
         moved = self.rate * self.raw_loc.to(dtype)

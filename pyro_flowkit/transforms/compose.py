@@ -9,6 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, check_context, given
+from pyro_flowkit.transforms.chained import chained
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.masks import half_mask
 
@@ -58,7 +59,8 @@ class _Composition(VectorMap):
     ) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_dim, type(self).__name__)
         total: Tensor | None = None
-        for part in reversed(self.parts) if backwards else self.parts:
+        parts = chained([*self.parts], value)
+        for part in reversed(parts) if backwards else parts:
             value, ladj = getattr(part, method)(
                 value, *(given(context) if part.context_dim else ())
             )

@@ -188,7 +188,7 @@ class SplineCoupling(_Coupling, FlowTransformModule):
             or not (isinstance(conditioner, MLP) and conditioner.is_plain())
         ):
             return None
-        return chain.coupling(
+        link = chain.coupling(
             conditioner.packed,
             self.passed_params,
             conditioner.layout,
@@ -196,6 +196,7 @@ class SplineCoupling(_Coupling, FlowTransformModule):
             split.transformed if self.passed_params is None else split.both,
             self.settings,
         )
+        return link and link._replace(names=("conditioner.packed", "passed_params"))
 
 
 class ConditionalSplineCoupling(_Coupling, ConditionalFlowTransformModule):

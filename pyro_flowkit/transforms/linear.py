@@ -75,7 +75,9 @@ class LULinear(FlowTransformModule):
         return rows.to(derivative.dtype).reshape(derivative.shape)
 
     def link(self) -> Link | None:
-        return chain.lu(self.lu, self.bias) if type(self) is LULinear else None
+        if type(self) is not LULinear:
+            return None
+        return chain.lu(self.lu, self.bias)._replace(names=("lu", "bias"))
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A matrix with L below its diagonal; U; and the log-det."""

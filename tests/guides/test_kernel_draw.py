@@ -118,12 +118,15 @@ def test_nothing_is_kept_and_parameters_must_not_change_before_the_backward_pass
 def test_whoever_wants_another_draw_gets_that(kernel_calls):
     for settings in ({"base": "student_t"}, {"affine": "low_rank"}):
         pyro.clear_param_store()
-        latent, *_ = ready_guide(**settings).draw_with_log_prob(3)
-        assert latent.shape == (3, LATENT_DIM)
+        guide = ready_guide(**settings)
+        latent, *_ = guide.draw_with_log_prob(3)
+        assert latent.shape == (3, LATENT_DIM) and guide.draw_by_kernel(3) is None
     pyro.clear_param_store()
-    GlobalSplineFlow(model, **TINY).setup().draw_with_log_prob(4)
-    assert kernel_calls["run_chain"] == 0
+    other = GlobalSplineFlow(model, **TINY).setup()
+    other.draw_with_log_prob(4)
+    assert other.draw_by_kernel(4) is None
     pyro.clear_param_store()
+    kernel_calls.clear()
     with torch.no_grad():
         _, log_q, _, _ = ready_guide().draw_with_log_prob(3)
     assert kernel_calls["run_chain"] == 1 and kernel_calls["push_chain"] == 0

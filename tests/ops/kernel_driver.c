@@ -297,6 +297,14 @@ static void N(try_chain)(const instance *k, int rows, int count_bins) {
                                        with_noise ? squares : NULL) == 0, "run_chain_backward", &p, 0, 0);
     N(check_finite)(grad_x, size, "derivative of an input", &p);
     N(check_finite)(squares, rows ? 2 : 0, "noise", &p);
+    const chain back = {rows, dim, HIERARCHY, layers}; /* the last kind has no way back */
+    check(k->F(pull_chain)(&back, y, x, ladj, kept) == 0, "pull_chain", &p, 0, 0);
+    N(check_finite)(x, size, "input of a chain", &p);
+    N(check_finite)(ladj, rows, "log-det of a way back", &p);
+    for (int with_ladj = 0; with_ladj < 2; with_ladj++)
+        check(k->F(pull_chain_backward)(&back, kept, of_x, with_ladj ? grad_ladj : NULL, of_y) == 0, "pull_chain_backward", &p,
+              0, 0);
+    N(check_finite)(of_y, size, "derivative of a value, on the way back", &p);
     for (int i = 0; i < LAYER_KINDS; i++)
         for (int j = 0; j < layers[i].num_tensors; j++) free((void *)layers[i].tensors[j]), free(layers[i].grads[j]);
     free(kept), free(x), free(y), free(ladj), free(of_x), free(at_cut), free(at_last), free(of_y), free(grad_x);

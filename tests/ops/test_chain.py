@@ -6,6 +6,7 @@ import torch
 from pyro_flowkit import SplineFlow
 from pyro_flowkit.ops import chain, use_reference
 from pyro_flowkit.testing import perturb_
+from pyro_flowkit.transforms import spline_coupling
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from tests.ops.kernel_cases import assert_same, generator
@@ -133,6 +134,79 @@ def test_noise_is_measured_before_the_last_layer(instruction_set, is_path):
     assert_same([squares], [affine.in_units(torch.stack(each)).square().flatten(1).mean(-1)])
 
 
+def back_by_chain(layers, y):
+    """Input, log-det of the way back, and the derivatives of everything that is learned."""
+    links = links_of(layers)
+    x, ladj, way = chain.pull(y, links)
+    weights = [numbers(*t.shape, seed=i, dtype=y.dtype) for i, t in enumerate((y, y[:, 0]))]
+    grad_y, grads = way.backward(*weights)
+    tensors = [tensor for link in links for tensor in link.tensors]
+    pairs = zip(grads, tensors, strict=True)
+    return [x, ladj, grad_y, *(grad for grad, t in pairs if isinstance(t, torch.nn.Parameter))]
+
+
+def back_by_layers(layers, y):
+    """The same by autograd, without the kernel."""
+    with use_reference():
+        leaf = y.clone().requires_grad_()
+        x, ladj = leaf, 0.0
+        for layer in reversed(layers):
+            x, own = layer.inverse_and_ladj(x)
+            ladj = ladj + own
+        weights = [numbers(*t.shape, seed=i, dtype=y.dtype) for i, t in enumerate((y, y[:, 0]))]
+        tensors = [t for link in links_of(layers) for t in link.tensors]
+        leaves = [leaf, *(t for t in tensors if isinstance(t, torch.nn.Parameter))]
+        grads = torch.autograd.grad((x * weights[0]).sum() + (ladj * weights[1]).sum(), leaves)
+    return [x.detach(), ladj.detach(), *grads]
+
+
+@pytest.mark.parametrize("dim", BLOCKS)
+@pytest.mark.parametrize("rows", [0, 1, 64, 101])
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_the_way_back_equals_that_of_the_layers(instruction_set, kind, rows, dim):
+    layers = make(dim, kind=kind, hierarchical=False)
+    y = 3.0 * numbers(rows, dim, seed=5, dtype=torch.float64)
+    assert_same(back_by_chain(layers, y), back_by_layers(layers, y), tolerance=1e-8)
+
+
+def test_the_way_back_leaves_what_passes_as_it_is(instruction_set):
+    torch.manual_seed(0)
+    layers = [
+        perturb_(
+            spline_coupling(5, hidden_dims=[7], bound=4.0, split_dim=split, identity=True), 0.3
+        )
+        for split in (2, 3)
+    ]
+    layers = [layer.double() for layer in layers]
+    y = 3.0 * numbers(30, 5, seed=5, dtype=torch.float64)
+    assert_same(back_by_chain(layers, y), back_by_layers(layers, y), tolerance=1e-8)
+
+
+def test_in_float32_the_way_back_is_as_good_as_the_layers_are(instruction_set):
+    layers = make(11, hierarchical=False)
+    narrow = make(11, hierarchical=False, dtype=torch.float32)
+    y = numbers(64, 11, seed=5, dtype=torch.float32)
+    exact = back_by_layers(layers, y.double())
+    scales = [float(t.abs().max()) + 1e-3 for t in exact]
+
+    def errors(found):
+        return [
+            float((one - other).abs().max()) / scale
+            for one, other, scale in zip(found, exact, scales, strict=True)
+        ]
+
+    own, reference = errors(back_by_chain(narrow, y)), errors(back_by_layers(narrow, y))
+    for one, other in zip(own, reference, strict=True):
+        assert one <= 4 * other + 1e-5
+
+
+def test_a_hierarchy_has_no_way_back_here(fused_kernel):
+    links = links_of(make(5))
+    assert [link.goes_back for link in links].count(False) == 1
+    with pytest.raises(ValueError, match="Expected for the way back a kind of layer below"):
+        chain.pull(numbers(4, 5, seed=5, dtype=torch.float64), links)
+
+
 def test_what_a_chain_is_not_for(fused_kernel):
     layers = make(5)
     z = numbers(4, 5, seed=5, dtype=torch.float64)
@@ -196,3 +270,7 @@ def test_the_kernel_refuses_memory_of_another_size(fused_kernel):
     passage._kept = passage._kept[:, :-1]
     with pytest.raises(ValueError, match="Expected room to keep"):
         passage.pushed(z, 0)
+    *_, way = chain.pull(z, links_of(make(5, hierarchical=False)))
+    way._kept = way._kept[:, :-1]
+    with pytest.raises(ValueError, match="Expected room to keep"):
+        way.backward(z, None)

@@ -84,6 +84,7 @@ END_TARGET
 
 #define OF_TYPE(type, suffix)                                                                                        \
     run_chain_##type##_##suffix, push_chain_##type##_##suffix, run_chain_backward_##type##_##suffix,                  \
+    pull_chain_##type##_##suffix, pull_chain_backward_##type##_##suffix,                                              \
     couple_##type##_##suffix, couple_backward_##type##_##suffix, run_##type##_##suffix, run_backward_##type##_##suffix
 #define INSTANCE(suffix) {#suffix, OF_TYPE(float, suffix), OF_TYPE(double, suffix)}
 

@@ -63,7 +63,8 @@ typedef struct {
  * zeros); writes those with respect to inputs, own and shared parameters.
  * couple, couple_backward: the same where a perceptron makes the own parameters. kept, which may be NULL in couple, has
  * room for rows * kernel_kept_per_row numbers; derivatives of weights and biases come one layer after the other.
- * run_chain, push_chain, run_chain_backward: see chain.h; kept has room for kernel_kept_of_chain numbers.
+ * run_chain, push_chain, run_chain_backward, pull_chain, pull_chain_backward: see chain.h; kept has room for
+ * kernel_kept_of_chain numbers. The last two know no HIERARCHY.
  */
 typedef struct {
     const char *name;
@@ -71,6 +72,8 @@ typedef struct {
     int (*float_push_chain)(const chain *, const float *, float *, int, float *, float *, float *);
     int (*float_run_chain_backward)(const chain *, float *, const float *, const float *, float *, const float *, const float *, int,
                                     float *);
+    int (*float_pull_chain)(const chain *, const float *, float *, float *, float *);
+    int (*float_pull_chain_backward)(const chain *, float *, const float *, const float *, float *);
     int (*float_couple)(const problem *, const perceptron *, const float *, const float *, const float *, const float *const *,
                         const float *const *, float *, float *, float *);
     int (*float_couple_backward)(const problem *, const perceptron *, const float *, const float *, const float *const *,
@@ -82,6 +85,8 @@ typedef struct {
     int (*double_push_chain)(const chain *, const double *, double *, int, double *, double *, double *);
     int (*double_run_chain_backward)(const chain *, double *, const double *, const double *, double *, const double *, const double *, int,
                                      double *);
+    int (*double_pull_chain)(const chain *, const double *, double *, double *, double *);
+    int (*double_pull_chain_backward)(const chain *, double *, const double *, const double *, double *);
     int (*double_couple)(const problem *, const perceptron *, const double *, const double *, const double *, const double *const *,
                         const double *const *, double *, double *, double *);
     int (*double_couple_backward)(const problem *, const perceptron *, const double *, const double *, const double *const *,

@@ -119,6 +119,39 @@ static void N(solve_rows)(const N(dense) *d, const layer *l, int64_t rows, const
     }
 }
 
+/* W out = in - b, for rows */
+static void N(solve_back_rows)(const N(dense) *d, const layer *l, int64_t rows, const REAL *in, REAL *out) {
+    const int64_t dim = d->dim, step = d->step;
+    const int is_lu = l->kind == LU;
+    const REAL *lower = is_lu ? l->tensors[0] : d->weight;
+    const int64_t lower_step = is_lu ? dim : step;
+    for (int64_t start = 0; start < rows; start += LANES) {
+        const int lanes = rows - start < LANES ? (int)(rows - start) : LANES;
+        const REAL *sources[LANES];
+        REAL *targets[LANES];
+        for (int k = 0; k < LANES; k++) { /* lanes without work repeat the last row */
+            const int64_t row = start + (k < lanes ? k : lanes - 1);
+            sources[k] = in + row * dim;
+            targets[k] = out + row * dim;
+        }
+        vec *t = d->tile;
+        N(gather_columns)(t, sources, (int)dim);
+        for (int64_t i = 0; i < dim; i++) {
+            const REAL *row = lower + i * lower_step;
+            vec sum = t[i] - splat(d->bias[i]);
+            for (int64_t j = 0; j < i; j++) sum -= t[j] * row[j];
+            t[i] = is_lu ? sum : sum / splat(row[i]);
+        }
+        for (int64_t i = dim - 1; is_lu && i >= 0; i--) {
+            const REAL *row = d->upper + i * step;
+            vec sum = t[i];
+            for (int64_t j = i + 1; j < dim; j++) sum -= t[j] * row[j];
+            t[i] = sum / splat(row[i]);
+        }
+        N(scatter_columns)(t, targets, (int)dim, lanes);
+    }
+}
+
 static void N(grads_of_lu)(const N(dense) *d, const layer *l, double total_ladj, REAL *grad_lu) {
     const int64_t dim = d->dim, step = d->step;
     const REAL *lu = l->tensors[0], *grad = d->grad_weight;
@@ -167,6 +200,16 @@ static int N(run_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *i
     return 0;
 }
 
+/* from out to in; ladj is that of the map forward, to be taken away */
+static int N(pull_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *out, REAL *in, double *ladj) {
+    N(dense) d;
+    if (N(open_dense)(&d, l, dim)) return -1;
+    N(solve_back_rows)(&d, l, rows, out, in);
+    *ladj += d.ladj;
+    free(d.memory);
+    return 0;
+}
+
 static int N(push_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *in, REAL *out) {
     N(dense) d;
     if (N(open_dense)(&d, l, dim)) return -1;
@@ -201,6 +244,15 @@ static void N(run_diagonal)(const layer *l, int64_t rows, int64_t dim, const REA
     for (int64_t j = 0; j < dim; j++) {
         const REAL scale = N(diagonal_scale)(l, j), loc = R(origin[j] + l->rate * units[j] * raw_loc[j]);
         for (int64_t i = 0; i < rows; i++) out[i * dim + j] = in[i * dim + j] * scale + loc;
+        *ladj += log((double)units[j]) + l->rate * raw_scale[j];
+    }
+}
+
+static void N(pull_diagonal)(const layer *l, int64_t rows, int64_t dim, const REAL *out, REAL *in, double *ladj) {
+    const REAL *origin = l->tensors[0], *units = l->tensors[1], *raw_loc = l->tensors[2], *raw_scale = l->tensors[3];
+    for (int64_t j = 0; j < dim; j++) {
+        const REAL scale = N(diagonal_scale)(l, j), loc = R(origin[j] + l->rate * units[j] * raw_loc[j]);
+        for (int64_t i = 0; i < rows; i++) in[i * dim + j] = (out[i * dim + j] - loc) / scale;
         *ladj += log((double)units[j]) + l->rate * raw_scale[j];
     }
 }

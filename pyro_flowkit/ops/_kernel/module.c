@@ -241,6 +241,8 @@ static PyMethodDef methods[] = {
     {"run_chain", (PyCFunction)(void (*)(void))py_run_chain, METH_FASTCALL, "Values and log-dets of layers."},
     {"push_chain", (PyCFunction)(void (*)(void))py_push_chain, METH_FASTCALL, "A derivative carried through them."},
     {"run_chain_backward", (PyCFunction)(void (*)(void))py_run_chain_backward, METH_FASTCALL, "Their derivatives."},
+    {"pull_chain", (PyCFunction)(void (*)(void))py_pull_chain, METH_FASTCALL, "Inputs of layers and their log-dets."},
+    {"pull_chain_backward", (PyCFunction)(void (*)(void))py_pull_chain_backward, METH_FASTCALL, "Their derivatives."},
     {"kept_of_chain", (PyCFunction)(void (*)(void))py_kept_of_chain, METH_FASTCALL, "Room for what they keep."},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, "Names of the instances that run here, best last."},
     {"choose", py_choose, METH_O, "Take the instance of this name; returns the name of the one before."},

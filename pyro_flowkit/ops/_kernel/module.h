@@ -29,6 +29,8 @@ int fail(const char *what, long long got, long long want);
 PyObject *py_run_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *py_push_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *py_run_chain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *py_pull_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *py_pull_chain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *py_kept_of_chain(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 #endif

@@ -151,10 +151,13 @@ static int read_chain(PyObject *const *args, PyObject *tensors, PyObject *grads,
     return PyErr_Occurred() ? -1 : 0;
 }
 
-enum { FORWARD, PUSH, BACKWARD };
+enum { FORWARD, PUSH, BACKWARD, PULL, PULL_BACKWARD };
 
+/* addresses come after the ones of derivatives, and for PUSH after a number, which BACKWARD has at its end */
 static PyObject *call(PyObject *const *args, Py_ssize_t count, int what) {
-    const int expected = FIRST_ARG + (what == FORWARD ? 3 : what == PUSH ? 5 : 8);
+    const int further[] = {[FORWARD] = 3, [PUSH] = 5, [BACKWARD] = 8, [PULL] = 3, [PULL_BACKWARD] = 4};
+    const int expected = FIRST_ARG + further[what];
+    const int has_grads = what == BACKWARD || what == PULL_BACKWARD, is_back = what == PULL || what == PULL_BACKWARD;
     chain c;
     layer *memory = NULL;
     void *a[8] = {0};
@@ -163,12 +166,11 @@ static PyObject *call(PyObject *const *args, Py_ssize_t count, int what) {
     if (count != expected)
         return PyErr_Format(PyExc_TypeError, "Expected %d arguments, got %zd.", expected, count);
     const int is_double = (int)PyLong_AsLong(args[IS_DOUBLE_ARG]);
-    PyObject *grads = what == BACKWARD ? args[FIRST_ARG] : NULL;
-    if (read_chain(args + ROWS_ARG, args[TENSORS_ARG], grads, &c, &memory)) goto end;
+    if (read_chain(args + ROWS_ARG, args[TENSORS_ARG], has_grads ? args[FIRST_ARG] : NULL, &c, &memory)) goto end;
     void *kept = PyLong_AsVoidPtr(args[KEPT_ARG]);
     const int64_t kept_size = PyLong_AsLongLong(args[KEPT_SIZE_ARG]);
-    if (what != FORWARD) number = (int)PyLong_AsLong(args[what == PUSH ? FIRST_ARG : expected - 1]);
-    for (int i = what != FORWARD; i < expected - FIRST_ARG - (what == BACKWARD); i++)
+    if (what == PUSH || what == BACKWARD) number = (int)PyLong_AsLong(args[what == PUSH ? FIRST_ARG : expected - 1]);
+    for (int i = has_grads || what == PUSH; i < further[what] - (what == BACKWARD); i++)
         a[i] = PyLong_AsVoidPtr(args[FIRST_ARG + i]);
     if (PyErr_Occurred()) goto end;
     if (kept_size < kernel_kept_of_chain(&c)) {
@@ -183,11 +185,18 @@ static PyObject *call(PyObject *const *args, Py_ssize_t count, int what) {
         fail("a layer from 0 to", number, c.num_layers);
         goto end;
     }
+    for (int i = 0; is_back && i < c.num_layers; i++)
+        if (c.layers[i].kind == HIERARCHY) {
+            fail("for the way back a kind of layer below", HIERARCHY, HIERARCHY);
+            goto end;
+        }
     PyThreadState *saved = c.rows > MANY_ROWS ? PyEval_SaveThread() : NULL;
-#define CALL(type)                                                                     \
-    (what == FORWARD ? chosen->type##_run_chain(&c, a[0], a[1], a[2], kept)             \
-     : what == PUSH  ? chosen->type##_push_chain(&c, a[1], kept, number, a[2], a[3], a[4])  \
-                     : chosen->type##_run_chain_backward(&c, kept, a[1], a[2], a[3], a[4], a[5], number, a[6]))
+#define CALL(type)                                                                                      \
+    (what == FORWARD    ? chosen->type##_run_chain(&c, a[0], a[1], a[2], kept)                            \
+     : what == PUSH     ? chosen->type##_push_chain(&c, a[1], kept, number, a[2], a[3], a[4])             \
+     : what == BACKWARD ? chosen->type##_run_chain_backward(&c, kept, a[1], a[2], a[3], a[4], a[5], number, a[6]) \
+     : what == PULL     ? chosen->type##_pull_chain(&c, a[0], a[1], a[2], kept)                           \
+                        : chosen->type##_pull_chain_backward(&c, kept, a[1], a[2], a[3]))
     failed = is_double ? CALL(double) : CALL(float);
 #undef CALL
     if (saved) PyEval_RestoreThread(saved);
@@ -210,6 +219,16 @@ PyObject *py_push_chain(PyObject *module, PyObject *const *args, Py_ssize_t coun
 PyObject *py_run_chain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     (void)module;
     return call(args, count, BACKWARD);
+}
+
+PyObject *py_pull_chain(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    return call(args, count, PULL);
+}
+
+PyObject *py_pull_chain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    return call(args, count, PULL_BACKWARD);
 }
 
 PyObject *py_kept_of_chain(PyObject *module, PyObject *const *args, Py_ssize_t count) {
