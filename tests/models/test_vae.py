@@ -11,6 +11,7 @@ from pyro import poutine
 
 from models.vae import POSTERIORS, PRIORS, VAE, train
 from models.vae.likelihoods import DiscretizedLogistic
+from models.vae.networks import stage_shapes
 from models.vae.posterior import HeadsAffine
 from pyro_flowkit.diagnostics import pointwise_bounds
 from pyro_flowkit.testing import (
@@ -161,7 +162,7 @@ def test_the_last_layer_of_a_flow_posterior_keeps_a_transform_s_contract(check):
     check(HeadsAffine(3))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (7, 5)])
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5), (16, 16), (17, 19)])
 def test_convolutional_networks_take_images_of_any_shape(shape):
     height, width = shape
     vae = VAE(
@@ -185,3 +186,15 @@ def test_convolutional_networks_take_images_of_any_shape(shape):
     # the networks are told nothing of positions: a spot at the edge reaches the features
     spots = torch.eye(height * width)
     assert len(vae.encoder(spots).unique(dim=0)) == height * width
+
+
+@pytest.mark.parametrize(
+    ("shape", "stages"),
+    [
+        ((28, 28), [(14, 14), (7, 7), (4, 4)]),
+        ((17, 19), [(9, 10), (5, 5), (3, 3)]),
+        ((15, 28), [(15, 28), (8, 14), (4, 7)]),
+    ],
+)
+def test_images_of_16_pixels_are_halved_before_the_first_stage(shape, stages):
+    assert stage_shapes(shape) == stages
