@@ -139,12 +139,14 @@ class _Kept:
         """Those of the kernel that are common to all ways."""
         return (*self._header, _tensors_of(self._links), self._kept.data_ptr(), self._kept.numel())
 
-    def _grads(self) -> list[Tensor | None]:
-        """Room for the derivatives with respect to all tensors."""
+    def _grads(self, wanted: Sequence[bool] | None) -> list[Tensor | None]:
+        """Room for the derivatives with respect to all tensors, of networks only where they are wanted."""
         found: list[Tensor | None] = []
         for link in self._links:
             for i, tensor in enumerate(link.tensors):
                 is_fixed = tensor is None or i < link.num_fixed
+                if link.description[0] == _COUPLING and i == 0 and wanted is not None:
+                    is_fixed = not wanted[len(found)]
                 found.append(None if is_fixed else torch.empty_like(cast(Tensor, tensor)))
         return found
 
@@ -174,7 +176,11 @@ class Passage(_Kept):
         return found
 
     def backward(
-        self, grad_value: Tensor, grad_ladj: Tensor | None, noise: Noise | None = None
+        self,
+        grad_value: Tensor,
+        grad_ladj: Tensor | None,
+        noise: Noise | None = None,
+        wanted: Sequence[bool] | None = None,
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Derivatives with respect to the input, and to the tensors of all links; None for those without one.
 
@@ -182,6 +188,7 @@ class Passage(_Kept):
             grad_value: that with respect to the value, shape ``(rows, dim)``.
             grad_ladj: that with respect to the log-dets, shape ``(rows,)``; None for zeros.
             noise: what is to be learned of its size.
+            wanted: which of the links' tensors are learned, where it is known: a network's derivative costs the most.
 
         Returns:
             The derivatives, and where it was asked for the two mean squares of :class:`Noise`.
@@ -189,7 +196,7 @@ class Passage(_Kept):
         grad_value = grad_value.contiguous()
         grad_ladj = None if grad_ladj is None else grad_ladj.contiguous()
         grad_input = torch.empty_like(grad_value)
-        found = self._grads()
+        found = self._grads(wanted)
         squares, weight, of_q, is_path = None, None, None, False
         if noise is not None:
             squares, (weight, of_q, is_path) = grad_value.new_empty(2), noise
@@ -207,17 +214,18 @@ class WayBack(_Kept):
     """The way from values to inputs, and the backward pass of it."""
 
     def backward(
-        self, grad_input: Tensor, grad_ladj: Tensor | None
+        self, grad_input: Tensor, grad_ladj: Tensor | None, wanted: Sequence[bool] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Derivatives with respect to the value, and to the tensors of all links; None for those without one.
 
         Args:
             grad_input: that with respect to the input, shape ``(rows, dim)``.
             grad_ladj: that with respect to the log-dets of this way, shape ``(rows,)``; None for zeros.
+            wanted: as in :meth:`Passage.backward`.
         """
         grad_input = grad_input.contiguous()
         grad_ladj = None if grad_ladj is None else grad_ladj.contiguous()
-        grad_value, found = torch.empty_like(grad_input), self._grads()
+        grad_value, found = torch.empty_like(grad_input), self._grads(wanted)
         cast(Any, kernel).pull_chain_backward(
             *self.arguments(),
             tuple(_address(grad) for grad in found),

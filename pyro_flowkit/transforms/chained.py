@@ -29,7 +29,7 @@ def chained(transforms: Sequence[_T], value: Tensor) -> list[_T]:
         transforms: of this package or of others.
         value: what goes through them, from either end.
     """
-    if backend() != "fused" or not is_plain_eager(value):
+    if backend() != "fused" or not value.is_cpu or not is_plain_eager(value):
         return [*transforms]
     found: list[Any] = []
     layers: list[Any] = []
@@ -123,10 +123,11 @@ class _Chain(torch.autograd.Function):
             return (None, None, *found)
         grad_rows = torch.zeros_like(start) if grad_end is None else grad_end
         of_ladj = None if grad_ladj is None else grad_ladj.reshape(-1)
+        wanted = ctx.needs_input_grad[3:]
         if ctx.back:
-            grad_start, grads = ctx.way.backward(_rows(grad_rows), of_ladj)
+            grad_start, grads = ctx.way.backward(_rows(grad_rows), of_ladj, wanted)
         else:
-            (grad_start, *grads), _ = ctx.way.backward(_rows(grad_rows), of_ladj)
+            (grad_start, *grads), _ = ctx.way.backward(_rows(grad_rows), of_ladj, wanted=wanted)
         return (None, None, grad_start.view(start.shape), *grads)
 
 

@@ -143,8 +143,8 @@ static int read_chain(PyObject *const *args, PyObject *tensors, PyObject *grads,
             PyObject *address = PyTuple_GetItem(grads, at);
             if (!address) return -1;
             l->grads[j] = PyLong_AsVoidPtr(address);
-            const int is_fixed = (l->kind == DIAGONAL || l->kind == TRIANGLE) && j < 2;
-            if (!l->grads[j] && !is_fixed) return fail("an address for the derivative of tensor", 0, at);
+            const int may_be_fixed = l->kind == COUPLING ? j == 0 : (l->kind == DIAGONAL || l->kind == TRIANGLE) && j < 2;
+            if (!l->grads[j] && !may_be_fixed) return fail("an address for the derivative of tensor", 0, at);
         }
     }
     if (tensors && PyTuple_Size(tensors) != 2 * at) return fail("tensors:", PyTuple_Size(tensors) / 2, at);
