@@ -163,7 +163,7 @@ class FlowDistribution(dist.TransformedDistribution):
         """The value before these transforms, the last of the flow's or some of them, and the log-det of the way."""
         event_dim = len(self.event_shape)
         total: Tensor | float = 0.0
-        for transform in reversed(chained(transforms, value)):
+        for transform in reversed(chained(transforms, value, back=True)):
             if isinstance(transform, Bijection):
                 value, inverse_ladj = transform.inverse_and_event_ladj(value)
                 own_event_dim = transform.event_dim

@@ -22,12 +22,13 @@ BLOCK_ROWS = 1024  # at a time, where nothing is kept of them
 _T = TypeVar("_T")
 
 
-def chained(transforms: Sequence[_T], value: Tensor) -> list[_T]:
+def chained(transforms: Sequence[_T], value: Tensor, *, back: bool = False) -> list[_T]:
     """The transforms, neighbours that the kernel knows as one; as they are where it would not compute with a value.
 
     Args:
         transforms: of this package or of others.
-        value: what goes through them, from either end.
+        value: what goes through them.
+        back: whether it goes from the last to the first.
     """
     if backend() != "fused" or not value.is_cpu or not is_plain_eager(value):
         return [*transforms]
@@ -42,9 +43,11 @@ def chained(transforms: Sequence[_T], value: Tensor) -> list[_T]:
 
     for transform in transforms:
         link = transform.link() if isinstance(transform, Bijection) else None
-        if link is None or not link.goes_back or len(layers) == MAX_CHAIN:
+        if link is not None and back and not link.goes_back:
+            link = None
+        if link is None or len(layers) == MAX_CHAIN:
             close()
-        if link is None or not link.goes_back:
+        if link is None:
             found.append(transform)
         else:
             layers.append(transform)
@@ -66,6 +69,7 @@ class Chain(Bijection):
         self.layers, self.links = layers, links
         self.input_dim = layers[0].input_dim
         self.is_affine = all(layer.is_affine for layer in layers)
+        self._goes_back = all(link.goes_back for link in links)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._through(x, back=False)
@@ -76,7 +80,7 @@ class Chain(Bijection):
     def _through(self, start: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
         self._check_input(start)
         rows = _rows(start)
-        if not chain.applies(rows, self.links):
+        if not chain.applies(rows, self.links) or (back and not self._goes_back):
             return _in_turn(self.layers, start, back=back)
         tensors = [tensor for link in self.links for tensor in link.tensors]
         if torch.is_grad_enabled() and any(_requires_grad(t) for t in (start, *tensors)):

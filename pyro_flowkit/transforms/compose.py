@@ -59,7 +59,7 @@ class _Composition(VectorMap):
     ) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_dim, type(self).__name__)
         total: Tensor | None = None
-        parts = chained([*self.parts], value)
+        parts = chained([*self.parts], value, back=backwards)
         for part in reversed(parts) if backwards else parts:
             value, ladj = getattr(part, method)(
                 value, *(given(context) if part.context_dim else ())

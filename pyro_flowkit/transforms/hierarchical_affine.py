@@ -60,6 +60,8 @@ class HierarchicalAffine(FlowTransformModule):
             _LocationAndScale(sum(sizes[:i]), sizes[i], hidden_dims) for i in range(1, len(sizes))
         ]
         self.conditioners = nn.ModuleList(made)
+        places = [f"conditioners.{i}" for i in range(len(made))]
+        self._names = tuple(f"{at}.{of}" for at in places for of in ("network.packed", "weight"))
         self._blocks = block_affine.make_blocks(sizes, [one.network.layout for one in made])
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,8 @@ class HierarchicalAffine(FlowTransformModule):
     def link(self) -> Link | None:
         if type(self) is not HierarchicalAffine:
             return None
-        return chain.blocks(self._blocks, self._parameters_of_blocks())
+        link = chain.blocks(self._blocks, self._parameters_of_blocks())
+        return link and link._replace(names=self._names)
 
     def _parameters_of_blocks(self) -> list[Any]:
         found: list[Any] = []

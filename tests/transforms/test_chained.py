@@ -14,6 +14,7 @@ from pyro_flowkit.path_gradient import held_fixed
 from pyro_flowkit.testing import perturb_
 from pyro_flowkit.transforms.affine import Affine
 from pyro_flowkit.transforms.chained import BLOCK_ROWS, Chain, chained
+from pyro_flowkit.transforms.hierarchical_affine import HierarchicalAffine
 from tests.ops.kernel_cases import assert_same
 
 DIM = 4
@@ -55,6 +56,28 @@ def test_neighbours_are_one_where_the_kernel_knows_them(fused_kernel):
     with use_reference():
         assert chained(layers, data(3)) == layers
     assert len(chained([T.lu_linear(DIM) for _ in range(70)], data(3))) == 2, "the kernel takes 64"
+
+
+def test_a_hierarchical_map_is_taken_along_to_the_value_only(kernel_calls):
+    hierarchy = perturb_(HierarchicalAffine([1, 3], hidden_dims=(5,)), 0.3).double()
+    layers = [*make_flow().layers, hierarchy, T.lu_linear(DIM).double()]
+    assert [type(part) for part in chained(layers, data(3))] == [Chain]
+    back = chained(layers, data(3), back=True)
+    assert [type(part) for part in back] == [Chain, HierarchicalAffine, T.LULinear]
+    x = data(5).requires_grad_()
+
+    def second_derivatives():
+        whole = T.Compose(layers)
+        y, ladj = whole.call_and_ladj(x)
+        (first,) = torch.autograd.grad((y.sin().sum(-1) + ladj).sum(), x, create_graph=True)
+        found = torch.autograd.grad(first.square().sum(), [*hierarchy.parameters()])
+        return [y, ladj, first, *found, *whole.inverse_and_ladj(y)]
+
+    found = second_derivatives()
+    assert kernel_calls["run_chain"] == 1
+    assert_same(found[-2:], [x, -found[1]], tolerance=1e-8)
+    with use_reference():
+        assert_same(found, second_derivatives(), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (), (0,), (BLOCK_ROWS + 5,)], ids=str)
