@@ -42,7 +42,7 @@ def chained(transforms: Sequence[_T], value: Tensor, *, back: bool = False) -> l
         links.clear()
 
     for transform in transforms:
-        link = transform.link() if isinstance(transform, Bijection) else None
+        link = _link(transform)
         if link is not None and back and not link.goes_back:
             link = None
         if link is None or len(layers) == MAX_CHAIN:
@@ -54,6 +54,14 @@ def chained(transforms: Sequence[_T], value: Tensor, *, back: bool = False) -> l
             links.append(link)
     close()
     return found
+
+
+def _link(transform: object) -> Link | None:
+    if not isinstance(transform, Bijection):
+        return None
+    own = vars(transform)
+    is_replaced = "call_and_ladj" in own or "inverse_and_ladj" in own  # by somebody who watches
+    return None if is_replaced else transform.link()
 
 
 class Chain(Bijection):

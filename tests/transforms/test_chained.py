@@ -58,6 +58,20 @@ def test_neighbours_are_one_where_the_kernel_knows_them(fused_kernel):
     assert len(chained([T.lu_linear(DIM) for _ in range(70)], data(3))) == 2, "the kernel takes 64"
 
 
+def test_a_layer_whose_method_somebody_replaced_is_called(fused_kernel):
+    flow, seen = make_flow(), []
+    layer = flow.layers[0]
+    original = layer.inverse_and_ladj
+
+    def watched(y):
+        seen.append(y)
+        return original(y)
+
+    layer.inverse_and_ladj = watched
+    flow.log_prob(data(3))
+    assert len(seen) == 1
+
+
 def test_a_hierarchical_map_is_taken_along_to_the_value_only(kernel_calls):
     hierarchy = perturb_(HierarchicalAffine([1, 3], hidden_dims=(5,)), 0.3).double()
     layers = [*make_flow().layers, hierarchy, T.lu_linear(DIM).double()]
