@@ -20,6 +20,7 @@ from torch.distributions import Transform
 
 from pyro_flowkit.moments import fixed_draws, reached_by_tail
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.path_gradient import (
     Derivatives,
     Step,
@@ -218,7 +219,7 @@ class FlowDistribution(dist.TransformedDistribution):
             return draw.log_prob
         cut = value.dim() - len(self.event_shape)
         if _is_empty(value) and value.shape[cut:] == self.event_shape:
-            shape = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+            shape = broadcast_shapes(value.shape[:cut], self.batch_shape)
             return self._with_graph(value.new_zeros(shape), value)
         if self._validate_args:
             if torch.compiler.is_compiling():  # a graph has no branches

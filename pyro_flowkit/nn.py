@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_flowkit.ops.layout import Layout
+from pyro_flowkit.ops.shapes import broadcast_shapes
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -233,7 +234,7 @@ def _join(inputs: Tensor | None, context: Tensor | None, dtype: torch.dtype) -> 
     present = [t.to(dtype) for t in (inputs, context) if t is not None]
     if len(present) == 1:
         return present[0]
-    batch_shape = torch.broadcast_shapes(*(t.shape[:-1] for t in present))
+    batch_shape = broadcast_shapes(*(t.shape[:-1] for t in present))
     return torch.cat([t.expand(*batch_shape, t.shape[-1]) for t in present], dim=-1)
 
 

@@ -20,6 +20,7 @@ from pyro_flowkit.guides.amortized_parts import AmortizedParts
 from pyro_flowkit.guides.latent_vector import pack
 from pyro_flowkit.guides.summaries import Weighed
 from pyro_flowkit.guides.supports import bijection_to
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.programs.pairs import NotVectorizable, trace_pair, vectorized
 from pyro_flowkit.programs.runs import in_plate, own_values
 from pyro_flowkit.programs.sites import (
@@ -79,7 +80,7 @@ class AmortizedDraws(Weighed, AmortizedParts):
                     f"{tuple(values[name].shape)}."
                 )
         left = {n: values[n].shape[: values[n].dim() - len(shape)] for n, shape in shapes.items()}
-        sample_shape = torch.broadcast_shapes(*left.values())
+        sample_shape = broadcast_shapes(*left.values())
         count = sample_shape.numel()
         flat = {}
         for name, shape in shapes.items():

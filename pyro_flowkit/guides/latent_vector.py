@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_flowkit.guides.supports import bijection_to
 from pyro_flowkit.guides.without_masked import all_values, ladj_of, vector_of
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.programs.derivative import Differentiated, given
 from pyro_flowkit.programs.runs import Program
 from pyro_flowkit.programs.sites import latent_names, nesting_of, scored_sites, subsampled_frame
@@ -73,7 +74,7 @@ def pack(guide: AutoContinuous, values: Mapping[str, Tensor]) -> tuple[Tensor, T
             f"Expected a value for each of the latents {sorted(sites)}, got {sorted(values)}."
         )
     sample_shapes = {name: _sample_shape(site, values[name]) for name, site in sites.items()}
-    sample_shape = torch.broadcast_shapes(*sample_shapes.values())
+    sample_shape = broadcast_shapes(*sample_shapes.values())
     parts, total = [], torch.zeros(())
     for name, site in sites.items():
         transform = bijection_to(site["fn"].support)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flowkit.guides.supports import bijection_of, bijection_to
+from pyro_flowkit.ops.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Latents:
             rank = value.dim() - site.unconstrained_event_dim
             left = value.shape[: rank - len(site.batch_shape)]
             parts.append(value.reshape(*left, *(1 for _ in site.batch_shape), site.size))
-        batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        batch_shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch_shape, -1) for part in parts], dim=-1)
 
     def initial(self, nodes: Mapping[str, dict[str, Any]]) -> Tensor:

@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_flowkit.guides.posterior import GuidePosterior
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.ops.shapes import broadcast_shapes
 
 MAX_SURPRISE = 10.0  # nats
 MEMORY = 0.9  # of the baselines, for a draw
@@ -176,7 +177,7 @@ class MixturePosterior(TorchDistribution):
             log_weights = log_weights.detach()
         each = torch.stack([component.log_prob(value) for component in self.components], -1)
         log_prob = (each + log_weights).logsumexp(-1)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         draw, self._draw = self._draw, None

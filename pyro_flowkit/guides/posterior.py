@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from pyro_flowkit.flow_distribution import FlowDistribution
 from pyro_flowkit.ops.eager import is_transformed
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.path_gradient import (
     MAX_ROUGHNESS,
     count_bent,
@@ -266,7 +267,7 @@ def condition(
     context = features
     if global_context is not None:
         parts = (features, global_context)
-        batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        batch_shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
         context = torch.cat([part.expand(*batch_shape, -1) for part in parts], dim=-1)
     transforms = conditioned([*layers, affine], context)
     posterior = AmortizedPosterior(base, transforms, path_gradient=path_gradient)

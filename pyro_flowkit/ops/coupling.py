@@ -20,6 +20,7 @@ from pyro_flowkit.ops.layout import Layout
 from pyro_flowkit.ops.rational_quadratic import spline_columns
 from pyro_flowkit.ops.scratch import scratch
 from pyro_flowkit.ops.settings import SplineSettings
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.ops.threads import count_threads
 
 # The conditioner sees its inputs clamped to this size, so that inf makes neither its output nor its gradient NaN. Both
@@ -50,7 +51,7 @@ def applies(
 def for_every_row(context: Tensor | None, x: Tensor) -> Tensor | None:
     """The context, widened to the rows of x where one context is for several draws."""
     if context is not None and context.dim() < x.dim():
-        if torch.broadcast_shapes(context.shape[:-1], x.shape[:-1]) == x.shape[:-1]:
+        if broadcast_shapes(context.shape[:-1], x.shape[:-1]) == x.shape[:-1]:
             return context.expand(*x.shape[:-1], -1)
     return context
 

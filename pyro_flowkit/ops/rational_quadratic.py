@@ -25,6 +25,7 @@ from pyro_flowkit.ops.settings import (
     SplineSettings,
     Tails,
 )
+from pyro_flowkit.ops.shapes import broadcast_shapes
 
 # More rows of parameters than this are not worth a table each.
 _MAX_SHARED = 1024
@@ -159,7 +160,7 @@ def spline_columns(
     if params is not None and params.dim() == 1 and shared_params is None:
         params, shared_params, columns = None, params, columns.all_shared
     if params is not None and params.shape[:-1] != batch_shape:
-        batch_shape = torch.broadcast_shapes(batch_shape, params.shape[:-1])
+        batch_shape = broadcast_shapes(batch_shape, params.shape[:-1])
         params = params.expand(*batch_shape, params.shape[-1])
         x = x.expand(*batch_shape, columns.dim)
     value, ladj = fused.run(
@@ -190,7 +191,7 @@ def _columns_reference(
             part, ladj = _in_pytorch(part, raw, settings, inverse)
             ladjs.append(ladj.sum(-1))
         values.append(part)
-    batch_shape = torch.broadcast_shapes(*(v.shape[:-1] for v in values))
+    batch_shape = broadcast_shapes(*(v.shape[:-1] for v in values))
     values.append(take(x, columns.rest, columns.dim))
     together = columns.merge(*(v.expand(*batch_shape, v.shape[-1]) for v in values))
     total = functools.reduce(torch.add, ladjs, x.new_zeros(()))
@@ -247,7 +248,7 @@ def spline_elements(
     x, raw = inputs.to(working), params.to(working)
     shape, own_shape = x.shape, raw.shape[:-1]
     if shape != own_shape:
-        shape = torch.broadcast_shapes(shape, own_shape)
+        shape = broadcast_shapes(shape, own_shape)
         x = x.expand(shape)
     count = math.prod(own_shape)
     shared = len(own_shape) < len(shape) and own_shape == shape[len(shape) - len(own_shape) :]

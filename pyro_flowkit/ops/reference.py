@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flowkit.ops.settings import SplineSettings
+from pyro_flowkit.ops.shapes import broadcast_shapes
 
 
 class _Bin(NamedTuple):
@@ -53,7 +54,7 @@ def evaluate(
     dtype = inputs.dtype
     working = torch.promote_types(torch.promote_types(dtype, params.dtype), torch.float32)
     v, params = inputs.to(working), params.to(working)
-    batch_shape = torch.broadcast_shapes(v.shape, params.shape[:-1])
+    batch_shape = broadcast_shapes(v.shape, params.shape[:-1])
     v = v.expand(batch_shape)
 
     knots = _knots(params, settings)

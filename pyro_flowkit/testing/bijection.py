@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.testing.support import (
     NAMES,
     TOLERANCE,
@@ -240,7 +241,7 @@ def check_shapes(transform: Any) -> None:
 def check_context(transform: Any) -> None:
     """A context broadcasts against the batch and widens it; a missing or wrong one is an error."""
     for x_batch, context_batch in (((3,), (2, 1)), ((), (4,)), ((4,), ()), ((2, 1), (1, 3))):
-        batch = torch.broadcast_shapes(x_batch, context_batch)
+        batch = broadcast_shapes(x_batch, context_batch)
         x, context = sample_points(transform, x_batch), sample_context(transform, context_batch)
         if context is None:
             return

@@ -39,6 +39,7 @@ from pyro_flowkit.ops import (
     spline_elements,
 )
 from pyro_flowkit.ops.coupling import CONDITIONER_LIMIT
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.permute import checked_permutation
@@ -100,7 +101,7 @@ class _Autoregressive(VectorMap, nn.Module):
                 y, conditioner.value, None, self._columns, self.settings, inverse=True
             )
         if context is not None:
-            batch_shape = torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
+            batch_shape = broadcast_shapes(y.shape[:-1], context.shape[:-1])
             y = y.expand(*batch_shape, y.shape[-1])
         made = conditioner.start(y.shape[:-1], context)
         found: list[Tensor] = []

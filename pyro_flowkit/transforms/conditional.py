@@ -9,6 +9,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.transforms.base import (
     Bijection,
     Inverse,
@@ -186,9 +187,7 @@ class ConditionedTransform(Bijection):
 
     def widened(self, shape: torch.Size) -> torch.Size:
         """The shape of values, with the batch of the context broadcast into it."""
-        return torch.Size(
-            [*torch.broadcast_shapes(shape[:-1], self.context.shape[:-1]), *shape[-1:]]
-        )
+        return torch.Size([*broadcast_shapes(shape[:-1], self.context.shape[:-1]), *shape[-1:]])
 
     __hash__ = object.__hash__
 

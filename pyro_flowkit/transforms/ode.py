@@ -32,6 +32,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_flowkit.ops import ode
+from pyro_flowkit.ops.shapes import broadcast_shapes
 from pyro_flowkit.transforms.base import FlowTransformModule, VectorMap, check_size
 from pyro_flowkit.transforms.conditional import ConditionalFlowTransformModule
 from pyro_flowkit.transforms.linear import working_dtype
@@ -134,7 +135,7 @@ class _ODE(VectorMap, nn.Module):
         parameter = next(self.velocity.parameters(), x)
         value = x.to(working_dtype(x, parameter))
         if context is not None:
-            batch_shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+            batch_shape = broadcast_shapes(x.shape[:-1], context.shape[:-1])
             value = value.expand(*batch_shape, x.shape[-1])
         value = value.contiguous()  # forward mode takes no tensor that overlaps itself
         if isinstance(
