@@ -17,12 +17,22 @@ IS_POSSIBLE = (
 """Whether PyTorch has what :class:`Adam` is made of, which it does not promise."""
 
 
+def _bare(method: Any) -> Any:
+    """A method without the wrapper that keeps PyTorch's compiler out, and imports it for that: a second and a half."""
+    return getattr(method, "__wrapped__", method)
+
+
 class Adam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)`` with the same numbers and the same state.
 
     With twenty parameters of a thousand numbers two thirds of its step are spent around the kernel: on profiling, on
     sorting by device, and on a count of steps for every parameter. Parameters that began together share a count here.
     """
+
+    add_param_group = _bare(torch.optim.Optimizer.add_param_group)
+    zero_grad = _bare(torch.optim.Optimizer.zero_grad)
+    state_dict = _bare(torch.optim.Optimizer.state_dict)
+    load_state_dict = _bare(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,6 +1,8 @@
 """Adam in one call: the numbers and the state of PyTorch's, whichever parameters have gradients."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +95,21 @@ def test_sparse_gradients_are_refused():
     torch.nn.functional.embedding(torch.tensor([1]), weight, sparse=True).sum().backward()
     with pytest.raises(RuntimeError, match="expected dense gradients"):
         Adam([weight], lr=0.1, fused=True).step()
+
+
+def test_an_optimizer_is_made_without_the_compiler():
+    """PyTorch's own imports it when the first parameters are added."""
+    program = """
+import sys
+import torch
+from pyro_flowkit.training.optimizer import build_optimizer
+parameter = torch.nn.Parameter(torch.zeros(3))
+optimizer = build_optimizer(None, [parameter], 0.1, 0.1)
+parameter.sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=False)
+    assert run.returncode == 0
