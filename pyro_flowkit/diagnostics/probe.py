@@ -16,7 +16,6 @@ is 1/2 for one of two equal modes and for half of a support, and near 0 for a gu
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ from pyro_flowkit.diagnostics.guide_density import log_guide
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attrs
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Gaussian, improved
 from pyro_flowkit.guides.latent_vector import LatentDensity, in_words, pack, unpack
 from pyro_flowkit.ops.psis import psis
@@ -108,7 +108,7 @@ def probe_modes(
             f"Expected num_starts >= 1 and num_samples >= 100, got {num_starts} and {num_samples}"
         )
     kwargs = kwargs or {}
-    deadline = time.monotonic() + max_seconds
+    deadline = Deadline(wall_seconds=max_seconds)
     with evaluation(model, guide, seed=seed):
         region = _Region(model, guide, args, kwargs, num_samples)
         starts = torch.stack([_start(region, model, i) for i in range(num_starts)])
@@ -116,7 +116,7 @@ def probe_modes(
         places: list[_Place] = []
         for gaussian in found:
             same = next((place for place in places if _is_near(gaussian, place.gaussian)), None)
-            if same is None and not (places and time.monotonic() > deadline):
+            if same is None and not (places and deadline.is_over):
                 gaussian = _refined(region.density, gaussian, deadline)
                 same = next((place for place in places if _is_near(gaussian, place.gaussian)), None)
                 if same is None:
@@ -268,7 +268,7 @@ def _searched(density: LatentDensity, starts: Tensor, unit: Tensor) -> list[Gaus
     return [Gaussian(loc[i].detach(), log_scale[i].detach().exp()) for i in order]
 
 
-def _refined(density: LatentDensity, gaussian: Gaussian, deadline: float) -> Gaussian:
+def _refined(density: LatentDensity, gaussian: Gaussian, deadline: Deadline) -> Gaussian:
     draws = normal_draws(max(8, min(len(gaussian.loc), 32)), gaussian.loc, seed=3)
     return improved(density, gaussian, draws, _ITERATIONS, deadline)
 

@@ -18,7 +18,6 @@ References:
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.ops.quasi_random import normal_draws
 
 Density = Callable[[Tensor], Tensor]
 
 MAX_ITERATIONS = 200  # of L-BFGS, for each of the starts
 FEW_ITERATIONS = 25  # to see whether another start leads to another mode
+SEARCH_SECONDS = 30.0  # of processor time
 SHARE_FOR_LAPLACE = 0.25  # of the time: a mode is no more than a start
 LITTLE_ROOM = 0.1  # nats; a Gaussian that is nearer is the best one at its mode
 SETTLED = 1e-5  # nats that an iteration brings
@@ -79,18 +80,20 @@ class Gaussian:
         return value if math.isfinite(value) else math.inf
 
 
-def best_gaussian(density: Density, start: Gaussian, *, max_seconds: float = 30.0) -> Gaussian:
+def best_gaussian(
+    density: Density, start: Gaussian, *, deadline: Deadline | None = None
+) -> Gaussian:
     """The Gaussian of the largest ELBO that is found from ``start`` and from Laplace's approximation.
 
     Args:
         density: unnormalised log density of points ``(n, D)``, shape ``(n,)``, differentiable.
         start: where to start; its scale decides between a triangular and a diagonal one.
-        max_seconds: after which the search ends with what it has (wall clock).
+        deadline: after which the search ends with what it has; None is 30 s of processor time.
 
     Returns:
         A Gaussian whose ELBO, on draws that were not used to find it, is at least that of ``start``.
     """
-    deadline = time.monotonic() + max_seconds
+    deadline = Deadline(SEARCH_SECONDS) if deadline is None else deadline
     size = len(start.loc)
     few = normal_draws(max(32, size), start.loc, seed=0)
     many = normal_draws(max(256, 8 * size), start.loc, seed=1)
@@ -102,7 +105,7 @@ def best_gaussian(density: Density, start: Gaussian, *, max_seconds: float = 30.
     def better(candidate: Gaussian, draws: Tensor, iterations: int = MAX_ITERATIONS) -> Gaussian:
         return max(improved(density, candidate, draws, iterations, deadline), candidate, key=elbo)
 
-    laplace = _laplace(density, start, time.monotonic() + SHARE_FOR_LAPLACE * max_seconds)
+    laplace = _laplace(density, start, deadline.part(SHARE_FOR_LAPLACE))
     starts = [start] if laplace is None else sorted([start, laplace], key=elbo, reverse=True)
     rough = better(starts[0], few)
     found = better(rough, many)
@@ -115,7 +118,7 @@ def best_gaussian(density: Density, start: Gaussian, *, max_seconds: float = 30.
 
 
 def improved(
-    density: Density, start: Gaussian, draws: Tensor, max_iterations: int, deadline: float
+    density: Density, start: Gaussian, draws: Tensor, max_iterations: int, deadline: Deadline
 ) -> Gaussian:
     """The ELBO over fixed draws raised by L-BFGS, in the units of the start: ``loc = loc_0 + S_0 m``, ``S = S_0 T``.
 
@@ -124,7 +127,7 @@ def improved(
         start: the Gaussian to begin with, whose kind of scale is kept.
         draws: of a standard normal, shape ``(n, D)``.
         max_iterations: of L-BFGS.
-        deadline: a value of ``time.monotonic()``, after which it ends with the best so far.
+        deadline: after which it ends with the best so far.
     """
     size = len(start.loc)
     full = start.scale.dim() == 2
@@ -146,7 +149,7 @@ def improved(
 
 
 @torch.no_grad()
-def _laplace(density: Density, start: Gaussian, deadline: float) -> Gaussian | None:
+def _laplace(density: Density, start: Gaussian, deadline: Deadline) -> Gaussian | None:
     """The Gaussian of a mode and its curvature; None where there is none."""
 
     def loss(offset: Tensor) -> Tensor:
@@ -185,9 +188,9 @@ def _curvature(density: Density, point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def minimized(
-    loss: Callable[[Tensor], Tensor], start: Tensor, max_iterations: int, deadline: float
+    loss: Callable[[Tensor], Tensor], start: Tensor, max_iterations: int, deadline: Deadline
 ) -> Tensor:
-    """L-BFGS from ``start``; the best point seen before the deadline, a value of ``time.monotonic()``.
+    """L-BFGS from ``start``; the best point seen before the deadline.
 
     Its first step has length one, whatever the function; where that or a later one leads to what is no number, the
     line search ends at once. It then begins anew at the best point, with a first step a tenth as long.
@@ -199,7 +202,7 @@ def minimized(
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal left_the_finite
-        if time.monotonic() > deadline:
+        if deadline.is_over:
             raise TimeoutError
         parameters = torch.from_numpy(x).to(start).requires_grad_()
         with torch.enable_grad():

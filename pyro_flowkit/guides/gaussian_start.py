@@ -9,7 +9,7 @@ Where the guide has a hierarchical affine map, the linear part of that follows i
 L-BFGS: the latents of each site are a Gaussian then whose location and log scale are linear in those before it.
 """
 
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowkit.guides.circular import CircularAffine
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.draws import Draws
-from pyro_flowkit.guides.gaussian import Density, Gaussian, best_gaussian, minimized
+from pyro_flowkit.guides.gaussian import SEARCH_SECONDS, Density, Gaussian, best_gaussian, minimized
 from pyro_flowkit.guides.latent_vector import LatentDensity, in_words
 from pyro_flowkit.guides.mixture import MixturePosterior
 from pyro_flowkit.guides.modes import (
@@ -69,7 +70,7 @@ class GaussianStart:
         cls,
         guide: Draws,
         density: LatentDensity,
-        max_seconds: float,
+        max_seconds: float | None,
         other_starts: Callable[[], Sequence[Tensor]],
     ) -> Self | None:
         """Put a fresh guide onto the best Gaussian; one that was trained stays where it is.
@@ -77,7 +78,7 @@ class GaussianStart:
         Args:
             guide: after its setup.
             density: of its model.
-            max_seconds: of the search.
+            max_seconds: of the search, by the clock on the wall; None for no other limit than its own.
             other_starts: gives locations to look for other modes from, besides the guide's own; those found are named
                 in a warning.
 
@@ -95,7 +96,8 @@ class GaussianStart:
             return None
         if not is_fresh:
             return cls(guide, density)
-        affine, deadline = guide.affine, time.monotonic() + max_seconds
+        wall_seconds = math.inf if max_seconds is None else max_seconds
+        affine, deadline = guide.affine, Deadline(SEARCH_SECONDS, wall_seconds)
         flat: Density = density
         if isinstance(affine, CircularAffine):
             affine.cut_anew(density)
@@ -103,9 +105,8 @@ class GaussianStart:
         with torch.no_grad():
             scale = affine.scale if affine.kind == "full" else affine.scale.diagonal().clone()
             start = Gaussian(affine.loc.clone(), scale)
-        found = best_gaussian(flat, start, max_seconds=max_seconds)
-        left = max(deadline - time.monotonic(), 0.0)
-        deadline = time.monotonic() + SHARE_FOR_MORE * left
+        found = best_gaussian(flat, start, deadline=deadline)
+        deadline = deadline.part(SHARE_FOR_MORE)
         starts = other_starts()
         if guide.num_components > 1:
             _place_components(guide, density, _refined_modes(guide, flat, found, starts, deadline))
@@ -228,14 +229,14 @@ def _refined_modes(
     density: Density,
     first: Gaussian,
     starts: Sequence[Tensor],
-    deadline: float,
+    deadline: Deadline,
 ) -> list[Mode]:
     """The best Gaussians of the modes that are found, the largest first.
 
     A warning where the guide has fewer components than there are modes of comparable mass.
     """
-    search = time.monotonic() + SHARE_FOR_MODES * max(deadline - time.monotonic(), 0.0)
-    found = modes(density, [first.loc, *starts], guide.init_scale, deadline=search)
+    starts = [first.loc, *starts]
+    found = modes(density, starts, guide.init_scale, deadline=deadline.part(SHARE_FOR_MODES))
     judges = normal_draws(512, first.loc, seed=5)
     refined = [Mode(first, first.elbo(density, judges))]
     within = COMPARABLE if guide.num_components == 1 else NEGLIGIBLE
@@ -243,8 +244,7 @@ def _refined_modes(
         if all(is_apart(density, mode, other) for other in refined):
             scale = mode.gaussian.scale
             start = Gaussian(mode.gaussian.loc, scale.diag() if first.scale.dim() == 2 else scale)
-            left = max(deadline - time.monotonic(), 0.0)
-            better = best_gaussian(density, start, max_seconds=left)
+            better = best_gaussian(density, start, deadline=deadline)
             refined.append(Mode(better, better.elbo(density, judges)))
     found = separate(density, refined)
     several = comparable(found)
@@ -280,7 +280,7 @@ class _Scaling(nn.Module):
 
 @torch.no_grad()
 def _fit_hierarchy(
-    density: Density, hierarchy: HierarchicalAffine, affine: Affine, deadline: float
+    density: Density, hierarchy: HierarchicalAffine, affine: Affine, deadline: Deadline
 ) -> None:
     """Fit the linear part of the hierarchical map, and the affine map with it, where that raises the ELBO."""
     scaling = _Scaling(hierarchy, affine)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Density, Gaussian
 from pyro_flowkit.guides.side_by_side import minimized_together
 from pyro_flowkit.ops.quasi_random import normal_draws
@@ -33,7 +34,7 @@ class Mode:
 
 
 def modes(
-    density: Density, starts: Sequence[Tensor], scale: float, *, deadline: float
+    density: Density, starts: Sequence[Tensor], scale: float, *, deadline: Deadline
 ) -> list[Mode]:
     """The Gaussians that are found from these starts, each around a mode of its own; that of the largest ELBO first.
 
@@ -41,7 +42,7 @@ def modes(
         density: unnormalised log-density of points ``(n, D)``, shape ``(n,)``, differentiable.
         starts: locations, shapes ``(D,)``.
         scale: initial standard deviation of every dimension.
-        deadline: a value of ``time.monotonic()``, after which the search ends with what it has.
+        deadline: after which the search ends with what it has.
 
     Returns:
         At least one; none where a search got stuck far below the best.

@@ -43,7 +43,7 @@ class StartingGuide(Protocol):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        max_seconds: float = 30.0,
+        max_seconds: float | None = None,
         found: Mapping[str, Tensor] | None = None,
     ) -> StartingPoint | None:
         """Go there; None, with nothing done, where there is no way to.
@@ -52,7 +52,7 @@ class StartingGuide(Protocol):
             model: the model that the guide will be trained on.
             args: its arguments, with all of the data.
             kwargs: its keyword arguments.
-            max_seconds: of the search.
+            max_seconds: of the search, by the clock on the wall; None where the caller has no limit.
             found: the ``tensors`` of an earlier start, to go on from there without a search.
         """
 

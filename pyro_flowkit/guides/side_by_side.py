@@ -6,11 +6,12 @@ has fallen (Armijo's rule); a pair of steps and gradients without positive curva
 """
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from pyro_flowkit.guides.deadline import Deadline
 
 MEMORY = 6
 DECREASE = 1e-4
@@ -21,7 +22,7 @@ IN_A_ROW = 3
 
 @torch.no_grad()
 def minimized_together(
-    losses: Callable[[Tensor], Tensor], starts: Tensor, max_evaluations: int, deadline: float
+    losses: Callable[[Tensor], Tensor], starts: Tensor, max_evaluations: int, deadline: Deadline
 ) -> Tensor:
     """The lowest point found from each start.
 
@@ -29,7 +30,7 @@ def minimized_together(
         losses: of points ``(k, P)``, in nats, each a function of its own row; shape ``(k,)``.
         starts: shape ``(k, P)``.
         max_evaluations: of the losses, for all starts.
-        deadline: a value of ``time.monotonic()``, after which the search ends with what it has.
+        deadline: after which the search ends with what it has.
 
     Returns:
         Shape ``(k, P)``; a start without a finite loss and gradient stays where it is.
@@ -41,7 +42,7 @@ def minimized_together(
     length = torch.ones_like(value)
     settled = torch.where(value.isfinite(), 0, IN_A_ROW)
     for _ in range(max_evaluations):
-        if int(settled.min()) >= IN_A_ROW or time.monotonic() > deadline:
+        if int(settled.min()) >= IN_A_ROW or deadline.is_over:
             break
         trial = x + length[:, None] * direction
         new_value, new_gradient = _evaluated(losses, trial)

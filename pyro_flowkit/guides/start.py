@@ -1,7 +1,6 @@
 """Where a guide starts: at values of its latents, with angles cut open, or at the Gaussian of another guide."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor, nn
 
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart
@@ -137,7 +137,7 @@ class Start(Draws):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        max_seconds: float = 30.0,
+        max_seconds: float | None = None,
         found: Mapping[str, Tensor] | None = None,
     ) -> GaussianStart | None:
         """Move the affine map of a fresh guide to the best Gaussian for the model, before training.
@@ -148,7 +148,8 @@ class Start(Draws):
             model: the model that the guide will be trained on, usually its own.
             args: its arguments, with all of the data.
             kwargs: its keyword arguments.
-            max_seconds: of the search for that Gaussian.
+            max_seconds: of the search for that Gaussian, by the clock on the wall; it ends after 30 s of processor time
+                in any case.
             found: the ``tensors`` of an earlier start, to go on from there without a search; the guide is left alone.
 
         Returns:
@@ -208,7 +209,7 @@ class Start(Draws):
         draws = self._prior_draws(model, args, kwargs, loc)
         starts = [loc, *draws, *(-draw for draw in draws)]
         density = LatentDensity(model, self, args, kwargs, WITHOUT_RECORDING)
-        deadline = time.monotonic() + SECONDS_FOR_MODES
+        deadline = Deadline(SECONDS_FOR_MODES)
         found = modes(density, starts, self.init_scale, deadline=deadline)
         self._mode_locs = [mode.gaussian.loc for mode in found]
         return spread(found, self.num_components)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from pyro_flowkit.training.losses import MaximumLikelihood
 from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.variational import Variational
 
-SEARCH_SECONDS = 30.0
 SHARE_FOR_SEARCH = 0.9  # of max_seconds, where it needs so much: without it a flow gets no farther
 
 
@@ -60,7 +58,7 @@ def begin(
     found = None if earlier is None else earlier["start"]
     beginning = Beginning()
     if guide is not None and (earlier is None or found):
-        seconds = min(SEARCH_SECONDS, SHARE_FOR_SEARCH * (max_seconds or math.inf))
+        seconds = None if max_seconds is None else SHARE_FOR_SEARCH * max_seconds
         try:
             start = guide.find_start(loss.model, inputs, kwargs, max_seconds=seconds, found=found)
             beginning = Beginning(start)

@@ -317,7 +317,7 @@ def test_a_second_fit_goes_on_from_the_first_and_never_ends_below_it() -> None:
     assert elbo_of(skewed, guide) == pytest.approx(better, abs=0.05)
 
 
-@pytest.mark.parametrize(("max_seconds", "expected"), [(3.0, 2.7), (1000.0, 30.0), (None, 30.0)])
+@pytest.mark.parametrize(("max_seconds", "expected"), [(3.0, 2.7), (1000.0, 900.0), (None, None)])
 def test_the_search_may_take_nearly_all_of_a_short_budget(monkeypatch, max_seconds, expected):
     seen = []
 
@@ -327,7 +327,7 @@ def test_the_search_may_take_nearly_all_of_a_short_budget(monkeypatch, max_secon
     monkeypatch.setattr(AutoSplineFlow, "find_start", search)
     guide = AutoSplineFlow(correlated, **TINY)
     fit(correlated, guide, max_steps=1, max_seconds=max_seconds, progress=False)
-    assert seen == [pytest.approx(expected)]
+    assert seen == [None if expected is None else pytest.approx(expected)]
 
 
 def test_a_vague_prior_does_not_decide_where_the_guide_starts() -> None:

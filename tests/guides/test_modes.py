@@ -7,6 +7,7 @@ import torch
 
 from pyro_flowkit import fit
 from pyro_flowkit.guides import AutoSplineFlow
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.modes import comparable, modes
 
@@ -27,7 +28,7 @@ def two_bumps(heights, at, scale=0.3):
 def test_modes_are_ordered_by_mass_and_counted_once():
     density = two_bumps([-1.0, 0.0, -9.0], [-5.0, 5.0, 20.0])
     starts = [torch.tensor([x]) for x in (-4.0, 21.0, 4.0, 6.0, -6.0)]
-    found = modes(density, starts, 0.1, deadline=float("inf"))
+    found = modes(density, starts, 0.1, deadline=Deadline())
     assert [round(float(mode.gaussian.loc)) for mode in found] == [5, -5, 20]
     assert [mode.elbo for mode in found] == pytest.approx([0.0, -1.0, -9.0], abs=0.1)
     assert len(comparable(found)) == 2
@@ -39,7 +40,7 @@ def test_one_ridge_is_one_mode():
         return dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x.square(), 0.3).log_prob(y)
 
     starts = [torch.tensor([x, x * x]) for x in (-1.5, -0.5, 0.0, 0.7, 1.5)]
-    assert len(comparable(modes(banana, starts, 0.1, deadline=float("inf")))) == 1
+    assert len(comparable(modes(banana, starts, 0.1, deadline=Deadline()))) == 1
 
 
 def square():
@@ -86,6 +87,6 @@ def test_who_says_where_to_start_is_not_overruled():
 
 
 def test_the_diagonal_kind_of_a_gaussian_is_kept():
-    found = modes(two_bumps([0.0], [2.0]), [torch.zeros(1)], 0.1, deadline=float("inf"))
+    found = modes(two_bumps([0.0], [2.0]), [torch.zeros(1)], 0.1, deadline=Deadline())
     assert isinstance(found[0].gaussian, Gaussian)
     assert found[0].gaussian.scale.shape == (1,)

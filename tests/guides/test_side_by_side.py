@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.side_by_side import minimized_together
 
-FOREVER = float("inf")
+FOREVER = Deadline()
 SCALES = torch.tensor([0.01, 1.0, 30.0], dtype=torch.float64)
 CENTRES = torch.tensor([[3.0, -2.0, 5.0], [-1.0, 0.0, 40.0]], dtype=torch.float64)
 
@@ -52,4 +53,4 @@ def test_it_steps_back_from_where_there_is_no_number():
 
 def test_after_the_deadline_it_stays():
     starts = torch.zeros(2, 3, dtype=torch.float64)
-    assert torch.equal(minimized_together(valleys, starts, 50, 0.0), starts)
+    assert torch.equal(minimized_together(valleys, starts, 50, Deadline(0.0)), starts)

@@ -367,7 +367,7 @@ def test_a_guide_of_anybodys_has_its_start_and_its_rates(rows: torch.Tensor) -> 
         def recipe(self) -> Recipe:
             return Recipe(lr=0.01, max_steps=3, scheduler="constant")
 
-        def find_start(self, model, args=(), kwargs=None, *, max_seconds=30.0, found=None):
+        def find_start(self, model, args=(), kwargs=None, *, max_seconds=None, found=None):
             assert found is None and torch.equal(args[0], rows)
             with torch.no_grad():
                 self.locs.mu.fill_(7.0)
