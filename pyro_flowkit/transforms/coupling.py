@@ -186,6 +186,7 @@ class SplineCoupling(_Coupling, FlowTransformModule):
             or split.passed_range is None
             or self.settings.tails != "linear"
             or not (isinstance(conditioner, MLP) and conditioner.is_plain())
+            or "parametrizations" in conditioner._modules  # its parameters are functions of others
         ):
             return None
         link = chain.coupling(

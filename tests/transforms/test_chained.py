@@ -58,6 +58,20 @@ def test_neighbours_are_one_where_the_kernel_knows_them(fused_kernel):
     assert len(chained([T.lu_linear(DIM) for _ in range(70)], data(3))) == 2, "the kernel takes 64"
 
 
+def test_a_parametrized_network_can_be_differentiated_twice(fused_kernel):
+    flow, x = make_flow(), data(5).requires_grad_()
+
+    class Halved(torch.nn.Module):
+        def forward(self, packed):
+            return 0.5 * packed
+
+    network = flow.layers[0].conditioner
+    torch.nn.utils.parametrize.register_parametrization(network, "packed", Halved())
+    (score,) = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
+    score.square().sum().backward()
+    assert network.parametrizations.packed.original.grad.abs().sum() > 0
+
+
 def test_a_layer_whose_method_somebody_replaced_is_called(fused_kernel):
     flow, seen = make_flow(), []
     layer = flow.layers[0]
