@@ -88,43 +88,44 @@ static void N(multiply_rows)(const N(dense) *d, int64_t rows, const REAL *in, co
     }
 }
 
-/* out W = in, for rows */
-static void N(solve_rows)(const N(dense) *d, const layer *l, int64_t rows, const REAL *in, REAL *out) {
+/* t W = what is in t, in the place of t, for LANES rows */
+static void N(solve_transposed)(const N(dense) *d, int is_lu, const REAL *lower, int64_t lower_step, vec *t) {
     const int64_t dim = d->dim, step = d->step;
-    const int is_lu = l->kind == LU;
-    const REAL *lower = is_lu ? l->tensors[0] : d->weight;
-    const int64_t lower_step = is_lu ? dim : step;
-    for (int64_t start = 0; start < rows; start += LANES) {
-        const int lanes = rows - start < LANES ? (int)(rows - start) : LANES;
-        const REAL *sources[LANES];
-        REAL *targets[LANES];
-        for (int k = 0; k < LANES; k++) { /* lanes without work repeat the last row */
-            const int64_t row = start + (k < lanes ? k : lanes - 1);
-            sources[k] = in + row * dim;
-            targets[k] = out + row * dim;
-        }
-        vec *t = d->tile;
-        N(gather_columns)(t, sources, (int)dim);
-        for (int64_t i = 0; is_lu && i < dim; i++) {
-            const REAL *row = d->upper + i * step;
-            t[i] /= splat(row[i]);
-            for (int64_t j = i + 1; j < dim; j++) t[j] -= t[i] * row[j];
-        }
-        for (int64_t i = dim - 1; i >= 0; i--) {
-            const REAL *row = lower + i * lower_step;
-            if (!is_lu) t[i] /= splat(row[i]);
-            for (int64_t j = 0; j < i; j++) t[j] -= t[i] * row[j];
-        }
-        N(scatter_columns)(t, targets, (int)dim, lanes);
+    for (int64_t i = 0; is_lu && i < dim; i++) {
+        const REAL *row = d->upper + i * step;
+        t[i] /= splat(row[i]);
+        for (int64_t j = i + 1; j < dim; j++) t[j] -= t[i] * row[j];
+    }
+    for (int64_t i = dim - 1; i >= 0; i--) {
+        const REAL *row = lower + i * lower_step;
+        if (!is_lu) t[i] /= splat(row[i]);
+        for (int64_t j = 0; j < i; j++) t[j] -= t[i] * row[j];
     }
 }
 
-/* W out = in - b, for rows */
-static void N(solve_back_rows)(const N(dense) *d, const layer *l, int64_t rows, const REAL *in, REAL *out) {
+/* W t = what is in t less b, in the place of t, for LANES rows */
+static void N(solve_back)(const N(dense) *d, int is_lu, const REAL *lower, int64_t lower_step, vec *t) {
     const int64_t dim = d->dim, step = d->step;
+    for (int64_t i = 0; i < dim; i++) {
+        const REAL *row = lower + i * lower_step;
+        vec sum = t[i] - splat(d->bias[i]);
+        for (int64_t j = 0; j < i; j++) sum -= t[j] * row[j];
+        t[i] = is_lu ? sum : sum / splat(row[i]);
+    }
+    for (int64_t i = dim - 1; is_lu && i >= 0; i--) {
+        const REAL *row = d->upper + i * step;
+        vec sum = t[i];
+        for (int64_t j = i + 1; j < dim; j++) sum -= t[j] * row[j];
+        t[i] = sum / splat(row[i]);
+    }
+}
+
+/* out W = in, for rows; with back W out = in - b */
+static void N(solve_rows)(const N(dense) *d, const layer *l, int64_t rows, const REAL *in, REAL *out, int back) {
+    const int64_t dim = d->dim;
     const int is_lu = l->kind == LU;
     const REAL *lower = is_lu ? l->tensors[0] : d->weight;
-    const int64_t lower_step = is_lu ? dim : step;
+    const int64_t lower_step = is_lu ? dim : d->step;
     for (int64_t start = 0; start < rows; start += LANES) {
         const int lanes = rows - start < LANES ? (int)(rows - start) : LANES;
         const REAL *sources[LANES];
@@ -134,21 +135,10 @@ static void N(solve_back_rows)(const N(dense) *d, const layer *l, int64_t rows, 
             sources[k] = in + row * dim;
             targets[k] = out + row * dim;
         }
-        vec *t = d->tile;
-        N(gather_columns)(t, sources, (int)dim);
-        for (int64_t i = 0; i < dim; i++) {
-            const REAL *row = lower + i * lower_step;
-            vec sum = t[i] - splat(d->bias[i]);
-            for (int64_t j = 0; j < i; j++) sum -= t[j] * row[j];
-            t[i] = is_lu ? sum : sum / splat(row[i]);
-        }
-        for (int64_t i = dim - 1; is_lu && i >= 0; i--) {
-            const REAL *row = d->upper + i * step;
-            vec sum = t[i];
-            for (int64_t j = i + 1; j < dim; j++) sum -= t[j] * row[j];
-            t[i] = sum / splat(row[i]);
-        }
-        N(scatter_columns)(t, targets, (int)dim, lanes);
+        N(gather_columns)(d->tile, sources, (int)dim);
+        if (back) N(solve_back)(d, is_lu, lower, lower_step, d->tile);
+        else N(solve_transposed)(d, is_lu, lower, lower_step, d->tile);
+        N(scatter_columns)(d->tile, targets, (int)dim, lanes);
     }
 }
 
@@ -204,7 +194,7 @@ static int N(run_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *i
 static int N(pull_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *out, REAL *in, double *ladj) {
     N(dense) d;
     if (N(open_dense)(&d, l, dim)) return -1;
-    N(solve_back_rows)(&d, l, rows, out, in);
+    N(solve_rows)(&d, l, rows, out, in, 1);
     *ladj += d.ladj;
     free(d.memory);
     return 0;
@@ -213,7 +203,7 @@ static int N(pull_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *
 static int N(push_dense)(const layer *l, int64_t rows, int64_t dim, const REAL *in, REAL *out) {
     N(dense) d;
     if (N(open_dense)(&d, l, dim)) return -1;
-    N(solve_rows)(&d, l, rows, in, out);
+    N(solve_rows)(&d, l, rows, in, out, 0);
     free(d.memory);
     return 0;
 }
