@@ -15,7 +15,7 @@ PACKAGE = Path(pyro_flowkit.__file__).parent
 
 # From the ground up; a room imports from itself and from lower floors only.
 HOUSE = [
-    {"recipe", "seeds", "warning"},
+    {"deadline", "recipe", "seeds", "warning"},
     {"files", "ops", "pictures", "programs", "_private_names"},
     {"environment", "nn"},
     {"autoregressive_nn"},

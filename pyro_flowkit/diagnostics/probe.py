@@ -26,13 +26,13 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.diagnostics.calibration import store_of_model
 from pyro_flowkit.diagnostics.evaluation import evaluation
 from pyro_flowkit.diagnostics.guide_density import log_guide
 from pyro_flowkit.diagnostics.particles import Particles, draw_particles
 from pyro_flowkit.diagnostics.schema import DIAGNOSTIC, LOWER_BOUND, schema_attrs
 from pyro_flowkit.guides.auto_spline_flow import AutoSplineFlow
-from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Gaussian, improved
 from pyro_flowkit.guides.latent_vector import LatentDensity, in_words, pack, unpack
 from pyro_flowkit.ops.psis import psis

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flowkit.guides.deadline import Deadline
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.ops.quasi_random import normal_draws
 
 Density = Callable[[Tensor], Tensor]

@@ -16,8 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.guides.circular import CircularAffine
-from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import SEARCH_SECONDS, Density, Gaussian, best_gaussian, minimized
 from pyro_flowkit.guides.latent_vector import LatentDensity, in_words

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flowkit.guides.deadline import Deadline
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Density, Gaussian
 from pyro_flowkit.guides.side_by_side import minimized_together
 from pyro_flowkit.ops.quasi_random import normal_draws

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_flowkit.guides.deadline import Deadline
+from pyro_flowkit.deadline import Deadline
 
 MEMORY = 6
 DECREASE = 1e-4

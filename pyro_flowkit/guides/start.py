@@ -17,8 +17,8 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor, nn
 
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.guides.circular import CircularAffine, Cut, best_cut, periodic_columns
-from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.draws import Draws
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.gaussian_start import GaussianStart

@@ -5,7 +5,6 @@ inputs is: parameters and data stay the tensors that they are, so that gradients
 numbers and branches are what they were while it was recorded.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize, vmap
 
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.programs.constants import ConstantsFirst
 from pyro_flowkit.programs.tracing import traced
 
@@ -326,9 +326,9 @@ class Stopwatch:
 
     def __init__(self, max_seconds: float):
         self.max_seconds = max_seconds
-        self._start = time.thread_time()
+        self._deadline = Deadline(max_seconds)
 
     def check(self) -> None:
         """Raise Unrecordable once the time is over."""
-        if time.thread_time() - self._start > self.max_seconds:
+        if self._deadline.is_over:
             raise Unrecordable(f"recording it takes more than {self.max_seconds:g} s")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pyro_flowkit import fit
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.guides import AutoSplineFlow
-from pyro_flowkit.guides.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Gaussian
 from pyro_flowkit.guides.modes import comparable, modes
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_flowkit.guides.deadline import Deadline
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.guides.side_by_side import minimized_together
 
 FOREVER = Deadline()

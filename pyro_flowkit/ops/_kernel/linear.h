@@ -88,7 +88,7 @@ static void N(multiply_rows)(const N(dense) *d, int64_t rows, const REAL *in, co
     }
 }
 
-/* t W = what is in t, in the place of t, for LANES rows */
+/* The right side in t makes room for the solution of t W = right side, for LANES rows. */
 static void N(solve_transposed)(const N(dense) *d, int is_lu, const REAL *lower, int64_t lower_step, vec *t) {
     const int64_t dim = d->dim, step = d->step;
     for (int64_t i = 0; is_lu && i < dim; i++) {
@@ -103,7 +103,7 @@ static void N(solve_transposed)(const N(dense) *d, int is_lu, const REAL *lower,
     }
 }
 
-/* W t = what is in t less b, in the place of t, for LANES rows */
+/* The same for W t = right side - b. */
 static void N(solve_back)(const N(dense) *d, int is_lu, const REAL *lower, int64_t lower_step, vec *t) {
     const int64_t dim = d->dim, step = d->step;
     for (int64_t i = 0; i < dim; i++) {

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from pyro_flowkit.guides.deadline import Deadline
+from pyro_flowkit.deadline import Deadline
 from pyro_flowkit.guides.gaussian import Gaussian, best_gaussian
 
 
