@@ -11,7 +11,9 @@ medians, so that single outliers are none of it. What is far below does not join
 alone may be a spike: two in a row are said, and the last one of a fit.
 
 A fit that falls at once has no such best. It is below where it began if no step after the first window, of five at
-least, came within 1 nat of the first step, or of the median of the first five.
+least, came within max(1 nat, 3 s) of the first step, or of the median of the first five, with the least spread s of a
+window: the first step of an objective that stays where it is may be the luckiest one. A fit that began with another
+weight of the KL, so that its first steps do not count, has no such beginning.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ class Series:
         self.in_a_row = 0
         self.deepest: tuple[int, float, float] | None = None
 
-    def see(self, steps: list[float]) -> None:
-        """Takes in the steps of a window, before it is judged."""
-        if self.last[0] == 0:
+    def see(self, steps: list[float], *, first: bool) -> None:
+        """Takes in the steps of a window, before it is judged; the fit begins with the first one."""
+        if first:
             self._start = max(steps[0], statistics.median(steps[:_FIRST]))
         else:
             self._highest = max([self._highest, *steps])
@@ -94,7 +96,8 @@ class Series:
     @property
     def below_start(self) -> float:
         """By how much the last judgement is below where the fit began, if all that followed was; else 0."""
-        near = self._start - self._highest <= _LEAST or self._later < _FIRST
+        noise = _OF_SPREAD * min(self._spreads, default=0.0)
+        near = self._start - self._highest <= max(_LEAST, noise) or self._later < _FIRST
         return 0.0 if near else self._start - self.last[1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class Divergence:
 
         NaN says nothing, and a density of 0 nothing of a fall where there was never another.
         """
-        self.training.see(steps)
+        self.training.see(steps, first=step == len(steps))
         self.training.add(step, *level_and_spread(steps))
         if self._validation is None or validation is None or math.isnan(validation):
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -55,14 +56,19 @@ class Judge:
     def add(self, elbo: float, used: float) -> None:
         """Takes in a step that was done; ``used`` is the share of the budget that was gone before it."""
         if self._first_elbo != self._first_elbo:
-            self._first_elbo = elbo
+            self._first_elbo = -math.inf if self._is_annealed else elbo
         if self._average is not None:
             self._average.update(self._loss.learned, used)
-        self._window.add(elbo)
+        self._window.add(elbo, annealed=self._is_annealed)
+
+    @property
+    def _is_annealed(self) -> bool:
+        """Whether the KL has another weight than 1: what is maximised then is not the ELBO."""
+        return isinstance(self._loss, Variational) and self._loss.kl_weight != 1.0
 
     def judge(self, step: int) -> float | None:
         """Judges the state after so many steps; the validation objective where there is one (nats per datum)."""
-        steps = self._window.values
+        steps, telling = self._window.values, self._window.is_telling
         mean, error = self._window.close()
         self._judged = step
         found = None
@@ -71,8 +77,7 @@ class Judge:
             if self._validator is not None:
                 found = mean = self._validator(self._loss, self._ranks)
                 error = 0.0
-            # with another weight of the KL the ELBO is not yet what is maximised
-            if not isinstance(self._loss, Variational) or self._loss.kl_weight == 1.0:
+            if not self._is_annealed and (telling or found is not None):
                 self._best.update(step, mean, error, self._loss.tensors)
                 self._divergence.add(step, steps, found)
         news = self._divergence.news()
@@ -113,12 +118,12 @@ class Judge:
     def can_judge_last(self) -> bool:
         """At the end: whether the steps since the last window say anything.
 
-        Without validation a window of fewer than ten steps is too noisy; the state is then kept as
+        Without validation a window in which too few steps count is too noisy; the state is then kept as
         it is if the window before it was the best.
         """
         if len(self._window) == 0:
             return False
-        if self._validator is not None or len(self._window) >= min(10, self._window.length):
+        if self._validator is not None or self._window.is_telling:
             return True
         if self._best.step == self._judged:
             self._best.tensors = None
@@ -141,7 +146,8 @@ class Judge:
                 "got an earlier end: nothing is averaged"
             )
             average = None
-        if failed and not self._best.mean >= self._first_elbo:  # nothing better than the beginning
+        # nothing better than the beginning
+        if failed and (self._best.step == 0 or not self._best.mean >= self._first_elbo):
             write_into(self._loss.tensors(), self._first)
             return 0
         if average is not None and self._validator is None:

@@ -21,6 +21,7 @@ from pyro_flowkit.training.ranks import Ranks
 from pyro_flowkit.training.state import Tensors, evaluating
 
 VALIDATION_SEED = 20190511
+_TELLING = 10  # steps
 
 
 class _Evaluates(Protocol):
@@ -90,41 +91,60 @@ class Validator:
 
 
 class Window:
-    """Mean and standard error of the objective over consecutive steps."""
+    """Consecutive steps, and the mean and standard error of the objective over those that count.
+
+    A step whose KL terms had another weight than 1 is one of the window, but its objective is another one.
+    """
 
     def __init__(self, length: int) -> None:
         self.length = length
         self._values: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._values)
+        self._annealed = 0
 
     @property
     def full(self) -> bool:
         """Whether enough steps have gone in."""
-        return len(self._values) >= self.length
+        return len(self) >= self.length
 
-    def add(self, value: float) -> None:
+    @property
+    def is_telling(self) -> bool:
+        """Whether enough steps count for a mean that says anything."""
+        return len(self._values) >= min(_TELLING, self.length)
+
+    def __len__(self) -> int:
+        return len(self._values) + self._annealed
+
+    def add(self, value: float, *, annealed: bool = False) -> None:
         """Adds one finite step."""
-        self._values.append(value)
+        if annealed:
+            self._annealed += 1
+        else:
+            self._values.append(value)
 
     @property
     def values(self) -> list[float]:
-        """The steps that are in it."""
+        """The steps that count."""
         return list(self._values)
 
     def close(self) -> tuple[float, float]:
-        """Returns (mean, standard error) and empties the window."""
-        values, self._values = self._values, []
+        """Returns (mean, standard error), NaN if no step counts, and empties the window."""
+        values, self._values, self._annealed = self._values, [], 0
+        if not values:
+            return math.nan, math.nan
         mean = math.fsum(values) / len(values)
         variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
         return mean, math.sqrt(variance / len(values))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"length": self.length, "values": list(self._values)}
+        return {
+            "length": self.length,
+            "values": list(self._values),
+            "annealed": self._annealed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.length, self._values = state["length"], list(state["values"])
+        self._annealed = state["annealed"]
 
 
 class Best:

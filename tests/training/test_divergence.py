@@ -171,10 +171,29 @@ def test_noise_outliers_and_steps_down_the_hill_are_no_divergence(seed: int) -> 
         level = -50.0 - 200.0 * math.exp(-window / 5)
         steps = level + 3.0 * rng.standard_normal(100)
         steps[rng.random(100) < 0.1] -= 1e4
-        watch.add(100 * window, (steps - 500 * (window == 60)).tolist(), None)
+        watch.add(100 * (window + 1), (steps - 500 * (window == 60)).tolist(), None)
         assert watch.news() == "", window
         assert watch.is_far == (window == 60)
     assert watch.conclusion(100) == ("", False)
+
+
+@pytest.mark.parametrize("windows", [3, 6, 30])
+def test_a_lucky_first_step_of_a_flat_objective_is_no_divergence(windows: int) -> None:
+    """Of 300 fits that are at their optimum from the start: the first of so few steps is often the highest."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        watch = Divergence(validated=True)
+        for window in range(1, windows + 1):
+            watch.add(10 * window, (4.5 * rng.standard_normal(10) - 120.0).tolist(), -120.0)
+        assert watch.conclusion(10 * windows) == ("", False), seed
+
+
+def test_a_fit_that_began_with_another_weight_has_no_beginning_to_be_below() -> None:
+    for first, is_far in ((10, True), (110, False)):
+        watch = Divergence(validated=True)
+        for step, level in ((first, -100.0), (first + 10, -110.0), (first + 20, -110.0)):
+            watch.add(step, [level + 0.1 * k for k in range(10)], -110.0)
+        assert watch.is_far == is_far
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -241,6 +241,36 @@ def test_no_annealed_state_is_the_best(rows: torch.Tensor) -> None:
     assert result.best_step > 150
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_rising_weight_of_the_kl_is_no_fall_of_the_objective(validated: bool) -> None:
+    """Some steps of the first window that is judged had a lower weight, and an objective that was higher by that."""
+
+    def far(rows: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 0.1).expand([10]).to_event(1))
+        with pyro.plate("data", 20, subsample_size=len(rows)):
+            pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=rows)
+
+    rows = torch.full((20, 10), 2.0)
+    pyro.clear_param_store()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fit(
+            far,
+            AutoNormal(far, init_loc_fn=init_to_value(values={"z": torch.full((10,), 0.5)})),
+            data=rows,
+            val_data=rows if validated else None,
+            kl_schedule=lambda step: 0.1 if step < 250 else 1.0,
+            max_steps=300,
+            lr=1e-4,
+            num_particles=100,
+            check_plates=False,
+            progress=False,
+        )
+    assert result.history["elbo"][0] - result.history["elbo"][-1] > 4.0  # nats per datum
+    assert not result.divergence
+    assert validated or result.best_step == 300
+
+
 @pytest.mark.parametrize("average", [0.98, "tail"])
 def test_an_average_is_less_noisy_than_the_last_step(rows: torch.Tensor, average) -> None:
     def errors(**options) -> list[float]:
