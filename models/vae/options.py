@@ -4,7 +4,7 @@ import argparse
 
 from models.vae.data import BINARISATIONS
 from models.vae.model import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS
-from models.vae.training import LR
+from models.vae.training import LR, STEPS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +71,11 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--steps", type=int, default=3000)
+    group.add_argument(
+        "--steps",
+        type=int,
+        help=f"number of steps (default: {STEPS}, with --max-seconds as many as it allows)",
+    )
     group.add_argument(
         "--max-seconds", type=float, help="of wall-clock time; the learning rate falls by then"
     )
@@ -82,7 +86,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="SHARE",
         help="share of the training over which the weight of the KL rises to 1 (default: 0.9, at most five passes "
-        "through the data; none with --start-from)",
+        "through the data; of the time alone 0.1; none with --start-from)",
     )
     group.add_argument(
         "--free-bits", type=float, default=0.0, metavar="NATS", help="KL that costs nothing"

@@ -14,12 +14,13 @@ from models.vae import report, storage
 from models.vae.data import Prepared, prepare
 from models.vae.model import VAE
 from models.vae.options import parser
-from models.vae.training import refine_encoder, train, train_prior
+from models.vae.training import STEPS, refine_encoder, train, train_prior
 from pyro_flowkit.training import FitResult
 
 FAST_STEPS = 20
 WARM_UP_SHARE = 0.9
 WARM_UP_EPOCHS = 5
+WARM_UP_TIME = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> xr.Dataset:
@@ -105,12 +106,13 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
     vae = VAE(**settings).standardize(prepared.reference, prepared.standardization)
     if args.start_from:
         storage.start_from(vae, storage.load(args.start_from).build("start"))
-    if args.steps:
+    trains = _steps(args) != 0
+    if trains:
         report.warm_up(_warm_up(args, prepared))
     if args.two_stage:
         plain = VAE(**{**settings, "prior": "standard", "name": "plain"})
         plain.load_state_dict({name: vae.state_dict()[name] for name in plain.state_dict()})
-        if args.steps:
+        if trains:
             _stage(args, "standard prior", lambda: fitted(args, plain, prepared, quiet))
         storage.start_from(vae, plain)
         steps = FAST_STEPS if args.fast else args.two_stage
@@ -121,7 +123,7 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
                 vae, prepared.batches, prepared.val, steps=steps, lr=args.lr, **quiet
             ),
         )
-    elif args.steps:
+    elif trains:
         _stage(args, "training", lambda: fitted(args, vae, prepared, quiet))
     if args.refine_encoder:
         steps = FAST_STEPS if args.fast else args.refine_encoder
@@ -156,8 +158,13 @@ def fitted(
     )
 
 
-def _steps(args: argparse.Namespace) -> int:
-    return FAST_STEPS if args.fast else args.steps
+def _steps(args: argparse.Namespace) -> int | None:
+    """The number of steps; None for as many as the time allows."""
+    if args.fast:
+        return FAST_STEPS
+    if args.steps is not None:
+        return args.steps
+    return None if args.max_seconds else STEPS
 
 
 def _warm_up(args: argparse.Namespace, prepared: Prepared) -> float:
@@ -169,12 +176,14 @@ def _warm_up(args: argparse.Namespace, prepared: Prepared) -> float:
     return warm_up_share(prepared, _steps(args))
 
 
-def warm_up_share(prepared: Prepared, steps: int) -> float:
-    """The share of so many steps over which the weight of the KL rises where nobody says.
+def warm_up_share(prepared: Prepared, steps: int | None) -> float:
+    """The share of so many steps, or of the time, over which the weight of the KL rises where nobody says.
 
     While it is low the decoder learns fast what codes can be good for. A model that has seen its data often has learnt
     it anyway, and overfits by the time the bound is the true one.
     """
+    if steps is None:
+        return WARM_UP_TIME
     return min(WARM_UP_SHARE, WARM_UP_EPOCHS * prepared.batches.per_epoch / steps)
 
 

@@ -47,9 +47,9 @@ def heading(settings: dict[str, Any], prepared: Prepared) -> None:
 
 
 def warm_up(share: float) -> None:
-    """Says over which share of the steps the weight of the KL rises."""
+    """Says over which share of the training the weight of the KL rises."""
     if share:
-        print(f"weight of the KL: {WARM_UP_START} to 1 over {share:.0%} of the steps")
+        print(f"weight of the KL: {WARM_UP_START} to 1 over {share:.0%} of the training")
 
 
 def stage(name: str, result: FitResult, cpu_seconds: float) -> None:

@@ -27,6 +27,7 @@ Data = Tensor | Callable[[int], Tensor]
 
 CLIP_NORM = 10.0
 LR = 4e-3
+STEPS = 3000
 WARM_UP_START = 0.1
 
 
@@ -43,7 +44,7 @@ def train(
     data: Data,
     val_data: Tensor,
     *,
-    steps: int,
+    steps: int | None,
     batch_size: int = 128,
     lr: float = LR,
     kl_warm_up: float = 0.0,
@@ -59,7 +60,7 @@ def train(
         vae: the VAE, standardised.
         data: training rows, or a function from the step to a batch of them.
         val_data: validation rows.
-        steps: number of steps.
+        steps: number of steps; None for as many as ``max_seconds`` allows.
         batch_size: rows per step, where data are rows.
         lr: learning rate at the start; it falls to zero along a cosine.
         kl_warm_up: share of the training over which the weight of the KL rises from 0.1 to 1.

@@ -95,13 +95,24 @@ def test_every_option_of_the_training_has_its_effect(tmp_path, capsys):
         main([*TINY, *checkpoints])
 
 
+def test_without_a_number_of_steps_the_time_decides_how_many_they_are(capsys):
+    small = ["--data", "wine", "--latent-dim", "2", "--hidden", "8", "--num-samples", "30"]
+    for options, share, end in (
+        (["--max-seconds", "1"], 10, "max_seconds"),
+        (["--max-seconds", "1000", "--steps", "5"], 90, "max_steps"),
+    ):
+        main([*small, *options])
+        printed = capsys.readouterr().out
+        assert f"0.1 to 1 over {share}%" in printed and end in printed
+
+
 def test_the_weight_of_the_kl_rises_for_a_few_passes_but_not_of_a_trained_vae(tmp_path, capsys):
     path = str(tmp_path / "plain.pt")
     plain = main([*TINY, "--save", path])
     # of 20 steps; five passes are ten batches of 128, or five of 300
-    assert "weight of the KL: 0.1 to 1 over 50% of the steps" in capsys.readouterr().out
+    assert "weight of the KL: 0.1 to 1 over 50% of the training" in capsys.readouterr().out
     main([*TINY, "--batch-size", "300"])
-    assert "over 25% of the steps" in capsys.readouterr().out
+    assert "over 25% of the training" in capsys.readouterr().out
     more = main([*TINY, *BOTH, "--start-from", path])
     printed = capsys.readouterr().out
     assert "weight of the KL" not in printed
