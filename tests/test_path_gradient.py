@@ -167,7 +167,8 @@ def test_trace_elbos_use_it_and_the_value_is_the_same(vectorize: bool) -> None:
     assert reference_loss == pytest.approx(plain_loss, abs=1e-9)
     assert (reference - plain).abs().max() > 1e-2
     for name, elbo in elbos.items():
-        loss, gradient = loss_and_gradient(elbo, path_gradient=True)
+        with torch.jit.optimized_execution(False):  # which fuses, and rounds constants: 2e-9 here
+            loss, gradient = loss_and_gradient(elbo, path_gradient=True)
         assert loss == pytest.approx(reference_loss, abs=1e-9), name
         assert torch.allclose(gradient, reference, atol=1e-8), name
 

@@ -76,7 +76,8 @@ class AutoSplineFlow(Summaries, Start, Storage):
             is "full" for up to 200 latents and "diagonal" for more. Beyond 200 latents permutations take the place of
             the learned matrices between the couplings.
         hierarchical: let location and scale of the latents of a site depend on the sites that the model samples before
-            it, as in a hierarchical posterior; without effect for a single site.
+            it, as in a hierarchical posterior: those of a Gaussian prior given them, times a Gaussian likelihood;
+            without effect for a single site.
         num_components: number of flows, int >= 1; the guide is their mixture, for a posterior with several modes. They
             start at the modes that are found from ``init_loc_fn``, from draws of the prior and from their mirror images
             in unconstrained space; those without a mode of their own start around the largest. A step costs several

@@ -1,12 +1,19 @@
 r"""Affine maps of the blocks of a vector given the blocks before them, as one node of the autograd graph.
 
-With b the number of a block, o the output of a small perceptron with ReLU plus a linear map, both of the blocks before:
+With b the number of a block, o the output of a small perceptron with ReLU plus a linear map, both of the blocks before,
+and numbers a and c for each of its dimensions:
 
 .. math::
 
-    (m_b, r_b) = o_b(v(y_{<b})), \qquad s_b = 15 \tanh(r_b / 15), \qquad y_b = m_b + \exp(s_b) \odot x_b
+    (l_b, r_b) &= o_b(v(y_{<b})), \qquad t_b = 15 \tanh(r_b / 15), \qquad w_b = \sigma(-2 (t_b + c_b)) \\
+    m_b &= w_b l_b + (1 - w_b) a_b, \qquad s_b = t_b + \tfrac12 \log w_b - \tfrac12 \log \sigma(-2 c_b) \\
+    y_b &= m_b + \exp(s_b) \odot x_b
 
-with v(y) = y up to \|y\| = 5 and sign(y) (5 + log(\|y\| - 4)) from there on. A block whose scale is the exponential of
+Of a standard normal x this is the product of two Gaussians: one whose location l and log scale t follow the blocks
+before, as a prior given its parameters does, and one that is always the same, N(a, exp(-2 c)), as a likelihood is (in
+units in which the map is the identity where l, t and a are 0). As c falls to minus infinity, the first is left.
+
+v(y) = y up to \|y\| = 5 and sign(y) (5 + log(\|y\| - 4)) from there on. A block whose scale is the exponential of
 a line in another has tails as heavy as a log-normal's; one that follows this block in turn would have the exponential
 of those, and one draw in ten thousand would decide an ELBO. By the logarithm, tails of tails grow as powers do.
 
@@ -51,8 +58,9 @@ class Block:
 
 
 Blocks = tuple[Block, ...]
-# of every block: the perceptron's weights and biases, and the linear map, which may be missing
+# of every block: the perceptron's weights and biases, the linear map, which may be missing, and a and c, ``(2, size)``
 Parameters = Sequence[Tensor | None]
+PER_BLOCK = 3
 
 
 def make_blocks(sizes: Sequence[int], layouts: Sequence[Layout]) -> Blocks:
@@ -78,7 +86,7 @@ def block_affine(x: Tensor, blocks: Blocks, parameters: Parameters) -> tuple[Ten
 
 
 def location_and_log_scale(
-    before: Tensor, block: Block, packed: Tensor, weight: Tensor | None
+    before: Tensor, block: Block, packed: Tensor, weight: Tensor | None, likelihood: Tensor
 ) -> tuple[Tensor, Tensor]:
     """m and s of a block, in PyTorch's own operations."""
     before, _ = _seen(before)
@@ -90,7 +98,11 @@ def location_and_log_scale(
     if weight is not None:
         h = h + block.of_line * F.linear(before, weight)
     loc, raw = h.chunk(2, dim=-1)
-    return loc, MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
+    log_scale = MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
+    place, half = likelihood.unbind(0)
+    log_share = F.logsigmoid(-2 * (log_scale + half))
+    loc = torch.lerp(place.expand_as(loc), loc, log_share.exp())
+    return loc, log_scale + 0.5 * (log_share - F.logsigmoid(-2 * half))
 
 
 @torch.no_grad()
@@ -115,12 +127,12 @@ def pushed_derivative(y: Tensor, derivative: Tensor) -> Tensor | None:
     pushed, of_seen = given.clone(), torch.zeros_like(seen)
     for b, block in enumerate(node.blocks):
         columns = slice(block.start, block.start + block.size)
-        *hidden, t, scale = kept[b]
+        *hidden, loc, t, scale = kept[b]
         of_block = given[:, columns]
         of_loc = torch.div(of_block, scale, out=pushed[:, columns]).neg()
         of_log_scale = torch.addcmul(of_block.new_tensor(-1.0), of_block, x[:, columns], value=-1.0)
-        of_output = torch.cat([of_loc, torch.ops.aten.tanh_backward(of_log_scale, t)], dim=-1)
-        packed, weight = parameters[2 * b : 2 * b + 2]
+        packed, weight, likelihood = _of_block(parameters, b)
+        of_output, _ = _through_likelihood(likelihood, loc, t, of_loc, of_log_scale)
         _backward_through(block, of_output, seen, hidden, packed, weight, of_seen, None)
     pushed[:, : seen.shape[-1]].addcmul_(of_seen, slope)
     return pushed.view(y.shape)
@@ -154,20 +166,20 @@ class _BlockAffine(torch.autograd.Function):
         found: list[Tensor | None] = []
         for b, block in reversed(list(enumerate(ctx.blocks))):
             columns = slice(block.start, block.start + block.size)
-            *hidden, t, scale = kept[b]
+            *hidden, loc, t, scale = kept[b]
             of_loc = grad_x[:, columns].clone()
             of_scaled = grad_x[:, columns].mul_(scale)
             of_log_scale = of_scaled * x[:, columns]
             if grad_ladj is not None:
                 of_log_scale = of_log_scale + grad_ladj.unsqueeze(-1)
-            of_output = torch.cat([of_loc, torch.ops.aten.tanh_backward(of_log_scale, t)], dim=-1)
-            packed, weight = parameters[2 * b : 2 * b + 2]
+            packed, weight, likelihood = _of_block(parameters, b)
+            of_output, of_likelihood = _through_likelihood(likelihood, loc, t, of_loc, of_log_scale)
             of_packed = torch.empty_like(packed)
             _backward_through(block, of_output, seen, hidden, packed, weight, of_seen, of_packed)
             of_weight = None
             if weight is not None:
                 of_weight = (block.of_line * of_output).mT @ seen[:, : block.start]
-            found = [of_packed, of_weight, *found]
+            found = [of_packed, of_weight, of_likelihood, *found]
             # whatever reads the block before it is through
             previous = slice(ctx.blocks[b - 1].start if b else 0, block.start)
             grad_x[:, previous].addcmul_(of_seen[:, previous], slope[:, previous])
@@ -178,17 +190,18 @@ def _forward(
     blocks: Blocks, x: Tensor, parameters: Parameters
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], list[list[Tensor]]]:
     """Values and log-dets of rows; v of all blocks but the last, with its derivative; and of every block but the first
-    the activations, tanh(r / 15) and exp(s)."""
+    the activations, l, tanh(r / 15) and exp(s)."""
     y, ladj = x.clone(), x.new_zeros(len(x))
     seen, slope = x.new_empty(2, len(x), blocks[-1].start)
     begin = 0
     kept: list[list[Tensor]] = []
-    for block, packed, weight in zip(blocks, parameters[::2], parameters[1::2], strict=True):
+    for b, block in enumerate(blocks):
+        packed, weight, likelihood = _of_block(parameters, b)
         own = y[:, block.start : block.start + block.size]
         previous = slice(begin, begin := block.start)
         seen[:, previous], slope[:, previous] = _seen(y[:, previous])
         before = seen[:, : block.start]
-        *hidden, (rows, bias) = block.layout.unpack(cast(Tensor, packed))
+        *hidden, (rows, bias) = block.layout.unpack(packed)
         activations, h = [], before
         for layer in hidden:
             h = F.linear(h, *layer).relu_()
@@ -201,10 +214,14 @@ def _forward(
             output = torch.addmm(output, before, weight.mT, beta=beta, alpha=alpha)
         loc, raw = output.chunk(2, dim=-1)
         t = (raw / MAX_LOG_SCALE).tanh_()
-        scale = (t * MAX_LOG_SCALE).exp_()
-        own.mul_(scale).add_(loc)
-        ladj.add_(t.sum(-1), alpha=MAX_LOG_SCALE)
-        kept.append([*activations, t, scale])
+        place, half = likelihood.unbind(0)
+        log_share = F.logsigmoid(-2 * torch.add(half, t, alpha=MAX_LOG_SCALE))
+        log_scale = 0.5 * (log_share - F.logsigmoid(-2 * half))
+        log_scale.add_(t, alpha=MAX_LOG_SCALE)
+        scale = log_scale.exp()
+        own.mul_(scale).add_(torch.lerp(place.expand_as(loc), loc, log_share.exp_()))
+        ladj.add_(log_scale.sum(-1))
+        kept.append([*activations, loc, t, scale])
     return y, ladj, (seen, slope), kept
 
 
@@ -244,20 +261,39 @@ def _backward_through(
         target.addmm_(of_output, weight, alpha=block.of_line)
 
 
+def _through_likelihood(
+    likelihood: Tensor, loc: Tensor, t: Tensor, of_loc: Tensor, of_log_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the derivatives with respect to m and s those with respect to (l, r), and to (a, c), summed over rows."""
+    place, half = likelihood.unbind(0)
+    share = torch.sigmoid(-2 * torch.add(half, t, alpha=MAX_LOG_SCALE))
+    rest = 1 - share
+    of_share = 2 * share * rest * (loc - place) * of_loc
+    of_raw = torch.ops.aten.tanh_backward(share * of_log_scale - of_share, t)
+    of_half = (share - torch.sigmoid(-2 * half)) * of_log_scale - of_share
+    of_likelihood = torch.stack([(rest * of_loc).sum(0), of_half.sum(0)])
+    return torch.cat([share * of_loc, of_raw], dim=-1), of_likelihood
+
+
 def _composed(blocks: Blocks, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same in PyTorch's own operations."""
     y = x[..., : blocks[0].start]
     ladj = y.new_zeros(y.shape[:-1])
-    for block, packed, weight in zip(blocks, parameters[::2], parameters[1::2], strict=True):
+    for b, block in enumerate(blocks):
         own = x[..., block.start : block.start + block.size]
-        loc, log_scale = location_and_log_scale(y, block, cast(Tensor, packed), weight)
+        loc, log_scale = location_and_log_scale(y, block, *_of_block(parameters, b))
         y = torch.cat([y, torch.addcmul(loc, own, log_scale.exp())], dim=-1)
         ladj = ladj + log_scale.sum(-1)
     return y, ladj
 
 
+def _of_block(parameters: Parameters, b: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    packed, weight, likelihood = parameters[PER_BLOCK * b : PER_BLOCK * (b + 1)]
+    return cast(Tensor, packed), weight, cast(Tensor, likelihood)
+
+
 def _split(tensors: list[Any], count: int) -> tuple[list[Any], list[list[Tensor]]]:
     """The parameters, and what was kept of every block."""
     parameters, kept = tensors[:count], tensors[count:]
-    each = len(kept) // (count // 2)
+    each = len(kept) // (count // PER_BLOCK)
     return parameters, [kept[i : i + each] for i in range(0, len(kept), each)]

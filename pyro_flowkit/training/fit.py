@@ -93,7 +93,8 @@ def fit(
             there is one, or of the ``recipe()`` of a flow that is trained by matching: max_steps, lr, num_particles,
             scheduler, clip_norm, batch_size, average. An ``AutoSplineFlow`` that
             sees all of the data at every step starts at the best Gaussian found without noise, whose
-            location and log scale at each site follow those before it in a line; where it must, nearly all of
+            location and log scale at each site follow those before it in a line, times a Gaussian that is always the
+            same; where it must, nearly all of
             max_seconds is used for that. It ends there, too, with best_step = 0, unless the flow is better. A guide
             that was trained before goes on from there, and does not end below it either.
         data: Tensor with ``N`` rows, or a tuple of such tensors, or numpy arrays or pandas' frames of numbers in their

@@ -3,11 +3,15 @@ r"""An affine map of each block of a vector whose location and scale are functio
 .. math:: y_1 = x_1, \qquad y_b = m_b(v(y_{<b})) + \exp(s_b(v(y_{<b}))) \odot x_b
 
 Hierarchical models have posteriors of this shape: latents whose scale is another latent (funnels), or whose location
-is a curve of others (bananas). With s linear, Neal's funnel is all but exact; splines, which are the identity outside
-of their bounds, stretch a dimension by a factor of hundreds only at great cost. m and s are a linear function plus a
-network, both zero at first; s bends smoothly towards its limits of -15 and 15. Either part is divided by the square
-root of the number of its terms, so that a step of Adam changes a scale by about as much whatever that number is. v is
-the identity up to 5 and a logarithm from there on, so that scales that follow scales have tails like powers.
+is a curve of others (bananas), where the data say little, and which stay where they are where the data say much. So m
+and exp(s) are those of the product of two Gaussians: a prior, whose location and log scale are a linear function plus a
+network of v(y_before), and a likelihood, whose location and precision are numbers. With the prior's functions linear,
+Neal's funnel is all but exact, and so are normal effects, given their mean and scale, of normal data; splines, which
+are the identity outside of their bounds, stretch a dimension by a factor of hundreds only at great cost. All functions
+are zero at first; the log scale bends smoothly towards its limits of -15 and 15. The linear part and the network are
+divided by the square root of the number of their terms, so that a step of Adam changes a scale by about as much
+whatever that number is. v is the identity up to 5 and a logarithm from there on, so that scales that follow scales have
+tails like powers. The formulas are in :mod:`pyro_flowkit.ops.block_affine`.
 
 It is a stack of the affine couplings of Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio. Density Estimation Using
 Real NVP. ICLR 2017; the blocks are what a caller knows of the structure.
@@ -26,10 +30,17 @@ from pyro_flowkit.transforms.base import FlowTransformModule
 
 # beyond this a linear map from block to block is left out: the network, which is narrower, does what it can
 MAX_LINEAR_SIZE = 20_000
+# half the logarithm of the likelihood's precision, in units of the prior's: little, so that a funnel is near
+LIKELIHOOD_AT_FIRST = -1.0
+
+
+_TENSORS = ("network.packed", "weight", "likelihood")
 
 
 class HierarchicalAffine(FlowTransformModule):
     """``y_b = m(v(y_before)) + exp(s(v(y_before))) x_b`` for each block b but the first; the identity at first.
+
+    m and exp(s) are location and scale of a Gaussian given the blocks before it, times one that is always the same.
 
     Args:
         block_sizes: number of dimensions of each block, in order; at least two blocks.
@@ -61,7 +72,7 @@ class HierarchicalAffine(FlowTransformModule):
         ]
         self.conditioners = nn.ModuleList(made)
         places = [f"conditioners.{i}" for i in range(len(made))]
-        self._names = tuple(f"{at}.{of}" for at in places for of in ("network.packed", "weight"))
+        self._names = tuple(f"{at}.{of}" for at in places for of in _TENSORS)
         self._blocks = block_affine.make_blocks(sizes, [one.network.layout for one in made])
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,9 +88,9 @@ class HierarchicalAffine(FlowTransformModule):
         parameters = self._parameters_of_blocks()
         found, ladj = [first], first.new_zeros(first.shape[:-1])
         for i, (block, own) in enumerate(zip(self._blocks, rest, strict=True)):
-            packed, weight = parameters[2 * i : 2 * i + 2]
+            own_parameters = parameters[block_affine.PER_BLOCK * i :][: block_affine.PER_BLOCK]
             loc, log_scale = block_affine.location_and_log_scale(
-                outputs[..., : block.start], block, packed, weight
+                outputs[..., : block.start], block, *own_parameters
             )
             found.append((own - loc) * (-log_scale).exp())
             ladj = ladj - log_scale.sum(-1)
@@ -99,7 +110,7 @@ class HierarchicalAffine(FlowTransformModule):
         found: list[Any] = []
         conditioner: Any
         for conditioner in self.conditioners:
-            found += [conditioner.network.packed, conditioner.weight]
+            found += [conditioner.network.packed, conditioner.weight, conditioner.likelihood]
         return found
 
     def _dtype(self) -> torch.dtype:
@@ -110,7 +121,10 @@ class HierarchicalAffine(FlowTransformModule):
 
 
 class _LocationAndScale(nn.Module):
-    """The parameters of m and s of a block, functions of all blocks before it."""
+    """The parameters of m and s of a block, functions of all blocks before it.
+
+    Those of the likelihood are its location, and half the logarithm of its precision, shape ``(2, output_dim)``.
+    """
 
     weight: Tensor | None
 
@@ -120,3 +134,5 @@ class _LocationAndScale(nn.Module):
         kept = input_dim * 2 * output_dim <= MAX_LINEAR_SIZE
         weight = nn.Parameter(torch.zeros(2 * output_dim, input_dim)) if kept else None
         self.register_parameter("weight", weight)
+        at_first = torch.tensor([[0.0], [LIKELIHOOD_AT_FIRST]])
+        self.likelihood = nn.Parameter(at_first.repeat(1, output_dim))

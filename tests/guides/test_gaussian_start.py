@@ -202,9 +202,9 @@ def test_a_loss_is_said_from_a_twentieth_of_a_nat_on_unless_the_gaussian_is_all_
     start = guide.find_start(model)
     assert start is not None
     with torch.no_grad():
-        before, _ = start._elbos()
+        before, _ = start._elbos(1)
         guide.affine.raw_loc.add_((2.0 * loss) ** 0.5 / guide.affine.rate)
-        after, _ = start._elbos()
+        after, _ = start._elbos(1)
     assert float((before - after).mean()) == pytest.approx(loss, rel=0.25)
     assert not start.keep_better()
     said = [w for w in recwarn if "nats below the Gaussian" in str(w.message)]
@@ -353,6 +353,29 @@ def test_every_kind_of_affine_map_starts_at_a_gaussian(kind, base) -> None:
     before = elbo_of(correlated, guide)
     assert guide.find_start(correlated) is not None
     assert elbo_of(correlated, guide) > before + 0.5
+
+
+def test_one_draw_far_out_does_not_hide_a_gain(monkeypatch) -> None:
+    """A seventh of a nat is gained; one of the first draws says that 400 are lost, and so does none of the next."""
+    guide = AutoSplineFlow(correlated, **TINY).setup()
+    start = guide.find_start(correlated)
+    assert start is not None
+    trained = guide.affine.raw_loc.detach() + 0.125
+    numbers = []
+
+    def elbos(number: int) -> tuple[torch.Tensor, float]:
+        found = torch.zeros(2048)
+        if torch.equal(guide.affine.raw_loc, trained):
+            numbers.append(number)
+            found += 0.14
+            found[5] -= 400.0 if number == 1 else 0.0
+        return found, 1.0 + 8.0 * (number == 1)
+
+    monkeypatch.setattr(start, "_elbos", elbos)
+    with torch.no_grad():
+        guide.affine.raw_loc.copy_(trained)
+    assert start.keep_better()
+    assert torch.equal(guide.affine.raw_loc, trained) and 1 < len(numbers) < 8
 
 
 def test_a_gain_that_is_none_leaves_the_gaussian() -> None:

@@ -252,10 +252,11 @@ static void N(fill_layer)(layer *l, int64_t dim) {
     if (l->kind == TRIANGLE) sizes[1] = sizes[4] = dim * dim;
     for (int i = 0; i < (l->kind == COUPLING ? 1 : l->num_blocks); i++) {
         const perceptron *q = l->kind == COUPLING ? &l->network : &l->blocks[i].network;
-        sizes[2 * i] = 0;
-        for (int j = 0; j < q->num_layers; j++) sizes[2 * i] += ((int64_t)q->sizes[j] + 1) * q->sizes[j + 1];
-        sizes[2 * i + 1] = l->kind == COUPLING ? l->splines.num_shared * l->splines.num_params
+        sizes[3 * i] = 0;
+        for (int j = 0; j < q->num_layers; j++) sizes[3 * i] += ((int64_t)q->sizes[j] + 1) * q->sizes[j + 1];
+        sizes[3 * i + 1] = l->kind == COUPLING ? l->splines.num_shared * l->splines.num_params
                                                : 2 * l->blocks[i].size * l->blocks[i].start;
+        sizes[3 * i + 2] = l->kind == COUPLING ? 0 : 2 * l->blocks[i].size;
     }
     for (int i = 0; i < l->num_tensors; i++) {
         if (l->kind == HIERARCHY && i == 1) continue; /* a block without a linear map */
@@ -270,7 +271,7 @@ static void N(try_chain)(const instance *k, int rows, int count_bins) {
     const int64_t dim = 5;
     problem p = make_problem(&couplings[1], rows, count_bins, LINEAR, 0);
     layer layers[LAYER_KINDS] = {{0}};
-    const int num_tensors[LAYER_KINDS] = {2, 2, 0, 4, 5, 4};
+    const int num_tensors[LAYER_KINDS] = {2, 2, 0, 4, 5, 6};
     for (int i = 0; i < LAYER_KINDS; i++) layers[i].kind = i, layers[i].num_tensors = num_tensors[i];
     layers[COUPLING].splines = p;
     layers[COUPLING].network = (perceptron){2, {NUM_PASSED, 7, (int32_t)(p.num_own * p.num_params)}, FIRST_PASSED, NUM_PASSED, 0, 1e4};

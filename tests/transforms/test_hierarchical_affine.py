@@ -24,8 +24,32 @@ def test_a_block_depends_on_those_before_it_and_is_scaled_itself() -> None:
     assert (jacobian[outside] == 0).all()
 
 
+def without_likelihood(layer: HierarchicalAffine) -> HierarchicalAffine:
+    for conditioner in layer.conditioners:
+        conditioner.likelihood.data[1] = -40.0
+    return layer
+
+
+def test_a_block_is_a_gaussian_given_those_before_it_times_one_that_is_always_the_same() -> None:
+    layer = HierarchicalAffine([1, 3]).double()
+    loc, log_scale = torch.tensor([0.3, -0.7, 0.0]), torch.tensor([1.0, 0.5, -2.0])
+    place, half = torch.tensor([0.4, 0.0, -1.0]), torch.tensor([-1.0, 0.2, 1.5])
+    with torch.no_grad():
+        layer.conditioners[0].weight.copy_(torch.cat([loc, log_scale])[:, None])
+        layer.conditioners[0].likelihood.copy_(torch.stack([place, half]))
+    v = torch.linspace(-4.5, 4.5, 7, dtype=torch.float64)[:, None]
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prior = (-2 * 15 * (log_scale * v / 15).tanh()).exp()
+    likelihood = (2 * half.double()).exp()
+    mean = (prior * loc * v + likelihood * place) / (prior + likelihood)
+    scale = ((1 + likelihood) / (prior + likelihood)).sqrt()  # one where v is 0
+    y, ladj = layer.call_and_ladj(torch.cat([v, x], -1))
+    assert torch.allclose(y, torch.cat([v, mean + scale * x], -1))
+    assert torch.allclose(ladj, scale.log().sum(-1))
+
+
 def test_log_scale_follows_a_line_up_to_five_and_a_logarithm_from_there_on() -> None:
-    layer = HierarchicalAffine([1, 1]).double()
+    layer = without_likelihood(HierarchicalAffine([1, 1])).double()
     with torch.no_grad():
         layer.conditioners[0].weight[1, 0] = 0.5
     v = torch.tensor([-5.0, 5.0, 24.0, -1e6], dtype=torch.float64)
@@ -35,7 +59,7 @@ def test_log_scale_follows_a_line_up_to_five_and_a_logarithm_from_there_on() -> 
 
 
 def test_log_scale_has_a_limit() -> None:
-    layer = HierarchicalAffine([1, 1]).double()
+    layer = without_likelihood(HierarchicalAffine([1, 1])).double()
     with torch.no_grad():
         layer.conditioners[0].weight[1, 0] = 50.0
     x = torch.tensor([[-9.0, 1.0], [9.0, 1.0]], dtype=torch.float64)
@@ -96,7 +120,7 @@ def test_scales_that_follow_scales_do_not_let_one_draw_decide_the_elbo() -> None
 
 def test_large_blocks_have_no_linear_part() -> None:
     layer = HierarchicalAffine([100, 101])
-    assert [name for name, _ in layer.named_parameters()] == ["conditioners.0.network.packed"]
+    assert layer.conditioners[0].weight is None
     assert layer(torch.ones(201)).equal(torch.ones(201))
 
 

@@ -1,9 +1,13 @@
 /* Affine maps of the blocks of a vector given the blocks before them, those of ops/block_affine.py. One instance.
  *
- * With o the output of a perceptron times of_network plus a linear map times of_line, both of v(y_{<b}), o = (m, r),
- * t = tanh(r / 15):  y_b = m + exp(15 t) x_b, and v a logarithm beyond LINEAR_UNTIL. The tensors of a block are the
- * layers of its perceptron, and the weight of the linear map, which may be missing. Of every row and block are kept: activations, with m and t as those of the last
- * layer, and exp(15 t).
+ * With o the output of a perceptron times of_network plus a linear map times of_line, both of v(y_{<b}), o = (l, r),
+ * t = tanh(r / 15) and the numbers a and c of a block's columns:
+ *
+ *     w = 1 / (1 + exp(2 (15 t + c))),  m = w l + (1 - w) a,  s = exp(15 t) sqrt(w (1 + exp(2 c))),  y_b = m + s x_b
+ *
+ * and v a logarithm beyond LINEAR_UNTIL. The tensors of a block are the layers of its perceptron, the weight of the
+ * linear map, which may be missing, and a and c. Of every row and block are kept: activations, with l and t as those of
+ * the last layer, and s.
  */
 #define MAX_LOG_SCALE R(15.0)
 #define LINEAR_UNTIL R(5.0)
@@ -21,14 +25,18 @@ static inline REAL N(slope_of_seen)(REAL y) {
     return size > LINEAR_UNTIL ? 1 / (1 + (size - LINEAR_UNTIL)) : 1;
 }
 
+/* with the squares of exp(c), and sums of derivatives with respect to a and c */
 typedef struct {
     N(network) network, line;
     int has_line;
+    const REAL *places;
+    double *memory, *precisions, *sums;
 } N(conditioner);
 
 static void N(close_conditioner)(N(conditioner) *c) {
     free(c->network.memory);
     if (c->has_line) free(c->line.memory);
+    free(c->memory);
 }
 
 /* layers of a packed network, whose addresses stay valid as long as it is there */
@@ -40,17 +48,43 @@ static void N(unpack)(const perceptron *q, const REAL *packed, const REAL **weig
     }
 }
 
-static int N(open_conditioner)(N(conditioner) *c, const block *b, const REAL *packed, const REAL *weight, int backward) {
+static int N(open_conditioner)(N(conditioner) *c, const block *b, const void *const *tensors, int backward) {
     const REAL *weights[MAX_LAYERS], *biases[MAX_LAYERS], *no_bias[1] = {NULL};
+    const REAL *packed = tensors[0], *weight = tensors[1], *likelihood = tensors[2];
     N(unpack)(&b->network, packed, weights, biases);
-    c->has_line = weight != NULL;
-    if (N(open_network)(&c->network, &b->network, weights, biases, backward)) return -1;
-    const perceptron line = {1, {(int32_t)b->start, 2 * (int32_t)b->size}, 0, b->start, 0, 0};
-    if (c->has_line && N(open_network)(&c->line, &line, &weight, no_bias, backward)) {
-        free(c->network.memory);
+    c->has_line = 0;
+    c->places = likelihood;
+    c->memory = c->precisions = calloc((size_t)(3 * b->size), sizeof(double));
+    if (!c->memory) return -1;
+    c->sums = c->memory + b->size;
+    for (int64_t j = 0; j < b->size; j++) c->precisions[j] = exp(2.0 * (double)likelihood[b->size + j]);
+    if (N(open_network)(&c->network, &b->network, weights, biases, backward)) {
+        free(c->memory);
         return -1;
     }
+    const perceptron line = {1, {(int32_t)b->start, 2 * (int32_t)b->size}, 0, b->start, 0, 0};
+    if (weight && N(open_network)(&c->line, &line, &weight, no_bias, backward)) {
+        N(close_conditioner)(c);
+        return -1;
+    }
+    c->has_line = weight != NULL;
     return 0;
+}
+
+/* what the output of the conditioner makes of location and scale: w of a column */
+static inline double N(share_of_line)(const N(conditioner) *c, int64_t j, double log_scale) {
+    return 1 / (1 + exp(2 * log_scale) * c->precisions[j]);
+}
+
+/* From the derivatives with respect to m and log s those with respect to l and r; adds to those of a and c. */
+static inline void N(through_likelihood)(N(conditioner) *c, int64_t size, int64_t j, const REAL *output, double of_loc,
+                                         double of_log_scale, REAL *of_output) {
+    const double t = output[size + j], w = N(share_of_line)(c, j, MAX_LOG_SCALE * t);
+    const double of_share = 2 * w * (1 - w) * ((double)output[j] - (double)c->places[j]) * of_loc;
+    of_output[j] = R(w * of_loc);
+    of_output[size + j] = R((w * of_log_scale - of_share) * (1 - t * t));
+    c->sums[j] += (1 - w) * of_loc;
+    c->sums[size + j] += (w - 1 / (1 + c->precisions[j])) * of_log_scale - of_share;
 }
 
 static int64_t N(kept_of_block)(const block *b) { return kernel_kept_per_row(&b->network) + b->size; }
@@ -61,7 +95,7 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
     for (int k = 0; k < l->num_blocks; k++) {
         const block *b = &l->blocks[k];
         N(conditioner) c;
-        if (N(open_conditioner)(&c, b, l->tensors[2 * k], l->tensors[2 * k + 1], 0)) return -1;
+        if (N(open_conditioner)(&c, b, l->tensors + 3 * k, 0)) return -1;
         const int64_t step = c.network.steps[0], size = b->size;
         REAL *scales = kept + rows * kernel_kept_per_row(&b->network);
         for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
@@ -84,11 +118,12 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
                     output[j] = R(b->of_network) * output[j] + (line ? R(b->of_line) * line[j] : 0);
                 for (int64_t j = 0; j < size; j++) {
                     const REAL t = R(tanh((double)(output[size + j] / MAX_LOG_SCALE)));
-                    const REAL scale = R(exp((double)(MAX_LOG_SCALE * t)));
+                    const double raw = exp((double)(MAX_LOG_SCALE * t)), q = c.precisions[j];
+                    const double w = 1 / (1 + raw * raw * q), bend = w * (1 + q), scale = raw * sqrt(bend);
                     output[size + j] = t;
-                    scales[i * size + j] = scale;
-                    own[j] = own[j] * scale + output[j];
-                    ladj[i] += MAX_LOG_SCALE * t;
+                    scales[i * size + j] = R(scale);
+                    own[j] = R(own[j] * scale + w * output[j] + (1 - w) * c.places[j]);
+                    ladj[i] += (double)(MAX_LOG_SCALE * t) + 0.5 * log(bend);
                 }
             }
         }
@@ -131,7 +166,7 @@ static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const RE
     for (int k = 0; k < l->num_blocks; k++) {
         const block *b = &l->blocks[k];
         N(conditioner) c;
-        if (N(open_conditioner)(&c, b, l->tensors[2 * k], l->tensors[2 * k + 1], 1)) return -1;
+        if (N(open_conditioner)(&c, b, l->tensors + 3 * k, 1)) return -1;
         const int64_t last = c.network.steps[c.network.num_layers], size = b->size;
         const REAL *scales = kept + rows * kernel_kept_per_row(&b->network);
         for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
@@ -141,10 +176,8 @@ static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const RE
                 REAL *of_output = c.network.grads[0] + (i - start) * last;
                 for (int64_t j = 0; j < size; j++) {
                     const int64_t at = i * dim + b->start + j;
-                    const REAL t = output[size + j];
                     pushed[at] = grad[at] / scales[i * size + j];
-                    of_output[j] = -pushed[at];
-                    of_output[size + j] = -(1 + grad[at] * in[at]) * (1 - t * t);
+                    N(through_likelihood)(&c, size, j, output, -pushed[at], -(1 + grad[at] * in[at]), of_output);
                 }
                 for (int64_t j = 2 * size; j < last; j++) of_output[j] = 0;
             }
@@ -164,7 +197,7 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
         const block *b = &l->blocks[k];
         N(conditioner) c;
         kept -= rows * N(kept_of_block)(b);
-        if (N(open_conditioner)(&c, b, l->tensors[2 * k], l->tensors[2 * k + 1], 1)) return -1;
+        if (N(open_conditioner)(&c, b, l->tensors + 3 * k, 1)) return -1;
         const int64_t last = c.network.steps[c.network.num_layers], size = b->size;
         const REAL *scales = kept + rows * kernel_kept_per_row(&b->network);
         for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
@@ -174,19 +207,20 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
                 REAL *of_output = c.network.grads[0] + (i - start) * last;
                 for (int64_t j = 0; j < size; j++) {
                     const int64_t at = i * dim + b->start + j;
-                    const REAL t = output[size + j];
-                    of_output[j] = grad[at];
+                    const REAL of_loc = grad[at];
                     grad[at] *= scales[i * size + j];
-                    of_output[size + j] = (grad[at] * in[at] + (grad_ladj ? grad_ladj[i] : 0)) * (1 - t * t);
+                    N(through_likelihood)(&c, size, j, output, of_loc, grad[at] * in[at] + (grad_ladj ? grad_ladj[i] : 0),
+                                          of_output);
                 }
                 for (int64_t j = 2 * size; j < last; j++) of_output[j] = 0;
             }
             N(through_conditioner)(&c, b, rows, dim, start, stop, out, kept, 1, grad);
         }
-        N(write_layers)(&c.network, l->grads[2 * k]);
+        N(write_layers)(&c.network, l->grads[3 * k]);
+        for (int64_t j = 0; j < 2 * size; j++) ((REAL *)l->grads[3 * k + 2])[j] = R(c.sums[j]);
         if (c.has_line) /* without its bias, which is none */
             for (int64_t o = 0; o < 2 * size; o++)
-                memcpy((REAL *)l->grads[2 * k + 1] + o * b->start, c.line.grad_weights[0] + o * c.line.steps[0],
+                memcpy((REAL *)l->grads[3 * k + 1] + o * b->start, c.line.grad_weights[0] + o * c.line.steps[0],
                        (size_t)b->start * sizeof(REAL));
         N(close_conditioner)(&c);
     }

@@ -33,7 +33,7 @@ typedef struct {
  * one another, and the shared parameters. They are what grads are with respect to, which may be NULL for those that
  * are not learned. */
 enum { COUPLING, LU, PERMUTATION, DIAGONAL, TRIANGLE, HIERARCHY, LAYER_KINDS };
-enum { MAX_BLOCKS = 8, MAX_TENSORS = 2 * MAX_BLOCKS, MAX_CHAIN = 64 };
+enum { MAX_BLOCKS = 8, MAX_TENSORS = 3 * MAX_BLOCKS, MAX_CHAIN = 64 };
 typedef struct {
     int64_t start, size; /* columns before it, and its own */
     double of_network, of_line;

@@ -43,7 +43,7 @@ static int read_hierarchy(PyObject *const *items, Py_ssize_t count, int64_t dim,
     if (count < 2) return fail("blocks: at least", count - 1, 1);
     if (count > MAX_BLOCKS + 1) return fail("blocks: at most", count - 1, MAX_BLOCKS);
     l->num_blocks = (int)count - 1;
-    l->num_tensors = 2 * l->num_blocks;
+    l->num_tensors = 3 * l->num_blocks;
     for (int i = 0; i < l->num_blocks; i++) {
         block *b = &l->blocks[i];
         PyObject *const item = items[i + 1];
@@ -63,8 +63,9 @@ static int read_hierarchy(PyObject *const *items, Py_ssize_t count, int64_t dim,
         b->network.num_passed = b->start;
         b->network.context_dim = 0;
         b->network.limit = 0;
-        numbers[2 * i] = num_packed(&b->network);
-        numbers[2 * i + 1] = 2 * b->size * b->start;
+        numbers[3 * i] = num_packed(&b->network);
+        numbers[3 * i + 1] = 2 * b->size * b->start;
+        numbers[3 * i + 2] = 2 * b->size;
     }
     return 0;
 }
@@ -110,7 +111,7 @@ static int read_layer(PyObject *item, int64_t dim, layer *l, int64_t *numbers) {
 
 /* may_miss: whether the layer does without this tensor */
 static int may_miss(const layer *l, int number, int64_t numbers) {
-    return numbers == 0 || (l->kind == HIERARCHY && number % 2 == 1);
+    return numbers == 0 || (l->kind == HIERARCHY && number % 3 == 1);
 }
 
 /* The layers, whose memory has to be freed, with their tensors (address and numbers of each, in turns) and the addresses
