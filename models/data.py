@@ -78,15 +78,15 @@ def split(
     """
     array = np.asarray(rows)
     if array.ndim < 2:
-        raise ValueError(f"expected rows of shape (N, *event_shape), got {array.shape}")
+        raise ValueError(f"Expected rows of shape (N, *event_shape), got {array.shape}")
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
-        raise ValueError(f"expected finite values in {name}, got {bad} that are NaN or infinite")
+        raise ValueError(f"Expected finite values in {name}, got {bad} that are NaN or infinite")
     if levels is not None and not (
         array.min() >= 0 and array.max() < levels and (array == np.round(array)).all()
     ):
         raise ValueError(
-            f"expected {name} to hold integers 0..{levels - 1}, "
+            f"Expected {name} to hold integers 0..{levels - 1}, "
             f"got values from {array.min()} to {array.max()}"
         )
     total = len(array)
@@ -94,7 +94,7 @@ def split(
     sizes = (total - sum(held_out), *held_out)
     if min(sizes) < 1:
         raise ValueError(
-            f"expected at least one row each for train, validation and test, got {sizes} of {total}"
+            f"Expected at least one row each for train, validation and test, got {sizes} of {total}"
         )
     order = np.random.default_rng(seed).permutation(total)
     parts = np.split(order, np.cumsum(sizes)[:-1])
@@ -124,7 +124,7 @@ def table(name: str, *, seed: int = 0, fractions: tuple[float, float] = (0.1, 0.
         ValueError: If there is no such table.
     """
     if name not in TABLES:
-        raise ValueError(f"expected a table among {', '.join(TABLES)}, got {name!r}")
+        raise ValueError(f"Expected a table among {', '.join(TABLES)}, got {name!r}")
     import sklearn.datasets
 
     options = {"scaled": False} if name == "diabetes" else {}
@@ -167,15 +167,15 @@ def table_from_file(
         frame = pd.read_csv(path, header=0 if named else None)
         other = [str(column) for column in frame if frame[column].dtype.kind not in "iufb"]
         if other:
-            raise ValueError(f"expected columns of numbers, got text in {', '.join(other)}")
+            raise ValueError(f"Expected columns of numbers, got text in {', '.join(other)}")
         rows = frame.to_numpy(dtype=np.float64)
     if rows.ndim != 2:
-        raise ValueError(f"expected a table of shape (rows, columns) in {path}, got {rows.shape}")
+        raise ValueError(f"Expected a table of shape (rows, columns) in {path}, got {rows.shape}")
     distinct = np.array([len(np.unique(column)) for column in rows.T])
     keep = distinct > min_distinct * len(rows)
     if not keep.any():
         raise ValueError(
-            f"expected columns with more than {min_distinct * len(rows):g} distinct values, "
+            f"Expected columns with more than {min_distinct * len(rows):g} distinct values, "
             f"got at most {distinct.max()}"
         )
     return split(rows[:, keep], path.stem, fractions=fractions, seed=seed)
@@ -204,7 +204,7 @@ def images_from_file(
     path = _existing(path)
     images = _from_npz(path, key) if path.suffix == ".npz" else read_idx(path)
     if images.ndim != 3:
-        raise ValueError(f"expected images of shape (N, height, width), got {images.shape}")
+        raise ValueError(f"Expected images of shape (N, height, width), got {images.shape}")
     name = path.name.split(".")[0]
     return split(images.reshape(len(images), -1), name, fractions=fractions, seed=seed, levels=256)
 
@@ -224,21 +224,21 @@ def read_idx(path: FilePath) -> np.ndarray:
         content = gzip.decompress(content)
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
         raise ValueError(
-            f"expected an idx file of unsigned bytes (0x000008..) at {path}, "
+            f"Expected an idx file of unsigned bytes (0x000008..) at {path}, "
             f"got a file that begins with 0x{content[:4].hex()}"
         )
     dims = content[3]
     shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
     values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims)
     if len(values) != math.prod(shape):
-        raise ValueError(f"expected {math.prod(shape)} values for shape {shape}, got {len(values)}")
+        raise ValueError(f"Expected {math.prod(shape)} values for shape {shape}, got {len(values)}")
     return values.reshape(shape)
 
 
 def _existing(path: FilePath) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file at {path}, got none; nothing is downloaded")
+        raise FileNotFoundError(f"Expected a file at {path}, got none; nothing is downloaded")
     return path
 
 
@@ -248,7 +248,7 @@ def _from_npz(path: Path, key: str | None) -> np.ndarray:
         if key is None and len(names) == 1:
             key = names[0]
         if key not in names:
-            raise ValueError(f"expected key to be one of {', '.join(names)}, got {key!r}")
+            raise ValueError(f"Expected key to be one of {', '.join(names)}, got {key!r}")
         return arrays[key]
 
 
@@ -323,7 +323,7 @@ def target(
         ValueError: If there is no such target.
     """
     if name not in TARGETS:
-        raise ValueError(f"expected a target among {', '.join(TARGETS)}, got {name!r}")
+        raise ValueError(f"Expected a target among {', '.join(TARGETS)}, got {name!r}")
     rng = np.random.default_rng(seed)
     train, val, test = (torch.from_numpy(TARGETS[name](n, rng)).to(dtype) for n in sizes)
     return Dataset(train, val, test, name, (2,))

@@ -86,15 +86,15 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     except Exception as error:  # an unpickler that reads noise may raise anything
         reason = str(error).strip().split("\n")[0][:200]
         raise DamagedFileError(
-            f"expected a {kind} that PyTorch can read without executing anything, got {path}: "
+            f"Expected a {kind} that PyTorch can read without executing anything, got {path}: "
             f"{type(error).__name__}: {reason}"
         ) from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         got = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise DamagedFileError(f"expected a {kind} of pyro_flowkit, got {got!r} in {path}")
+        raise DamagedFileError(f"Expected a {kind} of pyro_flowkit, got {got!r} in {path}")
     if content.get("format") != FORMAT:
         raise DamagedFileError(
-            f"expected a {kind} of format {FORMAT}, got format {content.get('format')!r} in {path}"
+            f"Expected a {kind} of format {FORMAT}, got format {content.get('format')!r} in {path}"
         )
     digest = content.pop(DIGEST, None)
     try:
@@ -103,7 +103,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         same = False
     if not same:
         raise DamagedFileError(
-            f"expected a {kind} with the contents it was written with, got others in {path}: it is damaged"
+            f"Expected a {kind} with the contents it was written with, got others in {path}: it is damaged"
         )
     return content
 
@@ -136,7 +136,7 @@ def _pieces(content: Any) -> Iterator[bytes | memoryview]:
         yield f"dict {len(content)}\n".encode()
         for key, value in content.items():
             if not isinstance(key, str | int):
-                raise TypeError(f"expected keys of text or integers, got {key!r}")
+                raise TypeError(f"Expected keys of text or integers, got {key!r}")
             yield f"{type(key).__name__} {key!r}\n".encode()
             yield from _pieces(value)
     elif isinstance(content, list | tuple):
@@ -147,7 +147,7 @@ def _pieces(content: Any) -> Iterator[bytes | memoryview]:
         yield f"{type(content).__name__} {content!r}\n".encode()
     else:
         raise TypeError(
-            f"expected tensors, numbers, text, None, dicts and lists, got {type(content).__name__}"
+            f"Expected tensors, numbers, text, None, dicts and lists, got {type(content).__name__}"
         )
 
 

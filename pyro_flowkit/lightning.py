@@ -47,11 +47,11 @@ def _check_version(found: str | None) -> None:
     wanted = ".".join(map(str, OLDEST))
     advice = "pip install 'pyro-flowkit[lightning]'"
     if found is None:
-        raise ImportError(f"expected lightning >= {wanted}, got none: {advice}")
+        raise ImportError(f"Expected lightning >= {wanted}, got none: {advice}")
     parts = found.split("+")[0].split(".")[:3]
     if tuple(int(part) if part.isdigit() else -1 for part in parts) < OLDEST:
         raise ImportError(
-            f"expected lightning >= {wanted}, got {found}: a checkpoint file could execute code in earlier "
+            f"Expected lightning >= {wanted}, got {found}: a checkpoint file could execute code in earlier "
             f"versions. {advice}"
         )
 
@@ -131,7 +131,7 @@ class FlowModule(LightningModule):
         self._scheduler = scheduler or recipe.scheduler or "constant"
         if not callable(self._scheduler) and self._scheduler not in SCHEDULES:
             raise ValueError(
-                f"expected scheduler to be one of {', '.join(SCHEDULES)}, got {self._scheduler!r}"
+                f"Expected scheduler to be one of {', '.join(SCHEDULES)}, got {self._scheduler!r}"
             )
         self._total_steps = float("nan")
         self._seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -148,10 +148,10 @@ class FlowModule(LightningModule):
         )
         if isinstance(loss, Variational):
             if check_plates and data_size is None:
-                raise ValueError("expected data_size, to compare the plates with it, got None")
+                raise ValueError("Expected data_size, to compare the plates with it, got None")
             if not hasattr(loss.objective, "differentiable_loss"):
                 raise TypeError(
-                    "expected an objective with differentiable_loss, which Lightning needs, "
+                    "Expected an objective with differentiable_loss, which Lightning needs, "
                     f"got {type(loss.objective).__name__}"
                 )
         loss.set_mode(training=True)
@@ -163,7 +163,7 @@ class FlowModule(LightningModule):
         self._adopt_store_parameters()
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
-                "expected at least one trainable parameter in model or guide, got none"
+                "Expected at least one trainable parameter in model or guide, got none"
             )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -180,7 +180,7 @@ class FlowModule(LightningModule):
             known = {id(parameter) for parameter in self.parameters()}
             late = [n for n, p in self._loss.learned.items() if id(p) not in known]
             raise ValueError(
-                f"expected all parameters to come into being with the example, got {', '.join(late)} later"
+                f"Expected all parameters to come into being with the example, got {', '.join(late)} later"
             )
         self.log("elbo", -loss.detach(), prog_bar=True, batch_size=len(rows[0]))
         return loss
@@ -209,7 +209,7 @@ class FlowModule(LightningModule):
         lost = [n for n in used if params[n].grad is not None and id(params[n]) not in held]
         if lost:
             raise ValueError(
-                f"expected the optimizer to hold the parameters of the param store, got others for {', '.join(lost)}: "
+                f"Expected the optimizer to hold the parameters of the param store, got others for {', '.join(lost)}: "
                 "they would not be trained. A strategy that shards parameters takes flows and the guides of this "
                 "package; Pyro's own guides need one that does not, such as ddp"
             )
@@ -236,7 +236,7 @@ class FlowModule(LightningModule):
         if self._total_steps == float("inf") and isinstance(self._scheduler, str):
             if self._scheduler != "constant":
                 raise ValueError(
-                    f"expected max_steps or max_epochs of the trainer for scheduler={self._scheduler!r}, got none"
+                    f"Expected max_steps or max_epochs of the trainer for scheduler={self._scheduler!r}, got none"
                 )
 
     def setup(self, stage: str) -> None:
@@ -262,7 +262,7 @@ class FlowModule(LightningModule):
         saved = checkpoint.get(KEY, {})
         if saved.get("format") != FORMAT:
             raise ValueError(
-                f"expected a checkpoint of a FlowModule, format {FORMAT}, got {saved.get('format')!r}"
+                f"Expected a checkpoint of a FlowModule, format {FORMAT}, got {saved.get('format')!r}"
             )
         self._seed, self._batches_done = saved["seed"], saved["batches_done"]
         write_into(self._unsaved_buffers(), saved["buffers"])
@@ -296,7 +296,7 @@ class FlowModule(LightningModule):
             name = key.removeprefix(STORE)
             if DIVIDER in name:
                 raise ValueError(
-                    f"expected the networks of model and guide to belong to a module, got pyro.module"
+                    f"Expected the networks of model and guide to belong to a module, got pyro.module"
                     f"({name.split(DIVIDER)[0]!r}, ...) in a plain function: Lightning could neither save its buffers "
                     "nor move it. Make the function a method of an nn.Module that holds the network"
                 )

@@ -138,11 +138,11 @@ def as_tensor(data: Any, name: str = "data") -> Any:
         ]
         if text:
             raise TypeError(
-                f"expected {name} with columns of numbers, got others: {', '.join(text)}"
+                f"Expected {name} with columns of numbers, got others: {', '.join(text)}"
             )
         data = data.to_numpy()
     if isinstance(data, np.ndarray):
         if data.dtype.kind not in "biuf":
-            raise TypeError(f"expected {name} to hold numbers, got an array of {data.dtype}")
+            raise TypeError(f"Expected {name} to hold numbers, got an array of {data.dtype}")
         return torch.from_numpy(np.ascontiguousarray(data).copy())
     return data

@@ -61,7 +61,7 @@ def recipe_of(model: Any, guide: Any, objective: Any = None) -> Recipe:
     recipe = say() if callable(say) else Recipe()
     if not isinstance(recipe, Recipe):
         raise TypeError(
-            f"expected recipe() of {type(trained).__name__} to return a pyro_flowkit.guides.Recipe, "
+            f"Expected recipe() of {type(trained).__name__} to return a pyro_flowkit.guides.Recipe, "
             f"got {type(recipe).__name__}"
         )
     return recipe

@@ -217,7 +217,7 @@ def test_a_checkpoint_can_be_loaded_without_a_trainer(x, tmp_path):
 
 
 def test_a_checkpoint_of_another_module_is_refused(x):
-    with pytest.raises(ValueError, match="expected a checkpoint of a FlowModule, format 1, got N"):
+    with pytest.raises(ValueError, match="Expected a checkpoint of a FlowModule, format 1, got N"):
         density(x).on_load_checkpoint({"state_dict": {}})
 
 
@@ -363,9 +363,9 @@ def test_wrong_plates_are_found(x):
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
 
-    with pytest.raises(ValueError, match="expected plate 'data' of the model .* 60 .*got 10"):
+    with pytest.raises(ValueError, match="Expected plate 'data' of the model .* 60 .*got 10"):
         FlowModule(model, AutoNormal(model), example=x[:10], data_size=ROWS)
-    with pytest.raises(ValueError, match="expected data_size"):
+    with pytest.raises(ValueError, match="Expected data_size"):
         FlowModule(model, AutoNormal(model), example=x[:10])
     FlowModule(model, AutoNormal(model), example=x[:10], check_plates=False)
 
@@ -373,12 +373,12 @@ def test_wrong_plates_are_found(x):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"guide": None}, ValueError, "expected a guide for the latent sites"),
-        ({"objective": TraceGraph_ELBO()}, TypeError, "expected an objective with differentiable"),
-        ({"objective": TraceMeanField_ELBO()}, ValueError, "expected another objective"),
-        ({"objective": "elbo"}, TypeError, "expected objective to be an instance of"),
-        ({"scheduler": "plateau"}, ValueError, "expected scheduler to be one of constant"),
-        ({"example": [1.0]}, TypeError, "expected example to be a tensor or a tuple of tensors"),
+        ({"guide": None}, ValueError, "Expected a guide for the latent sites"),
+        ({"objective": TraceGraph_ELBO()}, TypeError, "Expected an objective with differentiable"),
+        ({"objective": TraceMeanField_ELBO()}, ValueError, "Expected another objective"),
+        ({"objective": "elbo"}, TypeError, "Expected objective to be an instance of"),
+        ({"scheduler": "plateau"}, ValueError, "Expected scheduler to be one of constant"),
+        ({"example": [1.0]}, TypeError, "Expected example to be a tensor or a tuple of tensors"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options, error, message, x):
@@ -391,13 +391,13 @@ def test_no_trainable_parameter_is_refused(x):
     flow = SplineFlow(DIM)
     for parameter in flow.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match="expected at least one trainable parameter"):
+    with pytest.raises(ValueError, match="Expected at least one trainable parameter"):
         FlowModule(flow, example=x)
 
 
 def test_maximum_likelihood_takes_no_objective(x):
     with pytest.raises(
-        ValueError, match="expected no objective, or objective='likelihood', and no num_particles"
+        ValueError, match="Expected no objective, or objective='likelihood', and no num_particles"
     ):
         FlowModule(SplineFlow(DIM), example=x, objective=Trace_ELBO())
 
@@ -416,7 +416,7 @@ def test_schedules_run_over_the_steps_of_the_trainer(x):
 
 def test_a_schedule_without_an_end_is_refused(x):
     module = FlowModule(SplineFlow(DIM), example=x, scheduler="cosine")
-    with pytest.raises(ValueError, match="expected max_steps or max_epochs of the trainer"):
+    with pytest.raises(ValueError, match="Expected max_steps or max_epochs of the trainer"):
         trainer(epochs=-1).fit(module, RowLoader(x, 15))
 
 
@@ -473,7 +473,7 @@ def test_row_loader_goes_on_in_the_midst_of_an_epoch(x):
 
 @pytest.mark.parametrize("found", ["2.6.5", "2.6.5.post0", "1.9", "2.6.6rc1", "0+unknown", None])
 def test_an_unsafe_lightning_is_refused(found):
-    with pytest.raises(ImportError, match=r"expected lightning >= 2\.6\.6, got"):
+    with pytest.raises(ImportError, match=r"Expected lightning >= 2\.6\.6, got"):
         _check_version(found)
 
 

@@ -307,7 +307,7 @@ class AutoSplineFlow(Summaries, Start, Storage):
             return
         if not getattr(objective, "takes_draws_as_given", False):
             raise ValueError(
-                f"expected Trace_ELBO or ForwardKL for the {self.num_components} components of "
+                f"Expected Trace_ELBO or ForwardKL for the {self.num_components} components of "
                 f"{type(self).__name__}, got {type(objective).__name__}: their weights are learned by a "
                 "score function outside of traces, or at draws that are given"
             )

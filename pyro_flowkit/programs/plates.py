@@ -77,7 +77,7 @@ def check_plates(
             ):
                 frame = frames[0]
                 raise ValueError(
-                    f"expected plate {frame.name!r} of the {program} (site {name!r}) to have size "
+                    f"Expected plate {frame.name!r} of the {program} (site {name!r}) to have size "
                     f"{whole_size} = len(data), got {frame.full_size or frame.size} with batches of "
                     f"{batch_size}: the ELBO would be wrongly scaled. Write "
                     f"pyro.plate({frame.name!r}, {whole_size}, subsample_size=len(batch)){advice}"
@@ -85,7 +85,7 @@ def check_plates(
             plates.update(frame.name for frame in frames)
     if batch_size < data_size and not plates:
         raise ValueError(
-            f"expected an observed site inside a plate of size {whole_size} = len(data) that is "
+            f"Expected an observed site inside a plate of size {whole_size} = len(data) that is "
             f"subsampled to batches of {batch_size}, got none: the ELBO would be wrongly scaled"
             f"{advice}"
         )
@@ -101,13 +101,13 @@ def check_guided(model_trace: Any, guide_trace: Any) -> None:
     missing = [name for name in latents if name not in guide_trace.nodes]
     if missing:
         raise ValueError(
-            f"expected a site in the guide for every latent of the model, got none for {missing}"
+            f"Expected a site in the guide for every latent of the model, got none for {missing}"
         )
     of_model = set(latents) | set(enumerated_names(model_trace))
     others = [name for name in guided_names(guide_trace) if name not in of_model]
     if others:
         raise ValueError(
-            f"expected the guide's sites to be latents of the model, got {others} besides; auxiliary ones say so "
+            f"Expected the guide's sites to be latents of the model, got {others} besides; auxiliary ones say so "
             "with infer={'is_auxiliary': True}"
         )
 

@@ -92,7 +92,7 @@ class Adam(torch.optim.Adam):
         counts: dict[Any, Tensor] = {}
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError("expected dense gradients for Adam, got sparse ones")
+                raise RuntimeError("Expected dense gradients for Adam, got sparse ones")
             count = counts.setdefault((p.dtype, p.device), torch.zeros((), device=p.device))
             first, second = torch.zeros_like(p), torch.zeros_like(p)
             self.state[p].update(step=count, exp_avg=first, exp_avg_sq=second)

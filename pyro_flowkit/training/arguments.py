@@ -35,7 +35,7 @@ def two_by_place(fit: Callable[P, R]) -> Callable[P, R]:
     def call(*given: P.args, **options: P.kwargs) -> R:
         if len(given) > 2:
             raise TypeError(
-                f"expected the model's arguments in args, got {len(given) - 2} after the guide: "
+                f"Expected the model's arguments in args, got {len(given) - 2} after the guide: "
                 "fit(model, guide, args=(x, y)), or fit(model, guide, data=(x, y)) for rows in minibatches"
             )
         return fit(*given, **options)
@@ -52,27 +52,27 @@ def check_programs(model: Any, guide: Any) -> None:
         RuntimeError: In inference mode, in which nothing has a gradient.
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("expected fit outside of torch.inference_mode(), which has no gradients")
+        raise RuntimeError("Expected fit outside of torch.inference_mode(), which has no gradients")
     if isinstance(model, torch.distributions.Distribution):
         raise TypeError(
-            "expected a module with log_prob, such as a SplineFlow, or a Pyro model, got a distribution, "
+            "Expected a module with log_prob, such as a SplineFlow, or a Pyro model, got a distribution, "
             f"{type(model).__name__}: pass flow, not flow()"
         )
     for program in (model, guide):
         if isinstance(program, type):
             raise TypeError(
-                f"expected a model and a guide, got the class {program.__name__}: make one of it first, "
+                f"Expected a model and a guide, got the class {program.__name__}: make one of it first, "
                 f"{program.__name__}(...)"
             )
     if isinstance(model, AutoGuide) and guide is not None:
         raise ValueError(
-            f"expected fit(model, guide), got a guide, {type(model).__name__}, for the model: change their places"
+            f"Expected fit(model, guide), got a guide, {type(model).__name__}, for the model: change their places"
         )
     if not callable(model):
-        raise TypeError(f"expected a model that can be called, got {type(model).__name__}")
+        raise TypeError(f"Expected a model that can be called, got {type(model).__name__}")
     if guide is not None and not callable(guide):
         raise TypeError(
-            f"expected a guide that can be called, got {type(guide).__name__}: rows to train on go into data=, further "
+            f"Expected a guide that can be called, got {type(guide).__name__}: rows to train on go into data=, further "
             "arguments of the model into args="
         )
 
@@ -81,7 +81,7 @@ def check_args(args: Any) -> None:
     """Raises a TypeError for a single argument where there should be a tuple of them."""
     if not isinstance(args, Sequence) or isinstance(args, str):
         raise TypeError(
-            f"expected args to be a tuple of arguments, got {type(args).__name__}: args=(x,)"
+            f"Expected args to be a tuple of arguments, got {type(args).__name__}: args=(x,)"
         )
 
 
@@ -92,7 +92,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
         missing = [name for name in hooks if not hasattr(callback, name)]
         if missing:
             raise TypeError(
-                f"expected callbacks with the hooks of pyro_flowkit.training.Callback, got {type(callback).__name__} "
+                f"Expected callbacks with the hooks of pyro_flowkit.training.Callback, got {type(callback).__name__} "
                 f"without {missing[0]}: derive a class from Callback"
             )
 
@@ -101,12 +101,12 @@ def check_optimizer(optimizer: Any) -> None:
     """Raises a TypeError for an optimizer of Pyro, or one that is built already."""
     if isinstance(optimizer, pyro.optim.PyroOptim):
         raise TypeError(
-            "expected optimizer to be a callable from parameters to a torch.optim.Optimizer, got one of Pyro's: pass "
+            "Expected optimizer to be a callable from parameters to a torch.optim.Optimizer, got one of Pyro's: pass "
             "torch.optim.Adam, with lr=..., or a function for its other settings"
         )
     if optimizer is not None and not callable(optimizer):
         raise TypeError(
-            "expected optimizer to be a callable from parameters to a torch.optim.Optimizer, got "
+            "Expected optimizer to be a callable from parameters to a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}: pass the class, or a function that builds one"
         )
 
@@ -124,7 +124,7 @@ def whole(name: str, value: Any) -> int | None:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"expected {name} to be an integer, got {value!r}") from None
+        raise TypeError(f"Expected {name} to be an integer, got {value!r}") from None
 
 
 def as_tensors(data: Any, model: Any, name: str = "data") -> Any:
@@ -176,7 +176,7 @@ def _in_order(data: Mapping[Any, Any], model: Any, name: str) -> list[str]:
     first = parameters[: len(data)]
     if not data or set(first) != set(data):
         raise ValueError(
-            f"expected the keys of {name} to be the first parameters of the model, {', '.join(parameters) or 'none'}, "
+            f"Expected the keys of {name} to be the first parameters of the model, {', '.join(parameters) or 'none'}, "
             f"got {', '.join(map(str, data)) or 'none'}"
         )
     return first

@@ -31,7 +31,7 @@ class Average:
     def __init__(self, kind: float | Literal["tail"]) -> None:
         is_decay = isinstance(kind, float) and 0 < kind < 1
         if kind != "tail" and not is_decay:
-            raise ValueError(f"expected average to be a number in (0, 1) or 'tail', got {kind!r}")
+            raise ValueError(f"Expected average to be a number in (0, 1) or 'tail', got {kind!r}")
         self._kind = kind
         self.count = 0
         self._means: dict[str, Tensor] = {}

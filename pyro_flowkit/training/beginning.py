@@ -65,7 +65,7 @@ def begin(
         except KeyboardInterrupt:
             beginning = Beginning(is_interrupted=True)
     if not loss.parameters():
-        raise ValueError("expected at least one trainable parameter in model or guide, got none")
+        raise ValueError("Expected at least one trainable parameter in model or guide, got none")
     if ranks.count == 1:
         return beginning
     ranks.broadcast(loss.tensors().values())

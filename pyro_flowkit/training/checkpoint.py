@@ -43,7 +43,7 @@ class Checkpoints:
         found = self._paths()
         if found and not resume:
             raise ValueError(
-                f"expected a checkpoint_dir without checkpoints, or resume=True, got {len(found)} in "
+                f"Expected a checkpoint_dir without checkpoints, or resume=True, got {len(found)} in "
                 f"{self._folder} (the newest: {found[-1].name})"
             )
         self.saved = 0  # the step of the last one; before the first there is nothing to save
@@ -108,7 +108,7 @@ class Checkpoints:
             except (OSError, RuntimeError) as error:
                 if not self._warned:
                     warn(
-                        f"expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
+                        f"Expected to write a checkpoint at step {step}, got {type(error).__name__}: {error}. "
                         "Training goes on.",
                         RuntimeWarning,
                     )
@@ -135,7 +135,7 @@ def open_checkpoints(
     """The folder, and its newest checkpoint if the fit is to go on from it; the first process reads for all."""
     if folder is None:
         if resume:
-            raise ValueError("expected a checkpoint_dir for resume=True, got checkpoint_dir=None")
+            raise ValueError("Expected a checkpoint_dir for resume=True, got checkpoint_dir=None")
         return None, None
     found: tuple[Checkpoints | None, dict[str, Any] | None] = None, None
     problem = ""

@@ -41,11 +41,11 @@ def as_rows(data: Any, name: str = "data") -> Batch:
     """
     rows = as_batch(data, name)
     if not rows:
-        raise ValueError(f"expected {name} to hold at least one tensor, got an empty tuple")
+        raise ValueError(f"Expected {name} to hold at least one tensor, got an empty tuple")
     lengths = [tensor.shape[0] if tensor.dim() else 0 for tensor in rows]
     if min(lengths) < 1 or len(set(lengths)) > 1:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in rows)
-        raise ValueError(f"expected {name} with one common, non-zero length, got shapes {shapes}")
+        raise ValueError(f"Expected {name} with one common, non-zero length, got shapes {shapes}")
     return rows
 
 
@@ -59,7 +59,7 @@ def as_batch(data: Any, name: str, device: Device = None) -> Batch:
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"expected {name} to be a tensor or a tuple of tensors, got {type(tensor).__name__}"
+                f"Expected {name} to be a tensor or a tuple of tensors, got {type(tensor).__name__}"
             )
     return tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
 
@@ -82,7 +82,7 @@ def split_rows(rows: Batch, fraction: float, seed: int) -> tuple[Batch, Batch]:
     held_out = round(fraction * total)
     if not 0 < held_out < total:
         raise ValueError(
-            f"expected val_fraction to leave rows in both parts, got {fraction} of {total} rows"
+            f"Expected val_fraction to leave rows in both parts, got {fraction} of {total} rows"
         )
     order = torch.from_numpy(np.random.default_rng((seed, 2**31)).permutation(total))
     train = tuple(tensor[order[held_out:].to(tensor.device)] for tensor in rows)
@@ -112,17 +112,17 @@ class RowBatches:
         self.seed = seed
         self.size = len(rows[0]) if rows else 0
         if batch_size is not None and not rows:
-            raise ValueError(f"expected data for batch_size={batch_size}, got none")
+            raise ValueError(f"Expected data for batch_size={batch_size}, got none")
         if batch_size is not None and not 1 <= batch_size <= self.size:
             raise ValueError(
-                f"expected batch_size between 1 and len(data) = {self.size}, got {batch_size}"
+                f"Expected batch_size between 1 and len(data) = {self.size}, got {batch_size}"
             )
         self.batch_size = batch_size or self.size
         self.minibatched = self.batch_size < self.size
         number, count = part
         if self.minibatched and self.batch_size % count:
             raise ValueError(
-                f"expected batch_size to be a multiple of the number of processes, {count}, got {self.batch_size}"
+                f"Expected batch_size to be a multiple of the number of processes, {count}, got {self.batch_size}"
             )
         self._share = self.batch_size // count
         self._offset = number * self._share
@@ -186,7 +186,7 @@ class LoaderBatches:
                 self._begin()
                 batch = next(self._iterator, None)
             if batch is None:
-                raise ValueError("expected a DataLoader with at least one batch, got none")
+                raise ValueError("Expected a DataLoader with at least one batch, got none")
             self._position += 1
             self._held = step, as_batch(batch, "every batch of the DataLoader", self._device)
             if self.check is not None and self._epoch == 1:
@@ -239,7 +239,7 @@ class LoaderBatches:
         self._position = sum(1 for _ in islice(self._iterator, state["position"]))
         if self._position < state["position"]:
             raise ValueError(
-                f"expected a DataLoader with at least {state['position']} batches as in the checkpoint, got "
+                f"Expected a DataLoader with at least {state['position']} batches as in the checkpoint, got "
                 f"{self._position}"
             )
 
@@ -267,7 +267,7 @@ class FunctionBatches:
                 made = self._function(step)
             except StopIteration:
                 raise ValueError(
-                    f"expected data(step) to give a batch for every step, got StopIteration at step {step}: limit the "
+                    f"Expected data(step) to give a batch for every step, got StopIteration at step {step}: limit the "
                     f"fit, max_steps={step}, or begin anew"
                 ) from None
             self._held = step, as_batch(made, f"data({step})", self._device)
@@ -308,16 +308,16 @@ def open_batches(
         ValueError: If they do not fit each other.
     """
     if (val_data is not None or val_fraction) and data is None:
-        raise ValueError("expected data for val_data or val_fraction, got data=None")
+        raise ValueError("Expected data for val_data or val_fraction, got data=None")
     if val_data is not None and val_fraction:
-        raise ValueError("expected either val_data or val_fraction, got both")
+        raise ValueError("Expected either val_data or val_fraction, got both")
     held_out: Any = ()
     if val_data is not None:
         held_out = val_data if isinstance(val_data, DataLoader) else as_rows(val_data, "val_data")
     if isinstance(data, DataLoader) or (callable(data) and not isinstance(data, torch.Tensor)):
         if batch_size is not None or val_fraction:
             raise ValueError(
-                f"expected data in tensors for batch_size and val_fraction, got {type(data).__name__}, "
+                f"Expected data in tensors for batch_size and val_fraction, got {type(data).__name__}, "
                 f"batch_size={batch_size} and val_fraction={val_fraction}"
             )
         if isinstance(data, DataLoader):
@@ -325,7 +325,7 @@ def open_batches(
         return FunctionBatches(data, device), held_out
     rows = () if data is None else as_rows(data)
     if isinstance(held_out, tuple) and held_out and len(held_out) != len(rows):
-        raise ValueError(f"expected val_data of {len(rows)} tensors like data, got {len(held_out)}")
+        raise ValueError(f"Expected val_data of {len(rows)} tensors like data, got {len(held_out)}")
     if val_fraction:
         rows, held_out = split_rows(rows, val_fraction, seed)
     if batch_size is None and wish is not None and rows and len(rows[0]) > wish:

@@ -34,7 +34,7 @@ def chosen_device(device: str | torch.device | None) -> torch.device | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"expected device to be 'auto' or a device of this machine, got {device!r}: {reason}"
+            f"Expected device to be 'auto' or a device of this machine, got {device!r}: {reason}"
         ) from None
     return chosen
 

@@ -24,7 +24,7 @@ def check_finite_rows(rows: Batch, name: str = "data") -> None:
     """Raises a ValueError that names the rows with NaN or infinite numbers, which no flow has a density for."""
     bad = rows_without_numbers(rows)
     if bad:
-        raise ValueError(f"expected finite {name}, got {_in_words(bad, len(rows[0]))}")
+        raise ValueError(f"Expected finite {name}, got {_in_words(bad, len(rows[0]))}")
 
 
 def check_rows_of_program(
@@ -105,7 +105,7 @@ def _known(batches: Batches, first: Batch) -> tuple[Batch, str]:
 
 
 def _no_density(rows: Batch, bad: Sequence[int], name: str) -> str:
-    return f"expected finite {name}, got {_in_words(bad, len(rows[0]))}, at which the model has no density: {REMEDY}"
+    return f"Expected finite {name}, got {_in_words(bad, len(rows[0]))}, at which the model has no density: {REMEDY}"
 
 
 def _in_words(bad: Sequence[int], count: int) -> str:

@@ -158,7 +158,7 @@ def open_objective(
         check_rows(check, batches, first, ground.held_out)
     if options.kl_schedule is not None and isinstance(loss, Variational) and loss.enumerated:
         raise ValueError(
-            f"expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"
+            f"Expected no kl_schedule with enumerated sites, which have no weight of their own, got {loss.enumerated}"
         )
     return loss, check
 
@@ -169,11 +169,11 @@ def _check_objective(
     if isinstance(loss, MaximumLikelihood):
         if options.kl_schedule is not None:
             raise ValueError(
-                f"expected no kl_schedule for maximum likelihood, got {options.kl_schedule!r}"
+                f"Expected no kl_schedule for maximum likelihood, got {options.kl_schedule!r}"
             )
         if not has_data and not options.args:
-            raise ValueError("expected data for maximum likelihood, got none")
+            raise ValueError("Expected data for maximum likelihood, got none")
     elif options.kl_schedule is not None and isinstance(options.objective, JitTrace_ELBO):
         raise ValueError(
-            "expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
+            "Expected an objective without jit for kl_schedule, got JitTrace_ELBO: a trace keeps the first weight"
         )

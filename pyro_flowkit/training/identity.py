@@ -85,14 +85,14 @@ def check_identity(
     for name in {**saved, **now}:
         if saved.get(name) != now.get(name):
             raise ValueError(
-                f"expected the call that the checkpoint was written by, with {name} = {saved.get(name)}, got "
+                f"Expected the call that the checkpoint was written by, with {name} = {saved.get(name)}, got "
                 f"{now.get(name)}"
             )
     then, today = versions
     for library in {**then, **today}:
         if then.get(library) != today.get(library):
             raise ValueError(
-                f"expected the library that the checkpoint was written by, {library} {then.get(library)}, got "
+                f"Expected the library that the checkpoint was written by, {library} {then.get(library)}, got "
                 f"{today.get(library)}: a fit that goes on with another one is not the same; resume=False begins anew"
             )
 
@@ -121,7 +121,7 @@ def check_probe(saved: float | None, now: float | None) -> None:
         return
     if not math.isclose(saved, now, rel_tol=SAME, abs_tol=SAME):
         raise ValueError(
-            f"expected the model and the data that the checkpoint was written by, whose objective there is "
+            f"Expected the model and the data that the checkpoint was written by, whose objective there is "
             f"{-saved:.7g}, got another one of {-now:.7g}: what a model takes from elsewhere (closures, globals) counts"
         )
 

@@ -142,7 +142,7 @@ class Judge:
         average = None if failed else self._average
         if average is not None and not average.count:
             warn(
-                "expected the fit to reach the steps that average='tail' is taken over, the second half of its budget, "
+                "Expected the fit to reach the steps that average='tail' is taken over, the second half of its budget, "
                 "got an earlier end: nothing is averaged"
             )
             average = None

@@ -47,7 +47,7 @@ class TensorBoardTracker(BufferedTracker):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "expected TensorBoard for TensorBoardTracker, got none: pip install tensorboard"
+                "Expected TensorBoard for TensorBoardTracker, got none: pip install tensorboard"
             ) from error
         self._make_writer: Callable[..., Any] = SummaryWriter
         self._log_dir, self._max_points = os.fspath(log_dir), max_points
@@ -117,7 +117,7 @@ class MLflowTracker(BufferedTracker):
             from mlflow import MlflowClient, entities
         except ImportError as error:
             raise ImportError(
-                "expected MLflow for MLflowTracker, got none: pip install mlflow"
+                "Expected MLflow for MLflowTracker, got none: pip install mlflow"
             ) from error
         self._make_client: Callable[..., Any] = MlflowClient
         self._entities: Any = entities
@@ -251,7 +251,7 @@ class WandbTracker(BufferedTracker):
             import wandb
         except ImportError as error:
             raise ImportError(
-                "expected Weights & Biases for WandbTracker, got none: pip install wandb"
+                "Expected Weights & Biases for WandbTracker, got none: pip install wandb"
             ) from error
         self._open: Callable[..., Any] = wandb.init
         self._options = {**options, "project": project, "id": run_id}

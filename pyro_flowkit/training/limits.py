@@ -40,7 +40,7 @@ def chosen_limits(options: Options, recipe: Recipe, batches: Batches) -> tuple[L
     if options.max_epochs is not None:
         if batches.steps_per_epoch is None:
             raise ValueError(
-                f"expected data with a known number of batches for max_epochs={options.max_epochs}, got a source "
+                f"Expected data with a known number of batches for max_epochs={options.max_epochs}, got a source "
                 "without len()"
             )
         by_epochs = options.max_epochs * batches.steps_per_epoch

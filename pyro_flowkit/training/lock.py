@@ -80,7 +80,7 @@ def _locked_by_system(path: Path, expected: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise HeldError(f"expected {expected}, in which {holder} trains") from None
+            raise HeldError(f"Expected {expected}, in which {holder} trains") from None
         except OSError:
             file.close()
             raise _NoLocksError from None
@@ -124,7 +124,7 @@ def _created_once(path: Path, expected: str) -> Iterator[None]:
             holder = path.read_text(encoding="utf-8").strip()
             if not _has_ended(holder):
                 raise HeldError(
-                    f"expected {expected}, in which {holder or 'another process'} trains: if it does not, remove {path}"
+                    f"Expected {expected}, in which {holder or 'another process'} trains: if it does not, remove {path}"
                 ) from None
             path.unlink(missing_ok=True)
         else:

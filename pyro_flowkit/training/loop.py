@@ -145,7 +145,7 @@ class Loop:
             if not math.isfinite(found) and not self._warned_of_validation:
                 self._warned_of_validation = True
                 warn(
-                    f"expected a finite objective on the validation data, got {found} at step {self._state.step}: "
+                    f"Expected a finite objective on the validation data, got {found} at step {self._state.step}: "
                     "states that cannot be judged are not kept",
                     RuntimeWarning,
                 )

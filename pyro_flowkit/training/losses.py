@@ -169,7 +169,7 @@ class MaximumLikelihood(Loss):
         log_prob = self.touch(batch)
         if batch and log_prob.shape != batch[0].shape[:1]:
             raise ValueError(
-                f"expected log_prob of shape {tuple(batch[0].shape[:1])}, one value per row, "
+                f"Expected log_prob of shape {tuple(batch[0].shape[:1])}, one value per row, "
                 f"got {tuple(log_prob.shape)}"
             )
 

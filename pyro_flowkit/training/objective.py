@@ -58,7 +58,7 @@ def chosen_loss(
     if guide is None and isinstance(model, torch.nn.Module) and hasattr(model, "log_prob"):
         if objective not in (None, "likelihood") or num_particles is not None:
             raise ValueError(
-                "expected no objective, or objective='likelihood', and no num_particles for a module with log_prob, "
+                "Expected no objective, or objective='likelihood', and no num_particles for a module with log_prob, "
                 f"got {objective!r} and {num_particles!r}"
             )
         if objective is None and hasattr(model, "matching_loss"):
@@ -133,17 +133,17 @@ def checked_objective(objective: ELBO | str, particles: int | None, guide: Progr
     """
     if not isinstance(objective, ELBO):
         raise TypeError(
-            f"expected objective to be an instance of pyro.infer.ELBO, got {objective!r}"
+            f"Expected objective to be an instance of pyro.infer.ELBO, got {objective!r}"
         )
     if particles is not None and particles != objective.num_particles:
         raise ValueError(
-            f"expected num_particles of the objective, {objective.num_particles}, "
+            f"Expected num_particles of the objective, {objective.num_particles}, "
             f"got num_particles={particles}"
         )
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
         if isinstance(objective, TraceMeanField_ELBO) and isinstance(part, AutoContinuous):
             raise ValueError(
-                f"expected another objective than {type(objective).__name__} for "
+                f"Expected another objective than {type(objective).__name__} for "
                 f"{type(part).__name__}, e.g. Trace_ELBO: an AutoContinuous guide writes its sites "
                 "as Delta distributions with a log-density, and the analytic KL of a Delta drops "
                 "that log-density, so the result would not be the ELBO"

@@ -37,7 +37,7 @@ def build_optimizer(
     built = factory(params) if lr is None else factory(params, lr=lr)
     if not isinstance(built, torch.optim.Optimizer) or isinstance(built, torch.optim.LBFGS):
         raise TypeError(
-            "expected optimizer(params) to return a torch.optim.Optimizer that needs no closure, "
+            "Expected optimizer(params) to return a torch.optim.Optimizer that needs no closure, "
             f"got {type(built).__name__}"
         )
     return built
@@ -118,7 +118,7 @@ def load_optimizer_state(
         optimizer.param_groups
     ):
         raise ValueError(
-            f"expected the optimizer of the checkpoint, {saved['class']} with {len(saved['groups'])} groups, got "
+            f"Expected the optimizer of the checkpoint, {saved['class']} with {len(saved['groups'])} groups, got "
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)}"
         )
     left = dict(saved["state"])

@@ -92,14 +92,14 @@ class Options:
 
     def _check_ranges(self) -> None:
         if self.tolerance is not None and not self.tolerance >= 0:
-            raise ValueError(f"expected tolerance >= 0 nats, got {self.tolerance}")
+            raise ValueError(f"Expected tolerance >= 0 nats, got {self.tolerance}")
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"expected {name} > 0, got {value}")
+                raise ValueError(f"Expected {name} > 0, got {value}")
         if not self.checkpoint_every >= 0:
-            raise ValueError(f"expected checkpoint_every >= 0 seconds, got {self.checkpoint_every}")
+            raise ValueError(f"Expected checkpoint_every >= 0 seconds, got {self.checkpoint_every}")
         if self.non_finite not in ("skip", "raise"):
             raise ValueError(
-                f"expected non_finite to be 'skip' or 'raise', got {self.non_finite!r}"
+                f"Expected non_finite to be 'skip' or 'raise', got {self.non_finite!r}"
             )

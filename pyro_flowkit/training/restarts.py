@@ -32,20 +32,20 @@ def best_of(count: int, run: Run, call: Mapping[str, Any]) -> FitResult:
         ValueError: For a guide that has one place to start from only, data that cannot be had at once, or trackers.
     """
     if count < 1:
-        raise ValueError(f"expected restarts >= 1, got {count}")
+        raise ValueError(f"Expected restarts >= 1, got {count}")
     guide, args, kwargs = call["guide"], tuple(call["args"]), dict(call["kwargs"] or {})
     if not isinstance(guide, RestartingGuide):
         raise ValueError(
-            f"expected a guide that can begin anew, such as an AutoSplineFlow, for restarts={count}, "
+            f"Expected a guide that can begin anew, such as an AutoSplineFlow, for restarts={count}, "
             f"got {type(guide).__name__}"
         )
     guide.check_restarts()
     if callable(call["data"]) or hasattr(call["data"], "dataset"):
         raise ValueError(
-            f"expected data in tensors for restarts={count}, got {type(call['data']).__name__}"
+            f"Expected data in tensors for restarts={count}, got {type(call['data']).__name__}"
         )
     if call["trackers"]:
-        raise ValueError(f"expected no trackers for restarts={count}, got {call['trackers']}")
+        raise ValueError(f"Expected no trackers for restarts={count}, got {call['trackers']}")
     data = as_tensors(call["data"], call["model"])
     rows = () if data is None else as_rows(data)
     found: list[Restart] = []

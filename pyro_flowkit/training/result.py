@@ -241,7 +241,7 @@ class FitResult:
         )
         modules, states = result._modules(), content["modules"]
         if len(modules) != len(states):
-            raise ValueError(f"expected {len(states)} modules as in the file, got {len(modules)}")
+            raise ValueError(f"Expected {len(states)} modules as in the file, got {len(modules)}")
         live = [result._params(), result._buffers()]
         saved = [content["params"], content["buffers"]]
         for module, state in zip(modules, states, strict=True):

@@ -72,7 +72,7 @@ class Schedule:
                 built, torch.optim.lr_scheduler.LRScheduler
             ):
                 raise TypeError(
-                    "expected scheduler(optimizer) to return an LRScheduler that needs no metric, "
+                    "Expected scheduler(optimizer) to return an LRScheduler that needs no metric, "
                     f"got {type(built).__name__}"
                 )
             self._torch = built
@@ -82,7 +82,7 @@ class Schedule:
             self._factor = SCHEDULES[scheduler]
         else:
             names = ", ".join([*SCHEDULES, "plateau"])
-            raise ValueError(f"expected scheduler to be one of {names}, got {scheduler!r}")
+            raise ValueError(f"Expected scheduler to be one of {names}, got {scheduler!r}")
 
     @property
     def learning_rate(self) -> float:
@@ -140,6 +140,6 @@ def kl_weight(
     weight, share = schedule
     if not (0 <= weight and 0 < share <= 1):
         raise ValueError(
-            f"expected kl_schedule = (weight >= 0, share in (0, 1]) or a function of the step, got {schedule}"
+            f"Expected kl_schedule = (weight >= 0, share in (0, 1]) or a function of the step, got {schedule}"
         )
     return lambda step, used: 1.0 if used >= share else weight + (1.0 - weight) * used / share

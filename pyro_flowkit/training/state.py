@@ -47,13 +47,13 @@ def check_fit(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     missing = sorted(saved.keys() - live.keys())
     if missing:
         raise ValueError(
-            f"expected the parameters of the file, got none named {', '.join(missing)}; "
+            f"Expected the parameters of the file, got none named {', '.join(missing)}; "
             "call the model and the guide once before loading if they create parameters lazily"
         )
     for name, tensor in saved.items():
         if live[name].shape != tensor.shape:
             raise ValueError(
-                f"expected {name} of shape {tuple(tensor.shape)} as in the file, "
+                f"Expected {name} of shape {tuple(tensor.shape)} as in the file, "
                 f"got {tuple(live[name].shape)}"
             )
 

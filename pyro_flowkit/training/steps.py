@@ -168,7 +168,7 @@ class Steps:
         seconds, most, least = self._ranks.largest(seconds, new, -new)
         if most != -least:
             raise ValueError(
-                f"expected the same parameters on every process, got {new} new ones on this one and up to {most:g} on "
+                f"Expected the same parameters on every process, got {new} new ones on this one and up to {most:g} on "
                 f"another at step {self._state.step + 1}"
             )
         return seconds
@@ -188,7 +188,7 @@ class Steps:
         if self._plan.options.non_finite == "raise":
             where = self.where_it_failed()
             raise FloatingPointError(
-                f"expected a finite loss and gradient at step {self._state.step}, got {failure}"
+                f"Expected a finite loss and gradient at step {self._state.step}, got {failure}"
                 + (f"; {where}" if where else "")
             )
         self.skipped += 1

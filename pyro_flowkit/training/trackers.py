@@ -156,7 +156,7 @@ class CsvTracker(BufferedTracker):
         columns = next(csv.reader([line]), [])
         if line and (columns[:1] != ["step"] or not line.endswith("\n")):
             raise ValueError(
-                f"expected {self._path} to be new or a file of CsvTracker, whose first column is 'step', "
+                f"Expected {self._path} to be new or a file of CsvTracker, whose first column is 'step', "
                 f"got a file that begins with {line[:60]!r}"
             )
         return columns
@@ -243,7 +243,7 @@ def safely(trackers: Sequence[Tracker]) -> _Safe:
         ]
         if missing:
             raise TypeError(
-                "expected trackers with methods start, log and end, "
+                "Expected trackers with methods start, log and end, "
                 f"got {type(tracker).__name__} without {', '.join(missing)}"
             )
     return _Safe(trackers)

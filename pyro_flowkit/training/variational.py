@@ -131,7 +131,7 @@ class Variational(Loss):
         latent = [] if self._has_guide else latent_names(model_trace)
         if latent:
             raise ValueError(
-                f"expected a guide for the latent sites of the model, got guide=None and {latent}"
+                f"Expected a guide for the latent sites of the model, got guide=None and {latent}"
             )
         if self._has_guide:
             check_guided(model_trace, guide_trace)
@@ -187,12 +187,12 @@ class Variational(Loss):
     def loss(self, batch: Batch) -> torch.Tensor:
         if not self._differentiable:
             raise TypeError(
-                f"expected an objective with differentiable_loss, got {type(self._objective).__name__}"
+                f"Expected an objective with differentiable_loss, got {type(self._objective).__name__}"
             )
         total = self._total(batch, self._objective.differentiable_loss)
         if not isinstance(total, torch.Tensor):
             raise TypeError(
-                "expected a flow with log_prob, or a Pyro model with a density (pyro.sample, pyro.factor), got "
+                "Expected a flow with log_prob, or a Pyro model with a density (pyro.sample, pyro.factor), got "
                 f"{type(self._given[0]).__name__} without one"
             )
         return total / self._normalizer

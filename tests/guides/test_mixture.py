@@ -359,7 +359,7 @@ def test_objectives_that_cannot_learn_the_weights_are_refused():
     guide = AutoSplineFlow(unequal, **TINY)
     for objective in (RenyiELBO(num_particles=2), JitTrace_ELBO()):
         with pytest.raises(
-            ValueError, match=f"expected Trace_ELBO .* got {type(objective).__name__}"
+            ValueError, match=f"Expected Trace_ELBO .* got {type(objective).__name__}"
         ):
             fit(unequal, guide, objective=objective, max_steps=1, progress=False)
 

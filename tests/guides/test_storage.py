@@ -124,13 +124,13 @@ def test_a_model_that_masks_other_latents_is_refused(tmp_path):
 
 def test_a_file_of_something_else_and_a_guide_without_parameters_are_refused(tmp_path):
     (tmp_path / "noise").write_bytes(b"noise")
-    with pytest.raises(DamagedFileError, match="expected a guide that PyTorch can read"):
+    with pytest.raises(DamagedFileError, match="Expected a guide that PyTorch can read"):
         AutoSplineFlow.load(tmp_path / "noise", model)
     history = {name: torch.zeros(0).numpy() for name in ("step", "elbo")}
     result = FitResult(torch.nn.Linear(1, 1), None, history, "max_steps", 0, 0)
     result.save(tmp_path / "result")
     with pytest.raises(
-        DamagedFileError, match="expected a guide of pyro_flowkit, got 'fit result'"
+        DamagedFileError, match="Expected a guide of pyro_flowkit, got 'fit result'"
     ):
         AutoSplineFlow.load(tmp_path / "result", model)
     with pytest.raises(RuntimeError, match="has no parameters yet"):

@@ -122,26 +122,26 @@ def test_discrete_columns_can_be_left_out(tmp_path) -> None:
 
 
 def test_bad_input_says_expected_and_got(tmp_path) -> None:
-    with pytest.raises(ValueError, match="expected a table among wine.*got 'whine'"):
+    with pytest.raises(ValueError, match="Expected a table among wine.*got 'whine'"):
         data.table("whine")
-    with pytest.raises(ValueError, match="expected a target among two-moons.*got 'moon'"):
+    with pytest.raises(ValueError, match="Expected a target among two-moons.*got 'moon'"):
         data.target("moon")
-    with pytest.raises(FileNotFoundError, match="expected a file at .*nothing is downloaded"):
+    with pytest.raises(FileNotFoundError, match="Expected a file at .*nothing is downloaded"):
         data.images_from_file(tmp_path / "absent.gz")
     (tmp_path / "wrong").write_bytes(b"GIF89a..")
     with pytest.raises(ValueError, match="begins with 0x47494638"):
         data.read_idx(tmp_path / "wrong")
     (tmp_path / "short").write_bytes(idx_bytes(np.zeros((2, 3), dtype=np.uint8))[:-1])
-    with pytest.raises(ValueError, match=r"expected 6 values for shape \(2, 3\), got 5"):
+    with pytest.raises(ValueError, match=r"Expected 6 values for shape \(2, 3\), got 5"):
         data.read_idx(tmp_path / "short")
     (tmp_path / "text.csv").write_text("a,b\n1.0,x\n2.0,y\n")
-    with pytest.raises(ValueError, match="expected columns of numbers, got text in b"):
+    with pytest.raises(ValueError, match="Expected columns of numbers, got text in b"):
         data.table_from_file(tmp_path / "text.csv")
-    with pytest.raises(ValueError, match="expected finite values in rows, got 1"):
+    with pytest.raises(ValueError, match="Expected finite values in rows, got 1"):
         data.split(np.array([[1.0, math.nan]] * 1 + [[1.0, 2.0]] * 30), "rows")
     with pytest.raises(ValueError, match=r"integers 0..3, got values from 0.0 to 4.0"):
         data.split(np.array([[0.0], [4.0]] * 20), "rows", levels=4)
     with pytest.raises(ValueError, match=r"at least one row each.*got \(5, 0, 0\) of 5"):
         data.split(np.zeros((5, 1)), "rows")
-    with pytest.raises(ValueError, match=r"expected rows of shape .* got \(5,\)"):
+    with pytest.raises(ValueError, match=r"Expected rows of shape .* got \(5,\)"):
         data.split(np.zeros(5), "rows")

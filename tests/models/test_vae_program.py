@@ -151,5 +151,5 @@ def test_options_that_need_each_other_say_so(capsys):
 
 def test_a_file_that_is_no_vae_is_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="expected a VAE of pyro_flowkit, got None"):
+    with pytest.raises(ValueError, match="Expected a VAE of pyro_flowkit, got None"):
         storage.load(tmp_path / "other.pt")

@@ -93,7 +93,7 @@ def test_hooks_closures_and_schedulers_work():
 def test_sparse_gradients_are_refused():
     weight = torch.randn(4, 2).requires_grad_()
     torch.nn.functional.embedding(torch.tensor([1]), weight, sparse=True).sum().backward()
-    with pytest.raises(RuntimeError, match="expected dense gradients"):
+    with pytest.raises(RuntimeError, match="Expected dense gradients"):
         Adam([weight], lr=0.1, fused=True).step()
 
 

@@ -71,10 +71,10 @@ def ends(step):
         ({"max_steps": True}, TypeError, "max_steps to be an integer, got True"),
         ({"callbacks": [lambda state: None]}, TypeError, "got function without on_start"),
         ({"data": ends}, ValueError, "got StopIteration at step 1"),
-        ({"data": np.array(["a", "b"])}, TypeError, "expected data to hold numbers, got an array"),
+        ({"data": np.array(["a", "b"])}, TypeError, "Expected data to hold numbers, got an array"),
         ({"data": pd.DataFrame({"a": [1.0], "b": ["x"]})}, TypeError, "got others: b"),
         ({"data": {"x": X, "z": X}}, ValueError, "first parameters of the model, x, context, got"),
-        ({"val_data": "rows.csv"}, TypeError, "expected val_data to be a tensor"),
+        ({"val_data": "rows.csv"}, TypeError, "Expected val_data to be a tensor"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_words(options, error, text):
@@ -288,7 +288,7 @@ def test_rows_held_out_are_looked_at(model):
         (DataLoader(TensorDataset(held_out), batch_size=5), "batch 1 of val_data, got .* rows: 2"),
     ):
         guide = None if model is None else AutoNormal(model)
-        with pytest.raises(ValueError, match=f"expected finite {name}"):
+        with pytest.raises(ValueError, match=f"Expected finite {name}"):
             trained(model, guide, data=y, val_data=val_data, max_steps=3)
 
 

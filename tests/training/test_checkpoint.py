@@ -170,7 +170,7 @@ def assert_same(one: FitResult, other: FitResult, values: dict, other_values: di
 
 # fits of a few steps, some of them stopped early
 @pytest.mark.filterwarnings("ignore:The spline flow of AutoSplineFlow ended")
-@pytest.mark.filterwarnings("ignore:expected the fit to reach the steps that average='tail'")
+@pytest.mark.filterwarnings("ignore:Expected the fit to reach the steps that average='tail'")
 @pytest.mark.parametrize("stops", [(7, 19), (3, 29)])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_resumed_fit_ends_bit_for_bit_where_the_whole_one_does(
@@ -251,7 +251,7 @@ def test_a_folder_with_checkpoints_is_not_written_over(rows: torch.Tensor, tmp_p
     density(rows, checkpoint_dir=tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match=r"resume=True, got 1 in .*newest: step-0000000030.pt"):
         density(rows, checkpoint_dir=tmp_path, **OPTIONS)
-    with pytest.raises(ValueError, match="expected a checkpoint_dir for resume=True"):
+    with pytest.raises(ValueError, match="Expected a checkpoint_dir for resume=True"):
         density(rows, resume=True, **OPTIONS)
 
 
@@ -342,7 +342,7 @@ def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
 
 def test_other_kinds_and_formats_are_named(rows: torch.Tensor, tmp_path: Path) -> None:
     density(rows, **OPTIONS).save(tmp_path / "result.pt")
-    with pytest.raises(DamagedFileError, match="expected a checkpoint .*got 'fit result'"):
+    with pytest.raises(DamagedFileError, match="Expected a checkpoint .*got 'fit result'"):
         read_file(tmp_path / "result.pt", KIND)
     torch.save({"kind": KIND, "format": 1}, tmp_path / "old.pt")
     with pytest.raises(DamagedFileError, match="of format 3, got format 1"):

@@ -402,7 +402,7 @@ def test_save_and_load_give_back_parameters_and_history(rows: torch.Tensor, tmp_
     assert torch.equal(fresh.calls, flow.calls)
     assert np.array_equal(loaded.history["elbo"], result.history["elbo"])
     assert loaded.versions["torch"] == result.versions["torch"]
-    with pytest.raises(ValueError, match=r"expected loc of shape \(2,\).*got \(3,\)"):
+    with pytest.raises(ValueError, match=r"Expected loc of shape \(2,\).*got \(3,\)"):
         FitResult.load(path, GaussianFlow(3))
 
 
@@ -428,7 +428,7 @@ def test_save_covers_the_param_store(rows: torch.Tensor, tmp_path) -> None:
         (
             {"data": [[1.0]]},
             TypeError,
-            "expected data to be a tensor or a tuple of tensors, got list",
+            "Expected data to be a tensor or a tuple of tensors, got list",
         ),
         ({"data": torch.zeros(0, 2)}, ValueError, r"non-zero length, got shapes \(0, 2\)"),
         ({"data": (torch.zeros(3), torch.zeros(4))}, ValueError, r"shapes \(3,\), \(4,\)"),
@@ -438,12 +438,12 @@ def test_save_covers_the_param_store(rows: torch.Tensor, tmp_path) -> None:
             "got NaN or inf in 3 of 3 rows: 0, 1, 2",
         ),
         ({"data": torch.zeros(3, 2), "batch_size": 5}, ValueError, "len.data. = 3, got 5"),
-        ({"data": torch.zeros(3, 2), "lr": -1.0}, ValueError, "expected lr > 0, got -1.0"),
+        ({"data": torch.zeros(3, 2), "lr": -1.0}, ValueError, "Expected lr > 0, got -1.0"),
         ({"data": torch.zeros(3, 2), "scheduler": "linear"}, ValueError, "got 'linear'"),
         ({"data": torch.zeros(3, 2), "non_finite": "no"}, ValueError, "got 'no'"),
         ({"data": torch.zeros(3, 2), "val_fraction": 1.0}, ValueError, "got 1.0 of 3 rows"),
         ({"args": (torch.zeros(3, 2),), "val_fraction": 0.1}, ValueError, "got data=None"),
-        ({}, ValueError, "expected data for maximum likelihood, got none"),
+        ({}, ValueError, "Expected data for maximum likelihood, got none"),
     ],
 )
 def test_bad_input_says_expected_and_got(options, error, message) -> None:

@@ -336,7 +336,7 @@ def test_an_observation_of_inf_ends_the_fit_and_is_named(rows: torch.Tensor) -> 
     assert result.skipped_steps == 10
     assert torch.isfinite(result.guide.locs.z)
     flow = SplineFlow(2, num_transforms=2, hidden_dims=[8])
-    with pytest.raises(ValueError, match="expected finite data, got NaN or inf in 1 of 60 rows: 7"):
+    with pytest.raises(ValueError, match="Expected finite data, got NaN or inf in 1 of 60 rows: 7"):
         fit(flow, data=rows, max_steps=100, progress=False)
     assert torch.isfinite(flow.log_prob(rows[:5])).all()
 

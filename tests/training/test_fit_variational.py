@@ -444,9 +444,9 @@ def test_a_recipes_particles_are_few_and_said_where_they_run_one_by_one(rows: to
 
 def test_wrong_objectives_say_expected_and_got(rows: torch.Tensor) -> None:
     guide = AutoNormal(full_model)
-    with pytest.raises(TypeError, match="expected objective to be an instance of pyro.infer.ELBO"):
+    with pytest.raises(TypeError, match="Expected objective to be an instance of pyro.infer.ELBO"):
         fit(full_model, guide, args=(rows,), objective=Trace_ELBO, progress=False)
-    with pytest.raises(ValueError, match="expected num_particles of the objective, 2, got.*=3"):
+    with pytest.raises(ValueError, match="Expected num_particles of the objective, 2, got.*=3"):
         fit(
             full_model,
             guide,

@@ -166,7 +166,7 @@ def test_resumed_fit_stops_where_the_uninterrupted_one_does(tmp_path):
 
 @pytest.mark.parametrize("bad", [-0.1, math.nan])
 def test_tolerance_is_not_negative(bad):
-    with pytest.raises(ValueError, match="expected tolerance >= 0 nats, got"):
+    with pytest.raises(ValueError, match="Expected tolerance >= 0 nats, got"):
         fit(conjugate, AutoSplineFlow(conjugate), args=(DATA,), tolerance=bad)
 
 

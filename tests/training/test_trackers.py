@@ -143,7 +143,7 @@ def test_a_new_run_replaces_the_file_of_an_earlier_one(tmp_path):
 def test_a_file_of_another_kind_is_left_alone(tmp_path, first_step, content):
     path = tmp_path / "data.csv"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="expected .*data.csv to be new or a file of CsvTracker"):
+    with pytest.raises(ValueError, match="Expected .*data.csv to be new or a file of CsvTracker"):
         safely([CsvTracker(path)]).start({}, first_step)
     assert path.read_bytes() == content
 
