@@ -55,8 +55,11 @@ class Course:
     log_evidence: float = math.nan
 
     def first(self, elbo: float) -> float | None:
-        """When the ELBO was first so large; None if never."""
-        return next((s for s, e in zip(self.seconds, self.elbos, strict=True) if e >= elbo), None)
+        """When the ELBO was first so large; None if never. One that is larger by a nat and more is an overflow."""
+        for seconds, found in zip(self.seconds, self.elbos, strict=True):
+            if elbo <= found < elbo + 1.0:
+                return seconds
+        return None
 
 
 class _Clock(Callback):
@@ -183,7 +186,8 @@ def measure(
 
 def _row(name: str, guide: str, course: Course, log_evidence: float) -> list[str]:
     near = [_seconds(course.first(log_evidence - nats)) for nats in (NEAR, NEARER)]
-    return [name, guide, *near, _seconds(course.end), f"{log_evidence - course.elbos[-1]:.4f}"]
+    gap = log_evidence - course.elbos[-1]
+    return [name, guide, *near, _seconds(course.end), f"{gap:.4f}" if gap < 1e3 else f"{gap:.1e}"]
 
 
 def _seconds(value: float | None) -> str:
