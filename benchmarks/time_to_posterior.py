@@ -186,8 +186,13 @@ def measure(
 
 def _row(name: str, guide: str, course: Course, log_evidence: float) -> list[str]:
     near = [_seconds(course.first(log_evidence - nats)) for nats in (NEAR, NEARER)]
-    gap = log_evidence - course.elbos[-1]
-    return [name, guide, *near, _seconds(course.end), f"{gap:.4f}" if gap < 1e3 else f"{gap:.1e}"]
+    return [name, guide, *near, _seconds(course.end), _nats(log_evidence - course.elbos[-1])]
+
+
+def _nats(gap: float) -> str:
+    if gap < -1.0:
+        return "overflow"
+    return f"{gap:.1e}" if gap > 1e3 else f"{gap:.4f}"
 
 
 def _seconds(value: float | None) -> str:

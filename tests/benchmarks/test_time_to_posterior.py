@@ -43,5 +43,7 @@ def test_time_is_that_of_the_first_elbo_that_is_large_enough():
     course = Course(seconds=[1.0, 2.0, 3.0], elbos=[-3.0, -1.0, -2.0])
     assert course.first(-1.5) == 2.0
     assert course.first(-0.5) is None
-    assert Course(seconds=[1.0, 2.0], elbos=[1e8, -1.0]).first(-1.5) == 2.0, "an overflow is no ELBO"
+    assert Course(seconds=[1.0, 2.0], elbos=[1e8, -1.0]).first(-1.5) == 2.0, (
+        "an overflow is no ELBO"
+    )
     assert torch.tensor(course.end).isnan()
