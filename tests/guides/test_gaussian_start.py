@@ -378,6 +378,28 @@ def test_one_draw_far_out_does_not_hide_a_gain(monkeypatch) -> None:
     assert torch.equal(guide.affine.raw_loc, trained) and 1 < len(numbers) < 8
 
 
+@pytest.mark.parametrize(("spread", "is_kept"), [(0.5, True), (2.0, False)])
+def test_of_two_guides_that_are_level_the_one_with_less_spread_is_kept(
+    spread: float, is_kept: bool, monkeypatch
+) -> None:
+    guide = AutoSplineFlow(correlated, **TINY).setup()
+    start = guide.find_start(correlated)
+    assert start is not None
+    first = guide.affine.raw_loc.clone()
+
+    def elbos(number: int) -> tuple[torch.Tensor, float]:
+        noise = torch.randn(2048, generator=torch.Generator().manual_seed(number))
+        is_first = torch.equal(guide.affine.raw_loc, first)
+        found = torch.zeros(2048) if is_first else noise - noise.mean() - 0.01
+        return found, 1.0 if is_first else spread
+
+    monkeypatch.setattr(start, "_elbos", elbos)
+    with torch.no_grad():
+        guide.affine.raw_loc.add_(0.125)
+    assert start.keep_better() == is_kept
+    assert torch.equal(guide.affine.raw_loc, first) != is_kept
+
+
 def test_a_gain_that_is_none_leaves_the_gaussian() -> None:
     guide = AutoSplineFlow(correlated, **TINY).setup()
     start = guide.find_start(correlated)
