@@ -7,7 +7,7 @@
  *
  * and v a logarithm beyond LINEAR_UNTIL. The tensors of a block are the layers of its perceptron, the weight of the
  * linear map, which may be missing, and a and c. Of every row and block are kept: activations, with l and t as those of
- * the last layer, and s.
+ * the last layer, s and w.
  */
 #define MAX_LOG_SCALE R(15.0)
 #define LINEAR_UNTIL R(5.0)
@@ -71,15 +71,10 @@ static int N(open_conditioner)(N(conditioner) *c, const block *b, const void *co
     return 0;
 }
 
-/* what the output of the conditioner makes of location and scale: w of a column */
-static inline double N(share_of_line)(const N(conditioner) *c, int64_t j, double log_scale) {
-    return 1 / (1 + exp(2 * log_scale) * c->precisions[j]);
-}
-
 /* From the derivatives with respect to m and log s those with respect to l and r; adds to those of a and c. */
-static inline void N(through_likelihood)(N(conditioner) *c, int64_t size, int64_t j, const REAL *output, double of_loc,
-                                         double of_log_scale, REAL *of_output) {
-    const double t = output[size + j], w = N(share_of_line)(c, j, MAX_LOG_SCALE * t);
+static inline void N(through_likelihood)(N(conditioner) *c, int64_t size, int64_t j, const REAL *output, double w,
+                                         double of_loc, double of_log_scale, REAL *of_output) {
+    const double t = output[size + j];
     const double of_share = 2 * w * (1 - w) * ((double)output[j] - (double)c->places[j]) * of_loc;
     of_output[j] = R(w * of_loc);
     of_output[size + j] = R((w * of_log_scale - of_share) * (1 - t * t));
@@ -87,7 +82,7 @@ static inline void N(through_likelihood)(N(conditioner) *c, int64_t size, int64_
     c->sums[size + j] += (w - 1 / (1 + c->precisions[j])) * of_log_scale - of_share;
 }
 
-static int64_t N(kept_of_block)(const block *b) { return kernel_kept_per_row(&b->network) + b->size; }
+static int64_t N(kept_of_block)(const block *b) { return kernel_kept_per_row(&b->network) + 2 * b->size; }
 
 static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REAL *in, REAL *out, REAL *kept,
                             double *ladj) {
@@ -97,7 +92,7 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
         N(conditioner) c;
         if (N(open_conditioner)(&c, b, l->tensors + 3 * k, 0)) return -1;
         const int64_t step = c.network.steps[0], size = b->size;
-        REAL *scales = kept + rows * kernel_kept_per_row(&b->network);
+        REAL *scales = kept + rows * kernel_kept_per_row(&b->network), *shares = scales + rows * size;
         for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
             const int64_t stop = start + BLOCK_ROWS < rows ? start + BLOCK_ROWS : rows;
             REAL *features = N(activation)(&c.network, rows, 0, kept, start);
@@ -122,6 +117,7 @@ static int N(run_hierarchy)(const layer *l, int64_t rows, int64_t dim, const REA
                     const double w = 1 / (1 + raw * raw * q), bend = w * (1 + q), scale = raw * sqrt(bend);
                     output[size + j] = t;
                     scales[i * size + j] = R(scale);
+                    shares[i * size + j] = R(w);
                     own[j] = R(own[j] * scale + w * output[j] + (1 - w) * c.places[j]);
                     ladj[i] += (double)(MAX_LOG_SCALE * t) + 0.5 * log(bend);
                 }
@@ -168,7 +164,7 @@ static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const RE
         N(conditioner) c;
         if (N(open_conditioner)(&c, b, l->tensors + 3 * k, 1)) return -1;
         const int64_t last = c.network.steps[c.network.num_layers], size = b->size;
-        const REAL *scales = kept + rows * kernel_kept_per_row(&b->network);
+        const REAL *scales = kept + rows * kernel_kept_per_row(&b->network), *shares = scales + rows * size;
         for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
             const int64_t stop = start + BLOCK_ROWS < rows ? start + BLOCK_ROWS : rows;
             for (int64_t i = start; i < stop; i++) {
@@ -177,7 +173,8 @@ static int N(push_hierarchy)(const layer *l, int64_t rows, int64_t dim, const RE
                 for (int64_t j = 0; j < size; j++) {
                     const int64_t at = i * dim + b->start + j;
                     pushed[at] = grad[at] / scales[i * size + j];
-                    N(through_likelihood)(&c, size, j, output, -pushed[at], -(1 + grad[at] * in[at]), of_output);
+                    N(through_likelihood)(&c, size, j, output, shares[i * size + j], -pushed[at],
+                                          -(1 + grad[at] * in[at]), of_output);
                 }
                 for (int64_t j = 2 * size; j < last; j++) of_output[j] = 0;
             }
@@ -199,7 +196,7 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
         kept -= rows * N(kept_of_block)(b);
         if (N(open_conditioner)(&c, b, l->tensors + 3 * k, 1)) return -1;
         const int64_t last = c.network.steps[c.network.num_layers], size = b->size;
-        const REAL *scales = kept + rows * kernel_kept_per_row(&b->network);
+        const REAL *scales = kept + rows * kernel_kept_per_row(&b->network), *shares = scales + rows * size;
         for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
             const int64_t stop = start + BLOCK_ROWS < rows ? start + BLOCK_ROWS : rows;
             for (int64_t i = start; i < stop; i++) {
@@ -209,8 +206,8 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
                     const int64_t at = i * dim + b->start + j;
                     const REAL of_loc = grad[at];
                     grad[at] *= scales[i * size + j];
-                    N(through_likelihood)(&c, size, j, output, of_loc, grad[at] * in[at] + (grad_ladj ? grad_ladj[i] : 0),
-                                          of_output);
+                    N(through_likelihood)(&c, size, j, output, shares[i * size + j], of_loc,
+                                          grad[at] * in[at] + (grad_ladj ? grad_ladj[i] : 0), of_output);
                 }
                 for (int64_t j = 2 * size; j < last; j++) of_output[j] = 0;
             }

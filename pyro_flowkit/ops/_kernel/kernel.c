@@ -112,7 +112,7 @@ int64_t kernel_kept_per_row(const perceptron *q) {
 int64_t kernel_kept_of_layer(const layer *l, int64_t rows) {
     int64_t sum = l->kind == COUPLING ? kernel_kept_per_row(&l->network) : 0;
     for (int i = 0; l->kind == HIERARCHY && i < l->num_blocks; i++)
-        sum += kernel_kept_per_row(&l->blocks[i].network) + l->blocks[i].size;
+        sum += kernel_kept_per_row(&l->blocks[i].network) + 2 * l->blocks[i].size;
     return sum * rows;
 }
 
