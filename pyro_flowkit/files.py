@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 3
+FORMAT = 4
 DIGEST = "sha256"
 
 
@@ -34,7 +34,7 @@ class DamagedFileError(ValueError):
         ...     FitResult.load("noise.fit", SplineFlow(2))
         ... except DamagedFileError as error:
         ...     print(error)
-        expected a fit result that PyTorch can read ...
+        Expected a fit result that PyTorch can read ...
     """
 
 

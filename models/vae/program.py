@@ -106,7 +106,7 @@ def _trained(args: argparse.Namespace, settings: dict[str, Any], prepared: Prepa
     vae = VAE(**settings).standardize(prepared.reference, prepared.standardization)
     if args.start_from:
         storage.start_from(vae, storage.load(args.start_from).build("start"))
-    trains = _steps(args) != 0
+    trains = args.steps != 0
     if trains:
         report.warm_up(_warm_up(args, prepared))
     if args.two_stage:
@@ -168,7 +168,7 @@ def _steps(args: argparse.Namespace) -> int | None:
 
 
 def _warm_up(args: argparse.Namespace, prepared: Prepared) -> float:
-    """The share of the steps over which the weight of the KL rises."""
+    """The share of the training over which the weight of the KL rises."""
     if args.kl_warm_up is not None:
         return args.kl_warm_up
     if args.start_from:

@@ -44,7 +44,8 @@ from pyro_flowkit.warning import warn
 
 NUM_JUDGES = 2048
 MAX_ROUNDS = 8  # of so many judges
-LEVEL_ERROR = 0.005  # nats; two guides that are not told apart with it are level
+LEVEL_ERROR = 0.005  # nats; with a smaller error of the difference no more are drawn
+CLEAR = 4.0  # errors; a difference that is larger needs no more either
 SHARE_FOR_MORE = 0.5  # of the time that is left by the first Gaussian, for other modes and for the hierarchical map
 SHARE_FOR_MODES = 0.5  # of that
 MIN_LOSS, MIN_ROOM = 0.05, 0.02  # nats; what is less is not worth a word
@@ -151,7 +152,7 @@ class GaussianStart:
             difference = torch.cat(differences)
             gain = float(difference.mean())
             error = float(difference.std()) / len(difference) ** 0.5
-            if not (abs(gain) <= 2.0 * error and error > LEVEL_ERROR):
+            if not (abs(gain) <= CLEAR * error and error > LEVEL_ERROR):
                 break
         spread_trained, spread_first = (squares / number).sqrt().tolist()
         is_level = abs(gain) <= 2.0 * error and spread_trained < spread_first

@@ -5,11 +5,11 @@ and numbers a and c for each of its dimensions:
 
 .. math::
 
-    (l_b, r_b) &= o_b(v(y_{<b})), \qquad t_b = 15 \tanh(r_b / 15), \qquad w_b = \sigma(-2 (t_b + c_b)) \\
-    m_b &= w_b l_b + (1 - w_b) a_b, \qquad s_b = t_b + \tfrac12 \log w_b - \tfrac12 \log \sigma(-2 c_b) \\
+    (l_b, r_b) &= o_b(v(y_{<b})), \qquad t_b = \tanh(r_b / 15), \qquad w_b = \sigma(-2 (15 t_b + c_b)) \\
+    m_b &= w_b l_b + (1 - w_b) a_b, \qquad s_b = 15 t_b + \tfrac12 \log w_b - \tfrac12 \log \sigma(-2 c_b) \\
     y_b &= m_b + \exp(s_b) \odot x_b
 
-Of a standard normal x this is the product of two Gaussians: one whose location l and log scale t follow the blocks
+Of a standard normal x this is the product of two Gaussians: one whose location l and log scale 15 t follow the blocks
 before, as a prior given its parameters does, and one that is always the same, N(a, exp(-2 c)), as a likelihood is (in
 units in which the map is the identity where l, t and a are 0). As c falls to minus infinity, the first is left.
 

@@ -11,9 +11,9 @@ medians, so that single outliers are none of it. What is far below does not join
 alone may be a spike: two in a row are said, and the last one of a fit.
 
 A fit that falls at once has no such best. It is below where it began if no step after the first window, of five at
-least, came within max(1 nat, 3 s) of the first step, or of the median of the first five, with the least spread s of a
-window: the first step of an objective that stays where it is may be the luckiest one. A fit that began with another
-weight of the KL, so that its first steps do not count, has no such beginning.
+least, came within max(1 nat, 3 s) of the first step, or of the median of the first five, with the least spread s of ten
+steps or more: the first step of an objective that stays where it is may be the luckiest one. A fit that began with
+another weight of the KL, so that its first steps do not count, has no such beginning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LEAST = 1.0  # nats
 _EARLIER = 3  # judgements, at least
 _OF_MEDIAN, _OF_NOISE, _OF_SPREAD = 3.0, 5.0, 3.0
 _SAID = 2  # in a row
-_FIRST = 5  # steps
+_FIRST, _CHUNK = 5, 10  # steps
 _NORMAL_IQR = 1.349
 
 
@@ -57,15 +57,21 @@ class Series:
         self._start = -math.inf
         self._highest = -math.inf  # step after the first window
         self._later = 0  # steps after the first window
+        self._chunk: list[float] = []  # steps in a row whose spread is not known yet
+        self._noise = math.inf  # the least spread of steps in a row
         self.best = (0, -math.inf)
         self.last = (0, -math.inf)
         self.in_a_row = 0
         self.deepest: tuple[int, float, float] | None = None
 
-    def see(self, steps: list[float], *, first: bool) -> None:
-        """Takes in the steps of a window, before it is judged; the fit begins with the first one."""
-        if first:
-            self._start = max(steps[0], statistics.median(steps[:_FIRST]))
+    def see(self, steps: list[float], *, began: bool) -> None:
+        """Takes in the steps of a window, before it is judged; whether the fit began with those of the first one."""
+        self._chunk += steps
+        if len(self._chunk) >= _CHUNK:
+            self._noise = min(self._noise, level_and_spread(self._chunk)[1])
+            self._chunk = []
+        if self.last[0] == 0:
+            self._start = max(steps[0], statistics.median(steps[:_FIRST])) if began else -math.inf
         else:
             self._highest = max([self._highest, *steps])
             self._later += len(steps)
@@ -96,8 +102,8 @@ class Series:
     @property
     def below_start(self) -> float:
         """By how much the last judgement is below where the fit began, if all that followed was; else 0."""
-        noise = _OF_SPREAD * min(self._spreads, default=0.0)
-        near = self._start - self._highest <= max(_LEAST, noise) or self._later < _FIRST
+        noise = _OF_SPREAD * self._noise
+        near = not self._start - self._highest > max(_LEAST, noise) or self._later < _FIRST
         return 0.0 if near else self._start - self.last[1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +111,7 @@ class Series:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            is_list = name in ("_levels", "_falls", "_spreads")
+            is_list = name in ("_levels", "_falls", "_spreads", "_chunk")
             copy = list(value) if is_list else tuple(value) if isinstance(value, list) else value
             setattr(self, name, copy)
 
@@ -125,12 +131,20 @@ class Divergence:
     def _judged(self) -> Series:
         return self.training if self._validation is None else self._validation
 
-    def add(self, step: int, steps: list[float], validation: float | None) -> None:
+    def add(
+        self, step: int, steps: list[float], validation: float | None, *, began: bool = True
+    ) -> None:
         """Takes in the objective of the steps of a window, and the validation after it.
 
         NaN says nothing, and a density of 0 nothing of a fall where there was never another.
+
+        Args:
+            step: After which it is.
+            steps: The objectives of the window's steps.
+            validation: The objective on held-out rows, or None.
+            began: Whether the fit began with this objective.
         """
-        self.training.see(steps, first=step == len(steps))
+        self.training.see(steps, began=began)
         self.training.add(step, *level_and_spread(steps))
         if self._validation is None or validation is None or math.isnan(validation):
             return

@@ -77,9 +77,10 @@ class Judge:
             if self._validator is not None:
                 found = mean = self._validator(self._loss, self._ranks)
                 error = 0.0
-            if not self._is_annealed and (telling or found is not None):
+            if steps and not self._is_annealed and (telling or found is not None):
                 self._best.update(step, mean, error, self._loss.tensors)
-                self._divergence.add(step, steps, found)
+                began = self._first_elbo != -math.inf
+                self._divergence.add(step, steps, found, began=began)
         news = self._divergence.news()
         if news:
             kept = f"restore_best=True ends with the best state so far, of step {self._best.step}"
@@ -125,7 +126,7 @@ class Judge:
             return False
         if self._validator is not None or self._window.is_telling:
             return True
-        if self._best.step == self._judged:
+        if self._best.step == self._judged and not self._window.is_annealed:
             self._best.tensors = None
         return False
 

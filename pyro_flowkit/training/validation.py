@@ -111,6 +111,11 @@ class Window:
         """Whether enough steps count for a mean that says anything."""
         return len(self._values) >= min(_TELLING, self.length)
 
+    @property
+    def is_annealed(self) -> bool:
+        """Whether there is a step that does not count."""
+        return self._annealed > 0
+
     def __len__(self) -> int:
         return len(self._values) + self._annealed
 

@@ -200,6 +200,32 @@ def test_in_float32_the_way_back_is_as_good_as_the_layers_are(instruction_set):
         assert one <= 4 * other + 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("half", [-400.0, 360.0])
+def test_a_likelihood_without_end_is_none_or_all_there_is(half, dtype, fused_kernel):
+    layer = perturb_(HierarchicalAffine([1, 3]), 0.3).to(dtype)
+    layer.conditioners[0].likelihood.data[1] = half
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    value, ladj, way = chain.run(x, [layer.link()])
+    grads, _ = way.backward(torch.ones_like(x), torch.ones(5, dtype=dtype))
+    assert all(t.isfinite().all() for t in (value, ladj, *grads))
+    expected, expected_ladj = layer.call_and_ladj(x)
+    assert torch.allclose(value, expected, atol=1e-4) and torch.allclose(
+        ladj, expected_ladj, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_precision_of_a_fresh_likelihood_has_no_gradient(dtype, fused_kernel):
+    """Not that of rounding either, which Adam would make a whole step of."""
+    layer = HierarchicalAffine([2, 3]).to(dtype)
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    _, _, way = chain.run(x, [layer.link()])
+    (_, _, _, of_likelihood), _ = way.backward(x, torch.ones(50, dtype=dtype))
+    assert of_likelihood[0].abs().min() > 0
+    assert (of_likelihood[1] == 0).all()
+
+
 def test_a_hierarchy_has_no_way_back_here(fused_kernel):
     links = links_of(make(5))
     assert [link.goes_back for link in links].count(False) == 1

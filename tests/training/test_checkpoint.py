@@ -345,7 +345,7 @@ def test_other_kinds_and_formats_are_named(rows: torch.Tensor, tmp_path: Path) -
     with pytest.raises(DamagedFileError, match="Expected a checkpoint .*got 'fit result'"):
         read_file(tmp_path / "result.pt", KIND)
     torch.save({"kind": KIND, "format": 1}, tmp_path / "old.pt")
-    with pytest.raises(DamagedFileError, match="of format 3, got format 1"):
+    with pytest.raises(DamagedFileError, match="of format 4, got format 1"):
         read_file(tmp_path / "old.pt", KIND)
     with pytest.raises(TypeError, match="got Malicious"):
         write_file(tmp_path / "bad.pt", KIND, {"tensors": Malicious()})

@@ -271,6 +271,69 @@ def test_a_rising_weight_of_the_kl_is_no_fall_of_the_objective(validated: bool) 
     assert validated or result.best_step == 300
 
 
+def conjugate(rows: torch.Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", 60, subsample_size=len(rows)):
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=rows)
+
+
+def test_steps_of_a_lower_weight_after_the_best_window_do_not_take_its_place(
+    rows: torch.Tensor,
+) -> None:
+    result = fit(
+        conjugate,
+        AutoNormal(conjugate),
+        data=rows,
+        kl_schedule=lambda step: 1.0 if step < 1040 else 0.0,
+        max_steps=1050,
+        lr=0.1,
+        num_particles=16,
+        scheduler="constant",
+        seed=0,
+        progress=False,
+    )
+    assert result.best_step <= 1040
+
+
+def test_a_fit_that_was_stopped_in_its_warm_up_goes_on(rows: torch.Tensor, tmp_path) -> None:
+    options = {
+        "data": rows,
+        "val_data": rows[:30],
+        "kl_schedule": lambda step: 0.1 if step < 100 else 1.0,
+        "checkpoint_dir": tmp_path,
+        "check_plates": False,
+        "seed": 0,
+        "progress": False,
+    }
+    fit(conjugate, AutoNormal(conjugate), max_steps=65, **options)
+    pyro.clear_param_store()
+    result = fit(conjugate, AutoNormal(conjugate), max_steps=130, resume=True, **options)
+    assert result.best_step > 100
+
+
+def test_a_fit_whose_steps_fail_once_the_weight_is_one_ends_in_words(rows: torch.Tensor) -> None:
+    calls = iter(range(10_000))
+
+    def breaks(rows: torch.Tensor) -> None:
+        conjugate(rows)
+        pyro.factor("f", torch.tensor(0.0 if next(calls) < 15 else math.nan))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = fit(
+            breaks,
+            AutoNormal(breaks),
+            data=rows,
+            val_data=rows,
+            kl_schedule=lambda step: 0.1 if step < 15 else 1.0,
+            max_steps=2000,
+            seed=0,
+            check_plates=False,
+            progress=False,
+        )
+    assert result.stop_reason.startswith("non-finite at step")
+
+
 @pytest.mark.parametrize("average", [0.98, "tail"])
 def test_an_average_is_less_noisy_than_the_last_step(rows: torch.Tensor, average) -> None:
     def errors(**options) -> list[float]:

@@ -3,11 +3,12 @@
  * With o the output of a perceptron times of_network plus a linear map times of_line, both of v(y_{<b}), o = (l, r),
  * t = tanh(r / 15) and the numbers a and c of a block's columns:
  *
- *     w = 1 / (1 + exp(2 (15 t + c))),  m = w l + (1 - w) a,  s = exp(15 t) sqrt(w (1 + exp(2 c))),  y_b = m + s x_b
+ *     w = 1 / (1 + exp(2 (15 t + c))),  m = w l + (1 - w) a,  exp(s) = exp(15 t) sqrt(w (1 + exp(2 c))),
+ *     y_b = m + exp(s) x_b
  *
  * and v a logarithm beyond LINEAR_UNTIL. The tensors of a block are the layers of its perceptron, the weight of the
  * linear map, which may be missing, and a and c. Of every row and block are kept: activations, with l and t as those of
- * the last layer, s and w.
+ * the last layer, exp(s) and w.
  */
 #define MAX_LOG_SCALE R(15.0)
 #define LINEAR_UNTIL R(5.0)
@@ -25,7 +26,9 @@ static inline REAL N(slope_of_seen)(REAL y) {
     return size > LINEAR_UNTIL ? 1 / (1 + (size - LINEAR_UNTIL)) : 1;
 }
 
-/* with the squares of exp(c), and sums of derivatives with respect to a and c */
+#define MAX_HALF_LOG_PRECISION 300.0 /* beyond it exp(2 c) would overflow */
+
+/* with exp(2 c), and sums of derivatives with respect to a and c */
 typedef struct {
     N(network) network, line;
     int has_line;
@@ -57,7 +60,7 @@ static int N(open_conditioner)(N(conditioner) *c, const block *b, const void *co
     c->memory = c->precisions = calloc((size_t)(3 * b->size), sizeof(double));
     if (!c->memory) return -1;
     c->sums = c->memory + b->size;
-    for (int64_t j = 0; j < b->size; j++) c->precisions[j] = exp(2.0 * (double)likelihood[b->size + j]);
+    for (int64_t j = 0; j < b->size; j++) c->precisions[j] = exp(2 * fmin((double)likelihood[b->size + j], MAX_HALF_LOG_PRECISION));
     if (N(open_network)(&c->network, &b->network, weights, biases, backward)) {
         free(c->memory);
         return -1;
@@ -79,7 +82,7 @@ static inline void N(through_likelihood)(N(conditioner) *c, int64_t size, int64_
     of_output[j] = R(w * of_loc);
     of_output[size + j] = R((w * of_log_scale - of_share) * (1 - t * t));
     c->sums[j] += (1 - w) * of_loc;
-    c->sums[size + j] += (w - 1 / (1 + c->precisions[j])) * of_log_scale - of_share;
+    c->sums[size + j] += (w - (double)R(1 / (1 + c->precisions[j]))) * of_log_scale - of_share; /* w is rounded, too */
 }
 
 static int64_t N(kept_of_block)(const block *b) { return kernel_kept_per_row(&b->network) + 2 * b->size; }
@@ -224,4 +227,5 @@ static int N(run_hierarchy_backward)(const layer *l, int64_t rows, int64_t dim, 
     return 0;
 }
 #undef MAX_LOG_SCALE
+#undef MAX_HALF_LOG_PRECISION
 #undef LINEAR_UNTIL
