@@ -12,8 +12,9 @@ alone may be a spike: two in a row are said, and the last one of a fit.
 
 A fit that falls at once has no such best. It is below where it began if no step after the first window, of five at
 least, came within max(1 nat, 3 s) of the first step, or of the median of the first five, with the least spread s of ten
-steps or more: the first step of an objective that stays where it is may be the luckiest one. A fit that began with
-another weight of the KL, so that its first steps do not count, has no such beginning.
+steps or more: the first step of an objective that stays where it is may be the luckiest one. A spread larger than the
+first step is itself is none of such an objective, and counts as large as that. A fit that began with another weight of
+the KL, so that its first steps do not count, has no such beginning.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Series:
     @property
     def below_start(self) -> float:
         """By how much the last judgement is below where the fit began, if all that followed was; else 0."""
-        noise = _OF_SPREAD * self._noise
+        noise = _OF_SPREAD * min(self._noise, abs(self._start))
         near = not self._start - self._highest > max(_LEAST, noise) or self._later < _FIRST
         return 0.0 if near else self._start - self.last[1]
 
