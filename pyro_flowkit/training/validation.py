@@ -22,6 +22,7 @@ from pyro_flowkit.training.state import Tensors, evaluating
 
 VALIDATION_SEED = 20190511
 _TELLING = 10  # steps
+_ALIKE = 2.0  # times an error
 
 
 class _Evaluates(Protocol):
@@ -159,7 +160,8 @@ class Best:
     standard error of their difference and by more than ``tolerance`` nats. The best estimate is that
     with the highest (mean - 2 standard errors). The kept state is the latest one that is not worse than it by more
     than the standard error of the difference times ``sqrt(2 log N)``, by which the largest of N noisy estimates is
-    too large. For exact values (standard error 0) this is the first of the highest.
+    too large. An error that is more than twice the best one's is none of noise alone, but of a fall, and counts as
+    twice. For exact values (standard error 0) this is the first of the highest.
 
     Attributes:
         tensors: Copies of the kept state's tensors, by name; None before there is one.
@@ -193,12 +195,17 @@ class Best:
         if mean - 2 * error > self._best[0] - 2 * self._best[1]:
             self._best = (mean, error)
             self.tensors, self.step = copied(tensors()), step
-        elif error > 0 and mean >= self._best[0] - self._luck * math.hypot(error, self._best[1]):
+        elif error > 0 and self._is_level(mean, error):
             self.tensors, self.step = copied(tensors()), step
         if mean > self._reference[0] + max(math.hypot(error, self._reference[1]), self.tolerance):
             self._reference, self.stalled = (mean, error), 0
         else:
             self.stalled += 1
+
+    def _is_level(self, mean: float, error: float) -> bool:
+        best, error_of_best = self._best
+        noise = math.hypot(min(error, _ALIKE * error_of_best), error_of_best)
+        return mean >= best - self._luck * noise
 
     @property
     def _luck(self) -> float:

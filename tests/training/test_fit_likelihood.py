@@ -206,6 +206,14 @@ def test_of_many_windows_that_are_alike_the_last_is_kept() -> None:
     assert 30 < fallen.step < 99
 
 
+def test_a_window_in_which_the_objective_falls_is_not_excused_by_its_spread() -> None:
+    best = Best()
+    for step in range(1, 11):
+        best.update(step, -1.4, 0.002, dict)
+    best.update(11, -20.0, 9.0, dict)  # half of its steps are broken
+    assert best.step == 10
+
+
 def test_window_gives_mean_and_standard_error() -> None:
     window = Window(4)
     for value in (1.0, 2.0, 3.0, 4.0):
