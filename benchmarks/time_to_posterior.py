@@ -56,10 +56,8 @@ class Course:
 
     def first(self, elbo: float) -> float | None:
         """When the ELBO was first so large; None if never. One that is larger by a nat and more is an overflow."""
-        for seconds, found in zip(self.seconds, self.elbos, strict=True):
-            if elbo <= found < elbo + 1.0:
-                return seconds
-        return None
+        pairs = zip(self.seconds, self.elbos, strict=True)
+        return next((seconds for seconds, found in pairs if elbo <= found < elbo + 1.0), None)
 
 
 class _Clock(Callback):

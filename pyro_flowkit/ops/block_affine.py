@@ -60,7 +60,7 @@ class Block:
 Blocks = tuple[Block, ...]
 # of every block: the perceptron's weights and biases, the linear map, which may be missing, and a and c, ``(2, size)``
 Parameters = Sequence[Tensor | None]
-PER_BLOCK = 3
+_PER_BLOCK = 3
 
 
 def make_blocks(sizes: Sequence[int], layouts: Sequence[Layout]) -> Blocks:
@@ -98,11 +98,7 @@ def location_and_log_scale(
     if weight is not None:
         h = h + block.of_line * F.linear(before, weight)
     loc, raw = h.chunk(2, dim=-1)
-    log_scale = MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
-    place, half = likelihood.unbind(0)
-    log_share = F.logsigmoid(-2 * (log_scale + half))
-    loc = torch.lerp(place.expand_as(loc), loc, log_share.exp())
-    return loc, log_scale + 0.5 * (log_share - F.logsigmoid(-2 * half))
+    return _with_likelihood(likelihood, loc, MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE))
 
 
 @torch.no_grad()
@@ -131,7 +127,7 @@ def pushed_derivative(y: Tensor, derivative: Tensor) -> Tensor | None:
         of_block = given[:, columns]
         of_loc = torch.div(of_block, scale, out=pushed[:, columns]).neg()
         of_log_scale = torch.addcmul(of_block.new_tensor(-1.0), of_block, x[:, columns], value=-1.0)
-        packed, weight, likelihood = _of_block(parameters, b)
+        packed, weight, likelihood = parameters_of_block(parameters, b)
         of_output, _ = _through_likelihood(likelihood, loc, t, of_loc, of_log_scale)
         _backward_through(block, of_output, seen, hidden, packed, weight, of_seen, None)
     pushed[:, : seen.shape[-1]].addcmul_(of_seen, slope)
@@ -172,7 +168,7 @@ class _BlockAffine(torch.autograd.Function):
             of_log_scale = of_scaled * x[:, columns]
             if grad_ladj is not None:
                 of_log_scale = of_log_scale + grad_ladj.unsqueeze(-1)
-            packed, weight, likelihood = _of_block(parameters, b)
+            packed, weight, likelihood = parameters_of_block(parameters, b)
             of_output, of_likelihood = _through_likelihood(likelihood, loc, t, of_loc, of_log_scale)
             of_packed = torch.empty_like(packed)
             _backward_through(block, of_output, seen, hidden, packed, weight, of_seen, of_packed)
@@ -196,7 +192,7 @@ def _forward(
     begin = 0
     kept: list[list[Tensor]] = []
     for b, block in enumerate(blocks):
-        packed, weight, likelihood = _of_block(parameters, b)
+        packed, weight, likelihood = parameters_of_block(parameters, b)
         own = y[:, block.start : block.start + block.size]
         previous = slice(begin, begin := block.start)
         seen[:, previous], slope[:, previous] = _seen(y[:, previous])
@@ -214,12 +210,9 @@ def _forward(
             output = torch.addmm(output, before, weight.mT, beta=beta, alpha=alpha)
         loc, raw = output.chunk(2, dim=-1)
         t = (raw / MAX_LOG_SCALE).tanh_()
-        place, half = likelihood.unbind(0)
-        log_share = F.logsigmoid(-2 * torch.add(half, t, alpha=MAX_LOG_SCALE))
-        log_scale = 0.5 * (log_share - F.logsigmoid(-2 * half))
-        log_scale.add_(t, alpha=MAX_LOG_SCALE)
+        moved, log_scale = _with_likelihood(likelihood, loc, MAX_LOG_SCALE * t)
         scale = log_scale.exp()
-        own.mul_(scale).add_(torch.lerp(place.expand_as(loc), loc, log_share.exp_()))
+        own.mul_(scale).add_(moved)
         ladj.add_(log_scale.sum(-1))
         kept.append([*activations, loc, t, scale])
     return y, ladj, (seen, slope), kept
@@ -261,6 +254,14 @@ def _backward_through(
         target.addmm_(of_output, weight, alpha=block.of_line)
 
 
+def _with_likelihood(likelihood: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """m and s from location l and log scale 15 t of the prior."""
+    place, half = likelihood.unbind(0)
+    log_share = F.logsigmoid(-2 * (log_scale + half))
+    moved = torch.lerp(place.expand_as(loc), loc, log_share.exp())
+    return moved, log_scale + 0.5 * (log_share - F.logsigmoid(-2 * half))
+
+
 def _through_likelihood(
     likelihood: Tensor, loc: Tensor, t: Tensor, of_loc: Tensor, of_log_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -281,19 +282,20 @@ def _composed(blocks: Blocks, x: Tensor, *parameters: Tensor | None) -> tuple[Te
     ladj = y.new_zeros(y.shape[:-1])
     for b, block in enumerate(blocks):
         own = x[..., block.start : block.start + block.size]
-        loc, log_scale = location_and_log_scale(y, block, *_of_block(parameters, b))
+        loc, log_scale = location_and_log_scale(y, block, *parameters_of_block(parameters, b))
         y = torch.cat([y, torch.addcmul(loc, own, log_scale.exp())], dim=-1)
         ladj = ladj + log_scale.sum(-1)
     return y, ladj
 
 
-def _of_block(parameters: Parameters, b: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    packed, weight, likelihood = parameters[PER_BLOCK * b : PER_BLOCK * (b + 1)]
+def parameters_of_block(parameters: Parameters, b: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Those of the b-th block."""
+    packed, weight, likelihood = parameters[_PER_BLOCK * b : _PER_BLOCK * (b + 1)]
     return cast(Tensor, packed), weight, cast(Tensor, likelihood)
 
 
 def _split(tensors: list[Any], count: int) -> tuple[list[Any], list[list[Tensor]]]:
     """The parameters, and what was kept of every block."""
     parameters, kept = tensors[:count], tensors[count:]
-    each = len(kept) // (count // PER_BLOCK)
+    each = len(kept) // (count // _PER_BLOCK)
     return parameters, [kept[i : i + each] for i in range(0, len(kept), each)]

@@ -33,7 +33,6 @@ MAX_LINEAR_SIZE = 20_000
 # half the logarithm of the likelihood's precision, in units of the prior's: little, so that a funnel is near
 LIKELIHOOD_AT_FIRST = -1.0
 
-
 _TENSORS = ("network.packed", "weight", "likelihood")
 
 
@@ -88,9 +87,8 @@ class HierarchicalAffine(FlowTransformModule):
         parameters = self._parameters_of_blocks()
         found, ladj = [first], first.new_zeros(first.shape[:-1])
         for i, (block, own) in enumerate(zip(self._blocks, rest, strict=True)):
-            own_parameters = parameters[block_affine.PER_BLOCK * i :][: block_affine.PER_BLOCK]
             loc, log_scale = block_affine.location_and_log_scale(
-                outputs[..., : block.start], block, *own_parameters
+                outputs[..., : block.start], block, *block_affine.parameters_of_block(parameters, i)
             )
             found.append((own - loc) * (-log_scale).exp())
             ladj = ladj - log_scale.sum(-1)
